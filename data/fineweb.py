@@ -1,0 +1,250 @@
+"""Fetches the FineWeb sample that the recipe trains on, as GPT-2 tokens, 100 million to a shard.
+
+    python data/fineweb.py            the validation shard and 8 training shards, 1.8 GB, into data/fineweb10B
+    python data/fineweb.py 103        all 103 training shards, 20.6 GB
+    python data/fineweb.py 0          validation only
+
+A file counts only once its SHA-256 equals the one that the hub records for it. What is complete is kept: after a stop
+run the same line again, and a run with nothing to fetch only verifies, without a network. A cut connection goes on at
+the last 10 MB that came, while a file cut by the end of this program starts anew.
+
+manifest.json, written last, tells the encoding, the source (with the hub's commit) and of each file the name, split,
+tokens and sha256: that of its token bytes, without the 1024-byte header.
+"""
+import argparse
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPO = "kjj0/fineweb10B-gpt2"
+LAST_SHARD = 103
+THREADS = 4  # files fetched at a time; more do not fill a line better
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each new try while the hub or the line fails
+
+# The twin of these constants is in train_gpt.py (and in tokenize_text.py beside this file).
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+class Problem(Exception):
+    """What stopped us, told in one sentence; exit code 2."""
+
+
+def shard_names(shards):
+    return ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]
+
+
+def inspect(path):
+    """(SHA-256 of the whole file, its entry in the manifest), or (None, None) if it is not there or not a shard."""
+    whole, tokens = hashlib.sha256(), hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+            whole.update(header)
+            while chunk := file.read(1 << 22):
+                whole.update(chunk)
+                tokens.update(chunk)
+            size = file.tell()
+    except FileNotFoundError:
+        return None, None
+    magic, version, count = (int.from_bytes(header[i:i + 4], "little") for i in (0, 4, 8))
+    if (magic, version, HEADER_BYTES + 2 * count) != (SHARD_MAGIC, SHARD_VERSION, size):
+        return whole.hexdigest(), None
+    split = "val" if "_val_" in path.name else "train"
+    return whole.hexdigest(), {"name": path.name, "split": split, "tokens": count, "sha256": tokens.hexdigest()}
+
+
+def read_manifest(out):
+    """(commit, {name: entry}) of the manifest in `out`; (None, {}) if there is none of ours."""
+    try:
+        manifest = json.loads((out / "manifest.json").read_bytes())
+        repo, _, commit = manifest["source"].partition("@")
+        entries = {entry["name"]: entry for entry in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, {}
+    return (commit, entries) if repo == REPO and commit else (None, {})
+
+
+def write_manifest(out, commit, entries):
+    files = sorted(entries.values(), key=lambda entry: (entry["split"] == "train", entry["name"]))
+    part = out / "manifest.json.part"
+    part.write_text(json.dumps({"encoding": "gpt2", "source": f"{REPO}@{commit}", "files": files}, indent=1) + "\n",
+                    encoding="utf-8")
+    os.replace(part, out / "manifest.json")
+
+
+def status_of(error):
+    """The HTTP status that an exception of the hub's library, or its cause, carries; None if it never got one."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status:
+            return status
+        error = error.__cause__
+    return None
+
+
+def patiently(call, what, wait_for_network):
+    """call(), tried again while the hub answers 5xx or 429 (its library retries no 500) and, if asked, while the line
+    is down. Which classes the library raises differs from version to version, so all are read by status."""
+    for pause in (*PAUSES, None):
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise Problem(f"the disk is full while fetching {what}; free some space and run this again") from None
+            status, why = status_of(error), f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
+            if status and 400 <= status < 500 and status not in (408, 429):
+                raise Problem(f"the hub refuses {what} (HTTP {status}); check --revision, or leave it out") from None
+            if pause is None or not (status or wait_for_network):
+                reason = f"HTTP {status}" if status else why
+                raise Problem(f"the hub cannot be reached for {what} ({reason}); run this again with a network, or "
+                              "train on your own text with data/tokenize_text.py") from None
+            time.sleep(pause)
+
+
+def hub_files(names, revision, endpoint):
+    """(commit, {name: (bytes, SHA-256)}) as the hub records them."""
+    from huggingface_hub import HfApi
+    what = f"{REPO} at revision {revision or 'main'}"
+    info = patiently(lambda: HfApi(endpoint=endpoint).dataset_info(REPO, revision=revision, files_metadata=True,
+                                                                   timeout=30), what, wait_for_network=False)
+    listed = {file.rfilename: (file.lfs.size, file.lfs.sha256) for file in info.siblings or [] if file.lfs}
+    missing = [name for name in names if name not in listed]
+    if missing:
+        raise Problem(f"{what} has no {missing[0]} with a SHA-256; ask for fewer shards or another --revision")
+    return info.sha, {name: listed[name] for name in names}
+
+
+def fetch(out, name, commit, sha256, endpoint):
+    """Fetches one file beside `out`'s, compares it with the hub's hash, then puts it into place; its manifest entry."""
+    from huggingface_hub import hf_hub_download
+    staging = out / ".download"
+    for attempt in range(2):
+        path = Path(patiently(lambda again=attempt > 0: hf_hub_download(
+            REPO, name, repo_type="dataset", revision=commit, local_dir=staging, endpoint=endpoint,
+            force_download=again), name, wait_for_network=True))
+        found, entry = inspect(path)
+        if found == sha256:
+            break
+        path.unlink()
+    else:
+        raise Problem(f"{name} came with another SHA-256 than the hub's, twice; something on the way changes files, "
+                      "so try again later or over another network")
+    if entry is None:
+        raise Problem(f"{name} is as the hub has it, but not a token shard; use another --revision")
+    os.replace(path, out / name)
+    return entry
+
+
+def in_threads(work, names, told):
+    """{name: work(name)}; prints a line as each ends."""
+    results = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        jobs = {pool.submit(work, name): name for name in names}
+        try:
+            for job in as_completed(jobs):
+                results[jobs[job]] = job.result()
+                told(jobs[job], results[jobs[job]], len(results))
+        except KeyboardInterrupt:
+            print("\nStopped; the same line again goes on with what is missing.", flush=True)
+            os._exit(130)  # a plain exit would wait for the files under way
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def check_space(out, needed):
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise Problem(f"{needed / 1e9:.2f} GB are needed in {out}, but only {free / 1e9:.2f} GB are free; "
+                      "free some space, ask for fewer shards or name another --out")
+
+
+def verify_only(out, names, entries):
+    """Whether all files are as the manifest says."""
+    if not all(name in entries for name in names):
+        return False
+    bad = []
+
+    def told(name, result, _):
+        if result[1] != entries[name]:
+            bad.append(name)
+            print(f"{name}: missing or not as manifest.json says; fetching it again")
+    in_threads(lambda name: inspect(out / name), names, told)
+    return not bad
+
+
+def download(out, names, revision, endpoint):
+    """Brings `out` to what the hub has under `names`; the commit and the manifest's entries for them."""
+    commit, wanted = hub_files(names, revision, endpoint)
+    print(f"{REPO} at commit {commit}")
+    present = in_threads(lambda name: inspect(out / name), names, lambda *_: None)
+    entries = {name: entry for name, (sha256, entry) in present.items() if entry and sha256 == wanted[name][1]}
+    todo = [name for name in names if name not in entries]
+    total = sum(wanted[name][0] for name in todo)
+    check_space(out, total)
+    print(f"{len(entries)} of {len(names)} files are here and verified, {len(todo)} to fetch, {total / 1e9:.2f} GB")
+
+    def told(name, entry, done):
+        print(f"{name}: {entry['tokens']:,} tokens, SHA-256 as the hub's ({done} of {len(todo)})", flush=True)
+    entries.update(in_threads(lambda name: fetch(out, name, commit, wanted[name][1], endpoint), todo, told))
+    return commit, entries
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="FineWeb as GPT-2 tokens for train_gpt.py.", allow_abbrev=False)
+    parser.add_argument("shards", nargs="?", type=int, default=8, help="training shards, 0 to 103 (8), 0.2 GB each")
+    parser.add_argument("--out", default=ROOT / "data" / "fineweb10B", help="folder for the shards (data/fineweb10B)")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub (that of the manifest, else main)")
+
+    def refuse(message):
+        raise Problem(f"{message}; --help lists the knobs")
+    parser.error = refuse  # one sentence, not argparse's usage block
+    args = parser.parse_args(argv)
+    if not 0 <= args.shards <= LAST_SHARD:
+        refuse(f"shards is {args.shards}, but the sample has 0 to {LAST_SHARD}")
+    args.out = Path(args.out).resolve()
+    return args
+
+
+def run(args):
+    names, out = shard_names(args.shards), args.out
+    out.mkdir(parents=True, exist_ok=True)
+    old_commit, entries = read_manifest(out)
+    if args.revision in (None, old_commit) and verify_only(out, names, entries):
+        print(f"{len(names)} files verified against manifest.json of {REPO} at commit {old_commit}; nothing to fetch")
+    else:
+        import huggingface_hub.utils
+        huggingface_hub.utils.logging.set_verbosity_error()  # its warnings of a retry are many lines long
+        if not sys.stderr.isatty():
+            huggingface_hub.utils.disable_progress_bars()
+        commit, fresh = download(out, names, args.revision or old_commit, os.environ.get("HF_ENDPOINT") or None)
+        write_manifest(out, commit, {**(entries if commit == old_commit else {}), **fresh})
+        shutil.rmtree(out / ".download", ignore_errors=True)
+        print(f"{len(names)} files verified against the hub; manifest.json written")
+    print(f"Next: ./run.sh --data_dir={out.relative_to(ROOT) if out.is_relative_to(ROOT) else out}")
+    return 0
+
+
+def main(argv=None):
+    try:
+        return run(parse(argv))
+    except Problem as problem:
+        message = str(problem)
+    except ImportError as error:
+        message = f"{error.name} is not installed; install requirements.txt or start by ./run.sh"
+    except OSError as error:
+        message = f"{error.filename or '--out'} cannot be used ({error.strerror or error}); choose another --out"
+    print(f"fineweb.py: {message}.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

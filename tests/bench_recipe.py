@@ -1,0 +1,152 @@
+"""Times the recipe's parts on one GPU and prints one table: python tests/bench_recipe.py [--quick]
+
+bf16 matmul ceiling at 8192^3, forward+backward of one training sequence at the smallest, middle and widest window, the
+optimizer step by itself, and the FP8 head as autograd.Function and as custom operator, arms interleaved. Medians."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg  # noqa: E402
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+# The other way to write the FP8 head: opaque operators, inside which nothing is fused with the neighbours.
+@torch.library.custom_op("sprint_bench::fp8_forward", mutates_args=())
+def fp8_forward(x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, weight, scale)
+
+
+@torch.compile
+def _forward(x, weight, scale):
+    x8, w8 = tg.to_fp8(x, scale[0], E4M3), tg.to_fp8(weight, scale[1], E4M3)
+    inv = [s.reciprocal() for s in scale.unbind()]
+    return torch._scaled_mm(x8, w8.t(), inv[0], inv[1], out_dtype=torch.bfloat16, use_fast_accum=True), x8, w8
+
+
+@fp8_forward.register_fake
+def _(x, weight, scale):
+    return x.new_empty(x.size(0), weight.size(0)), x.to(E4M3), weight.to(E4M3)
+
+
+@torch.library.custom_op("sprint_bench::fp8_backward", mutates_args=())
+def fp8_backward(grad: Tensor, x8: Tensor, w8: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(grad, x8, w8, scale)
+
+
+@torch.compile
+def _backward(grad, x8, w8, scale):
+    g8 = tg.to_fp8(grad, scale[2], E5M2)
+    inv = [s.reciprocal() for s in scale.unbind()]
+    grad_x = torch._scaled_mm(g8, tg.column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
+    grad_w = torch._scaled_mm(x8.t().contiguous(), tg.column_major(g8), inv[0], inv[2], out_dtype=torch.float32)
+    return grad_x, grad_w.t().contiguous()
+
+
+@fp8_backward.register_fake
+def _(grad, x8, w8, scale):
+    return grad.new_empty(x8.shape), grad.new_empty(w8.shape, dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1], output[2], inputs[2])
+    ctx.set_materialize_grads(False)
+
+
+fp8_forward.register_autograd(lambda ctx, grad, *_: (*fp8_backward(grad, *ctx.saved_tensors), None), setup_context=_setup)
+
+
+def median_ms(work, repeats: int, warm: int = 2) -> float:
+    for _ in range(warm):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def documents(length: int, generator: torch.Generator, mean: int = 500) -> tuple[Tensor, Tensor]:
+    """Random tokens cut into documents of exponential length; (input_ids, targets) on the GPU."""
+    ids = torch.randint(0, 50000, (length + 1,), generator=generator)
+    ids[torch.rand(length + 1, generator=generator) < 1 / mean] = tg.EOT
+    return ids[:-1].int().cuda(), ids[1:].cuda()
+
+
+def ceiling() -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median_ms(lambda: a @ b, 20, 5) / 1e9
+
+
+def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
+    """ms of the head with loss, forward+backward, both ways interleaved three times."""
+    x = torch.randn(length, model.embed.embedding_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, 50000, (length,), device="cuda")
+    weight, scale = model.lm_head.weight, model.lm_head.scale
+
+    def loss(head):
+        logits = model.cap * torch.sigmoid(head(x).float() / model.temp)
+        hit = targets[:, None] == torch.arange(logits.size(-1), device=x.device)
+        return ((logits - model.cap).exp().sum(-1).log() + model.cap - torch.where(hit, logits, 0).sum(-1)).mean()
+
+    heads = {"function": lambda x: tg.FP8Matmul.apply(x, weight, scale), "custom op": lambda x: fp8_forward(x, weight, scale)[0]}
+    arms = {name: torch.compile(lambda head=head: loss(head), fullgraph=True) for name, head in heads.items()}
+    times = {name: [] for name in arms}
+    for _ in range(3):
+        for name, arm in arms.items():
+            times[name].append(median_ms(lambda: arm().backward(), 5))
+    model.lm_head.weight.grad = None
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main():
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"bf16 8192^3: {ceiling():.0f} TFLOP/s")
+    hp = tg.Hyperparameters()
+    model = tg.place(tg.GPT(hp, 50304), "cuda").train()
+    model.lm_head.weight.data.normal_(std=0.005)  # at the zero of the start every gradient below the head is zero
+    generator = torch.Generator().manual_seed(0)
+    sequences = [documents(hp.train_seq_len, generator) for _ in range(4)]
+    window = torch.zeros((), dtype=torch.int32, device="cuda")
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    start = time.perf_counter()
+    forward(*sequences[0], window.fill_(1)).backward()
+    torch.cuda.synchronize()
+    print(f"compile: {time.perf_counter() - start:.1f} s")
+    optimizers = tg.build_optimizers(model, hp)
+    start = time.perf_counter()
+    for optimizer in optimizers:
+        optimizer.compile()
+        optimizer.step()
+    torch.cuda.synchronize()
+    print(f"compile optimizers: {time.perf_counter() - start:.1f} s")
+    for optimizer in optimizers:
+        print(f"{type(optimizer).__name__} step: {median_ms(optimizer.step, 20):.2f} ms")
+    print(f"optimizer step: {median_ms(lambda: [o.step() for o in optimizers], 20):.2f} ms")
+    torch.cuda.reset_peak_memory_stats()
+    for blocks in (1, 4, 8, 14):
+        window.fill_(blocks)
+        times = [median_ms(lambda: forward(*s, window).backward(), 5) for s in sequences]
+        print(f"window {blocks:2d} blocks: {statistics.mean(times):.2f} ms a sequence forward+backward")
+    print(f"peak allocated {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    if "--quick" not in sys.argv:
+        model.zero_grad()
+        for name, ms in head_arms(model, hp.train_seq_len).items():
+            print(f"head as {name}: {ms:.2f} ms forward+backward with the loss")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What only a GPU can show: kernels against references with gradients, FP8, and no recompilation over a whole run."""
+
+import dataclasses
+
+import pytest
+import torch
+from reference import attention, random_documents, relative_error, visible
+
+import train_gpt as tg
+
+pytestmark = pytest.mark.gpu
+BLOCK = tg.BLOCK
+
+
+def small(**knobs) -> tg.Hyperparameters:
+    knobs = dict(train_seq_len=16 * BLOCK, val_seq_len=32 * BLOCK, layer_pattern="LS-SLS", value_pattern="01..01",
+                 model_dim=256, num_heads=2, sequences_per_step=2, steps=40) | knobs
+    return dataclasses.replace(tg.Hyperparameters(), **knobs)
+
+
+def test_flex_attention_forward_and_gradients_equal_the_reference():
+    length = 40 * BLOCK
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def run(q, k, v, ids, window):
+        return tuple(tg.attend(q, k, v, mask) for mask in tg.create_masks(ids, BLOCK, window, 14))
+
+    for seed, window in enumerate((1, 2, 5, 8, 13, 14)):
+        g = torch.Generator().manual_seed(seed)
+        ids = random_documents(length, g)
+        inputs = [(torch.randn(1, 2, length, 128, generator=g) * s).bfloat16().cuda().requires_grad_()
+                  for s in (0.12, 1, 1)]
+        outs = run(*inputs, ids.cuda(), torch.tensor(window, dtype=torch.int32, device="cuda"))
+        for out, blocks in zip(outs, (window, max(window // 2, 1))):
+            want = attention(*inputs, visible(ids, blocks))
+            weight = torch.randn(out.shape, generator=g).cuda()
+            assert relative_error(out, want) < 1e-2
+            got = torch.autograd.grad((out.float() * weight).sum(), inputs, retain_graph=True)
+            for a, b in zip(got, torch.autograd.grad((want * weight).sum(), inputs)):
+                assert relative_error(a, b) < 1.5e-2, (window, blocks)
+
+
+def test_fp8_linear_forward_and_gradients():
+    torch.manual_seed(0)
+    layer = tg.CastedLinear(256, 512, grad_scale=2.0**10, device="cuda")
+    x = torch.randn(3, 37, 256, device="cuda").bfloat16().requires_grad_()  # rows are no multiple of 16
+    grad = (torch.randn(3, 37, 512, device="cuda") * 0.02).bfloat16()
+    assert tg.fp8_supported("cuda")[0]
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        out = run(x)
+        got = torch.autograd.grad(out, (x, layer.weight), grad)
+        exact = x.double() @ layer.weight.double().t()
+        want = grad.double() @ layer.weight.double(), grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+        assert 1e-4 < relative_error(out, exact) < 0.06, "outside: not FP8, or wrong"
+        assert relative_error(got[0], want[0]) < 0.1 and relative_error(got[1], want[1]) < 0.1
+    layer.eval()
+    assert relative_error(layer(x), exact) < 5e-3
+
+
+def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model():
+    torch._dynamo.reset()
+    hp = small()
+    torch.manual_seed(0)
+    model = tg.place(tg.GPT(hp, 384), "cuda").train()
+    optimizers = tg.build_optimizers(model, hp)
+    window = torch.zeros((), dtype=torch.int32, device="cuda")
+    ids = [random_documents(hp.train_seq_len + 1, torch.Generator().manual_seed(i)).cuda() for i in range(2)]
+    data = [(t[:-1].int(), t[1:]) for t in ids]
+    long = random_documents(hp.val_seq_len, torch.Generator().manual_seed(9)).int().cuda()
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    features = torch.compile(model.features, dynamic=False, fullgraph=True)
+
+    def validate():
+        with torch.no_grad():
+            return features(long, window)
+
+    for optimizer in optimizers:
+        optimizer.compile()
+    first = float(tg.train_step(forward, model, optimizers, data, hp, 0, window))
+    model.eval()
+    validate()
+    model.train()
+    seen = set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(hp.steps):
+            loss = float(tg.train_step(forward, model, optimizers, data, hp, step, window))
+            seen.add(int(window))
+            model.eval()
+            out = validate()
+            model.train()
+    assert seen == set(range(1, 15)) and loss < first - 2, (seen, first, loss)
+    model.eval()
+    model.use_flex = False
+    with torch.no_grad():
+        assert relative_error(out, model.features(long, window)) < 3e-2
+
+
+def test_accumulated_sequences_equal_one_batch_of_them():
+    """FP8 on: the gradient that the optimizers see is the mean over sequences, however many there are."""
+    hp = small()
+    torch.manual_seed(0)
+    model = tg.place(tg.GPT(hp, 384), "cuda").train()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    window = torch.full((), 4, dtype=torch.int32, device="cuda")
+    ids = random_documents(hp.train_seq_len + 1, torch.Generator().manual_seed(1)).cuda()
+    grads = []
+    for copies in (1, 4):
+        model.zero_grad()
+        for _ in range(copies):
+            model(ids[:-1].int(), ids[1:], window).backward()
+        muon = tg.build_optimizers(model, dataclasses.replace(hp, sequences_per_step=copies))[1]
+        grads.append(muon.buckets[0].pack().float() / muon.grad_divisor)
+    assert grads[0].norm() > 0 and relative_error(grads[1], grads[0]) < 1e-2
+
+
+def test_newton_schulz_in_bf16_orthogonalizes():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(tg.zeropower_via_newtonschulz5(torch.randn(3, 768, 3072, device="cuda")).float())
+    assert 0.6 < values.min() and values.max() < 1.3

@@ -1,0 +1,130 @@
+"""Shards, streams and the thread that reads ahead."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import train_gpt as t
+from tiny import make_corpus, write_shard
+
+
+def knobs(folder, **changed):
+    return dataclasses.replace(t.Hyperparameters(), data_dir=str(folder), **{
+        **dict(train_seq_len=256, val_seq_len=512, sequences_per_step=4, val_tokens=1200, steps=8), **changed})
+
+
+def refusal(folder, **changed):
+    with pytest.raises(t.Refused) as caught:
+        t.load_corpus(knobs(folder, **changed), thorough=True)
+    assert caught.value.code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (dict(magic=1), "not a token shard"),
+    (dict(version=2), "not a token shard"),
+    (dict(count=2**31 - 1), "by its header"),
+    (dict(count=-5), "by its header"),
+    (dict(count=499), "by its header"),
+])
+def test_bad_headers(tmp_path, damage, words):
+    make_corpus(tmp_path)
+    write_shard(tmp_path / "train_000001.bin", np.arange(500) % 100, **damage)
+    sentence = refusal(tmp_path)
+    assert words in sentence and "train_000001.bin" in sentence
+
+
+def test_other_bad_data(tmp_path):
+    assert "not a folder" in refusal(tmp_path / "nowhere")
+    folder = make_corpus(tmp_path / "data")
+    assert "--val_tokens=1999 is the most" in refusal(folder, val_tokens=5000)
+    sentence = refusal(folder, steps=100)
+    assert "--epochs=10" in sentence and "--steps=10" in sentence
+    good = (folder / "train_000001.bin").read_bytes()
+    (folder / "train_000001.bin").write_bytes(good[:-100])
+    assert "cut short" in refusal(folder)
+    (folder / "train_000001.bin").write_bytes(b"")
+    assert "not a token shard" in refusal(folder)
+    write_shard(folder / "train_000001.bin", [5, 256])
+    assert "token 256 at 1" in refusal(folder)
+    (folder / "manifest.json").unlink()
+    write_shard(folder / "train_000001.bin", [5, 50257])
+    assert "token 50257 at 1" in refusal(folder)
+    (folder / "val_000000.bin").unlink()
+    assert "*val*.bin" in refusal(folder)
+
+
+def test_manifest(tmp_path):
+    folder = make_corpus(tmp_path)
+    corpus = t.load_corpus(knobs(folder), thorough=True)
+    hashes = {f["name"]: f["sha256"] for f in corpus.train_files}
+    val = (folder / "val_000000.bin").read_bytes()[1024:]
+    assert corpus.val_sha256 == hashlib.sha256(val[: 2 * 1201]).hexdigest()
+    assert hashes["train_000000.bin"] == hashlib.sha256((folder / "train_000000.bin").read_bytes()[1024:]).hexdigest()
+
+    def manifest(**fields):
+        (folder / "manifest.json").write_text(json.dumps({"encoding": "bytes", **fields}))
+
+    manifest(files=[dict(name="train_000000.bin", sha256=hashes["train_000000.bin"])])
+    t.load_corpus(knobs(folder), thorough=True)
+    manifest(files=[dict(name="train_000000.bin", sha256="0" * 64)])
+    assert "manifest says 000000000000" in refusal(folder)
+    manifest(encoding="utf-16")
+    assert "'utf-16'" in refusal(folder)
+    (folder / "manifest.json").write_text("{")
+    assert "cannot be read" in refusal(folder)
+
+
+def test_stream_crosses_shards_and_maps_the_document_start():
+    parts = [np.array(p, np.uint16) for p in ([1, 2, 50256], [3], [4, 5])]
+    assert t.TokenStream(parts).read(1, 4).tolist() == [2, 50256, 3, 4]
+    stream = t.TokenStream(parts, "bytes")
+    assert stream.read(0, 6).tolist() == [1, 2, 256, 3, 4, 5] and stream.eot == 256 and stream.total == 6
+    for start, length in ((3, 4), (-1, 2)):
+        with pytest.raises(IndexError):
+            stream.read(start, length)
+
+
+def test_ranks_partition_every_step_and_the_stream_wraps():
+    stream = t.TokenStream([np.arange(n, n + 700, dtype=np.uint16) for n in (0, 700)])
+    hp = dataclasses.replace(t.Hyperparameters(), train_seq_len=128, sequences_per_step=4, steps=4)
+    alone = t.Prefetcher(stream, hp, 0, 1)
+    ranks = [t.Prefetcher(stream, hp, rank, 2) for rank in (0, 1)]
+    for step in range(4):
+        firsts = [int(ids[0]) for ids, _ in alone.next()[0]]
+        assert firsts == [(step * 4 + i) % 10 * 128 for i in range(4)]  # 1,399 targets are 10 whole sequences
+        dealt = [[int(ids[0]) for ids, _ in loader.next()[0]] for loader in ranks]
+        assert dealt == [firsts[0::2], firsts[1::2]]
+    ids, targets = t.Prefetcher(stream, hp, 0, 1, first_step=3).next()[0][0]
+    assert ids[0] == 2 * 128 and (targets[:-1] == ids[1:]).all()
+    assert ids.dtype is t.torch.int32 and targets.dtype is t.torch.int64
+
+
+def test_a_failure_of_the_thread_reaches_the_consumer_and_a_hang_has_a_deadline(monkeypatch):
+    hp = dataclasses.replace(t.Hyperparameters(), train_seq_len=128, sequences_per_step=1, steps=4)
+
+    class Broken(t.TokenStream):
+        def read(self, start, length):
+            raise OSError("the disk is gone")
+
+    class Hanging(t.TokenStream):
+        def read(self, start, length):
+            t.threading.Event().wait()
+
+    tokens = [np.zeros(500, np.uint16)]
+    with pytest.raises(t.Refused, match="the disk is gone") as caught:
+        t.Prefetcher(Broken(tokens), hp, 0, 1).next()
+    assert caught.value.code == 4
+    monkeypatch.setattr(t, "LOADER_DEADLINE", 0.2)
+    with pytest.raises(t.Refused, match="gave nothing") as caught:
+        t.Prefetcher(Hanging(tokens), hp, 0, 1).next()
+    assert caught.value.code == 4
+
+
+def test_byte_tokens_are_gpt2s():
+    order = t.byte_order()
+    assert sorted(order) == list(range(256)) and order[0] == ord("!") and order.index(ord("\n")) == 198
+    encode, decode = t.text_codec("bytes", "")
+    assert encode(" a") == [220, 64] and decode([*encode("na\u00efve"), 256]) == "na\u00efve"

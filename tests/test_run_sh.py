@@ -1,0 +1,357 @@
+"""run.sh: its shell dialect, and what it decides on machines that stand-ins for python and nvidia-smi describe."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_SH = (ROOT / "run.sh").read_text(encoding="utf-8")
+CODE = "\n".join(line for line in RUN_SH.splitlines() if not line.lstrip().startswith("#"))
+SHELLS = [shell for shell in ("bash", "dash", "ksh") if shutil.which(shell)]
+pytestmark = pytest.mark.skipif(os.name != "posix" or not shutil.which("sh"), reason="needs a POSIX shell")
+
+# Plays python and, in .venv, what python made there. Snippets about torch get the answers that the test has set; any
+# other snippet runs in the real interpreter; everything else is written down, one line a call.
+INTERPRETER = r"""#!/bin/sh
+if [ "$1" = -c ]; then
+    case $2 in
+        "") exit 0 ;;
+        *'import torch'*) [ -n "$GPUS" ] && echo "$GPUS"; exit ;;
+        *'version("torch")'*) [ ! -e "${0%/bin/*}/torch" ] || { cat "${0%/bin/*}/torch"; exit 0; }; exit 1 ;;
+        *'"%d.%d"'*) echo "${VERSION:-3.11}"; exit ;;
+        *ensurepip*) exit "${NO_VENV:-0}" ;;
+        *'sys.exit'*) exit "${TOO_OLD:-0}" ;;
+        *get_path*) mkdir -p "${0%/bin/*}/site"; echo "${0%/bin/*}/site"; exit ;;
+        *locate_file*) echo /elsewhere; exit ;;
+        *) exec "$REAL" "$@" ;;
+    esac
+fi
+echo "$*" >> "$CALLS"
+case "$1 $2" in
+    '-m venv')
+        for folder in "$@"; do :; done
+        mkdir -p "$folder/bin"
+        cp "$0" "$folder/bin/python"
+        case $* in *--system-site-packages*) [ -n "$HIDDEN" ] || cp "${0%/bin/*}/torch" "$folder/torch" ;; esac ;;
+    '-m pip') [ -z "$NO_PIP" ] || exit 1; [ -e "${0%/bin/*}/torch" ] || echo 2.13.0 > "${0%/bin/*}/torch"
+        case $* in *needs.txt*) cp "${0%/bin/*}/constraints.txt" "${0%/bin/*}/needs.txt" "$KEPT" ;; esac ;;
+    'data/fineweb.py '*) exit "${FINEWEB:-0}" ;;
+    'data/tokenize_text.py '*) mkdir -p data/embedded; echo '{}' > data/embedded/manifest.json ;;
+    '-m pytest') exit 7 ;;
+    *train_gpt.py*|*my.py*|'-m torch'*) env > "$KEPT/environment"; exit "${CODE:-0}" ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of run.sh in an empty checkout, with a PATH that holds nothing but POSIX tools and the stand-ins."""
+
+    def __init__(self, folder):
+        self.root, self.tools, self.kept = folder / "a checkout", folder / "python" / "bin", folder / "kept"
+        for path in (self.root / "data", self.tools, self.kept):
+            path.mkdir(parents=True)
+        for name in ("run.sh", "requirements.txt", "requirements.lock"):
+            shutil.copy(ROOT / name, self.root / name)
+        (self.root / "train_gpt.py").touch()
+        for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
+            (self.tools / tool).symlink_to(shutil.which(tool))
+        self.put("python3", INTERPRETER)
+        self.environment = {"PATH": str(self.tools), "CALLS": str(self.kept / "calls"), "KEPT": str(self.kept),
+                            "REAL": sys.executable, "GPUS": "0 0"}  # fmt: skip
+        self.shell = shutil.which("sh")
+
+    def put(self, name, text):
+        path = self.tools / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def torch(self, version):  # the interpreter comes with this torch
+        (self.tools.parent / "torch").write_text(version + "\n")
+        return self
+
+    def gpu(self, count, mib):
+        self.put("nvidia-smi", f"#!/bin/sh\necho 'GPU 0: {count} of {mib} MiB'\n")
+        self.environment["GPUS"] = f"{count} {mib}"
+        return self
+
+    def fineweb(self):
+        (self.root / "data/fineweb10B").mkdir()
+        (self.root / "data/fineweb10B/manifest.json").touch()
+        return self
+
+    def run(self, *arguments, code=0, **environment):
+        """Runs run.sh from another folder; returns the calls to the interpreter since the last run."""
+        (self.kept / "calls").write_text("")
+        command = [self.shell, str(self.root / "run.sh"), *arguments]
+        done = subprocess.run(command, cwd=self.kept, env={**self.environment, **environment}, text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=60)  # fmt: skip
+        self.out, self.err = done.stdout, done.stderr
+        assert done.returncode == code, (done.returncode, self.out, self.err)
+        return (self.kept / "calls").read_text().splitlines()
+
+    def as_is(self, *arguments, **keywords):
+        """The same with PYTHON=python3, so that only what happens after the installation is left."""
+        if not (self.tools.parent / "torch").exists():
+            self.torch("2.13.0")
+        return self.run(*arguments, PYTHON="python3", **keywords)
+
+    def seen(self):  # the environment of the training process
+        return dict(line.split("=", 1) for line in (self.kept / "environment").read_text().splitlines() if "=" in line)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+# --- the shell dialect
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("file", ["run.sh", ".ci/run"])
+def test_every_shell_parses_it(shell, file):
+    subprocess.run([shell, "-n", ROOT / file], check=True, timeout=20)
+
+
+def test_short_and_executable():
+    assert len(RUN_SH.splitlines()) <= 150 and max(map(len, RUN_SH.splitlines())) <= 120
+    assert os.access(ROOT / "run.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
+    assert RUN_SH.startswith("#!/bin/sh\n")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\[\[", r"\bdeclare\b", r"\blocal\b", r"\bmapfile\b|\breadarray\b", r"\$\{\w+[,^]", r"\$\{\w+//?", r"\$\{\w+:\d",
+     r"<<<", r"[<>]\(", r"&>", r"\|&", r"=\(", r"\bfunction\b", r"\bsource\b", r"pipefail", r"\$'", r"\becho -",
+     r" == "],
+)  # fmt: skip
+def test_nothing_that_bash_3_2_or_posix_lacks(pattern):
+    in_awk = [line for line in CODE.splitlines() if "awk" not in line]
+    assert not [line for line in in_awk if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\bnproc\b", r"readlink", r"realpath", r"sed -[ir]", r"grep -[PoR]", r"\bseq\b", r"\bstat\b", r"sha256sum",
+     r"timeout ", r"mktemp", r"df -\w*h", r"xargs -r", r"sort -V", r"date -", r"\bfree -", r"cp -\w*[aT]", r"\s--(quiet|silent)\b"],
+)  # fmt: skip
+def test_no_tool_or_flag_that_only_linux_has(pattern):
+    assert not [line for line in CODE.splitlines() if re.search(pattern, line)]
+
+
+def test_range_and_lock_agree_with_run_sh():
+    ranges, lock = (ROOT / "requirements.txt").read_text(), (ROOT / "requirements.lock").read_text()
+    assert "torch>=2.11,<2.15" in ranges and "2.1[1-4].*" in RUN_SH
+    assert "torch==2.13.0\n" in lock and "numpy==2.4.6\n" in lock
+    names = re.findall(r"^([\w-]+)[>=<]", ranges, re.MULTILINE)
+    assert names[:4] == ["torch", "numpy", "tiktoken", "huggingface_hub"]
+    for name in names:
+        assert re.search(rf"^{name}==[\d.]+$", lock, re.MULTILINE), name
+    assert not re.search(r"^(nvidia|triton|cuda)", lock, re.MULTILINE)
+    assert re.search(r"^# Tests and records", ranges, re.MULTILINE), "run.sh cuts requirements.txt at this line"
+
+
+# --- data, preset and processes
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_without_gpu_the_cpu_preset_learns_the_embedded_text(machine, shell):
+    machine.shell = shutil.which(shell)
+    calls = machine.as_is("--steps=3", "--prompt=two words")
+    assert calls == [
+        "data/tokenize_text.py --encoding bytes --out data/embedded",
+        "train_gpt.py --preset=cpu --data_dir=data/embedded --steps=3 --prompt=two words",
+    ]
+    assert machine.as_is("--steps=3")[0].startswith("train_gpt.py")  # the text is made once
+    assert "preset: cpu, data: data/embedded" in machine.out
+
+
+@pytest.mark.parametrize(
+    "gib, preset",
+    [(139, "80gb"), (79, "80gb"), (75, "80gb"), (74, "40gb"), (47, "40gb"), (39, "40gb"), (38, "40gb"), (37, "24gb"),
+     (23, "24gb"), (22, "24gb"), (16, "24gb")],
+)  # fmt: skip
+def test_the_smallest_gpu_picks_the_preset(machine, gib, preset):
+    calls = machine.gpu(1, gib * 1024).fineweb().as_is()
+    assert calls == [f"train_gpt.py --preset={preset} --data_dir=data/fineweb10B"]
+    assert ("less than any preset was measured on" in machine.out) == (gib < 22)
+    assert f"smallest: {gib} GiB" in machine.out and f"preset: {preset}" in machine.out
+
+
+@pytest.mark.parametrize("gpus, processes", [(2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8), (16, 8)])
+def test_one_process_per_gpu_as_far_as_eight_sequences_divide(machine, gpus, processes):
+    calls = machine.gpu(gpus, 81000).fineweb().as_is("--lr=0.1")
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes} train_gpt.py"
+    assert calls == [f"{launch} --preset=80gb --data_dir=data/fineweb10B --lr=0.1"]
+    assert (f"using {processes} of {gpus} GPUs" in machine.out) == (gpus != processes)
+    assert int(machine.seen()["OMP_NUM_THREADS"]) >= 1
+
+
+def test_what_the_user_names_wins(machine):
+    machine.gpu(1, 81000)
+    assert machine.as_is("--data_dir=/mine") == ["train_gpt.py --preset=80gb --data_dir=/mine"]
+    assert machine.as_is("--preset=24gb", "--data_dir=/mine") == ["train_gpt.py --preset=24gb --data_dir=/mine"]
+    assert machine.as_is("--preset=tiny")[-1] == "train_gpt.py --data_dir=data/embedded --preset=tiny"
+    assert machine.fineweb().as_is("--preset=24gb") == ["train_gpt.py --data_dir=data/fineweb10B --preset=24gb"]
+
+
+def test_fineweb_is_fetched_once(machine):
+    calls = machine.gpu(1, 81000).as_is()
+    assert calls == ["data/fineweb.py", "train_gpt.py --preset=80gb --data_dir=data/fineweb10B"]
+    machine.fineweb()
+    assert len(machine.as_is()) == 1
+
+
+def test_without_fineweb_and_network_a_tiny_model_is_trained(machine):
+    calls = machine.gpu(1, 81000).as_is(FINEWEB="2")
+    assert calls[-1] == "train_gpt.py --preset=tiny --data_dir=data/embedded"
+    assert "cannot be fetched" in machine.out
+    machine.as_is("--preset=40gb", FINEWEB="2", code=2)
+    assert machine.err == "run.sh: --preset=40gb needs FineWeb, or other data named by --data_dir=DIR.\n"
+    assert machine.as_is(FINEWEB="130", code=130) == ["data/fineweb.py"]  # stopped by the user
+
+
+def test_shards_without_a_manifest_serve_where_there_is_no_network(machine):
+    folder = machine.gpu(1, 81000).root / "data/fineweb10B"
+    folder.mkdir()
+    (folder / "fineweb_val_000000.bin").touch()
+    assert machine.as_is(FINEWEB="2")[-1].endswith("--preset=tiny --data_dir=data/embedded")
+    (folder / "fineweb_train_000001.bin").touch()
+    assert machine.as_is(FINEWEB="2")[-1].endswith("--preset=80gb --data_dir=data/fineweb10B")
+
+
+def test_another_script(machine):
+    machine.as_is("my.py", code=2)
+    assert machine.err == "run.sh: there is no script my.py.\n"
+    (machine.root / "my.py").touch()
+    assert machine.as_is("my.py", "--lr=1")[-1] == "my.py --preset=cpu --data_dir=data/embedded --lr=1"
+
+
+def test_help_needs_neither_data_nor_training(machine):
+    assert machine.as_is("--help") == ["train_gpt.py --help"]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 75])
+def test_exit_codes_of_one_process_pass_through(machine, code):
+    machine.as_is(CODE=str(code), code=code)
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(machine):
+    machine.gpu(1, 81000).as_is(GPUS="0 0")
+    assert "torch 2.13.0 cannot use this machine's GPU" in machine.out and "preset: cpu" in machine.out
+
+
+def test_caches_lie_in_the_checkout_unless_the_user_names_others(machine):
+    machine.as_is()
+    seen = machine.seen()
+    assert seen["TORCHINDUCTOR_CACHE_DIR"] == f"{machine.root}/.cache/inductor"
+    assert seen["TRITON_CACHE_DIR"] == f"{machine.root}/.cache/triton"
+    assert seen["TORCHINDUCTOR_FX_GRAPH_CACHE"] == seen["TORCHINDUCTOR_AUTOGRAD_CACHE"] == "1"
+    assert not [name for name in seen if "ALLOC_CONF" in name or "NCCL" in name]
+    machine.gpu(2, 81000).fineweb().as_is(TRITON_CACHE_DIR="/mine", OMP_NUM_THREADS="3")
+    seen = machine.seen()
+    assert (seen["TRITON_CACHE_DIR"], seen["OMP_NUM_THREADS"]) == ("/mine", "3")
+    assert seen["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    machine.as_is(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")
+    assert "PYTORCH_ALLOC_CONF" not in machine.seen()
+
+
+# --- the interpreter and .venv
+
+
+def test_installs_once_and_again_when_the_lock_changes(machine):
+    calls = machine.run()
+    assert calls[0] == "-m venv --clear .venv" and calls[1].startswith("-m pip install") and len(calls) == 4
+    assert "torch==2.13.0" in (machine.kept / "constraints.txt").read_text()
+    needs = (machine.kept / "needs.txt").read_text()
+    assert "torch>=" in needs and "pytest" not in needs
+    if sys.platform == "linux":
+        assert "3 GB to download" in machine.out and "Sparing the download" in machine.out
+    assert [call.split()[0] for call in machine.run()] == ["train_gpt.py"]
+    with open(machine.root / "requirements.lock", "a") as lock:
+        lock.write("more==1\n")
+    calls = machine.run()
+    assert calls[0].startswith("-m pip install") and "to download" not in machine.out
+    assert "torch==2.13.0" in (machine.kept / "constraints.txt").read_text()  # its own torch follows the lock
+
+
+def test_the_tests_get_their_needs_and_their_exit_code_passes(machine):
+    machine.run()
+    calls = machine.run("test", "-k", "a or b", code=7)
+    assert calls[0].startswith("-m pip install") and calls[1] == "-m pytest -q -k a or b"
+    assert "pytest" in (machine.kept / "needs.txt").read_text()
+    assert machine.run("test", code=7) == ["-m pytest -q"]
+    assert len(machine.run()) == 1
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cpu", "2.12.0a0+0123456.nv26"])
+def test_the_interpreters_own_torch_is_reused(machine, version):
+    calls = machine.torch(version).run()
+    assert calls[0] == "-m venv --clear --system-site-packages .venv"
+    constraints = (machine.kept / "constraints.txt").read_text()
+    assert f"reusing torch {version}" in machine.out and "numpy==" in constraints and "torch==" not in constraints
+    assert "to download" not in machine.out
+
+
+def test_a_torch_of_an_activated_venv_is_reused(machine):
+    machine.torch("2.13.0").run(HIDDEN="1")
+    assert (machine.root / ".venv/site/reused_torch.pth").read_text() == "/elsewhere\n"
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.15.0", "2.1.0", "3.0.0"])
+def test_a_torch_out_of_range_is_not(machine, version):
+    assert machine.torch(version).run()[0] == "-m venv --clear .venv"
+    assert f"torch {version} of python3 does not suit" in machine.out
+
+
+def test_a_cpu_only_torch_does_not_serve_a_gpu(machine):
+    assert machine.gpu(1, 81000).torch("2.13.0+cpu").fineweb().run()[0] == "-m venv --clear .venv"
+
+
+def test_a_torch_put_into_venv_after_a_stopped_start_is_reused(machine):
+    machine.run(NO_PIP="1", code=2)
+    (machine.root / ".venv/torch").write_text("2.14.0+cpu\n")
+    assert machine.run()[0].startswith("-m pip install") and "reusing torch 2.14.0+cpu" in machine.out
+
+
+def test_a_torch_installed_for_the_interpreter_after_a_stopped_start_is_reused(machine):
+    machine.run(NO_PIP="1", code=2)
+    assert machine.torch("2.13.0+cpu").run()[0] == "-m venv --system-site-packages .venv"
+
+
+def test_python_is_taken_as_it_is(machine):
+    assert [call.split()[0] for call in machine.as_is()] == ["data/tokenize_text.py", "train_gpt.py"]
+    assert not (machine.root / ".venv").exists()
+    assert machine.as_is("test", "tests/test_x.py", code=7) == ["-m pytest -q tests/test_x.py"]
+
+
+def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
+    def refused(*arguments, **environment):
+        assert not [call for call in machine.run(*arguments, code=2, **environment) if "train_gpt" in call]
+        assert machine.err.startswith("run.sh: ") and machine.err.count("\n") == 1
+        return machine.err
+
+    assert "has no torch" in refused(PYTHON="python3")
+    assert "not a Python of version 3.10 or newer" in refused(PYTHON="python3", TOO_OLD="1")
+    assert "PYTHON=missing is not a Python" in refused(PYTHON="missing")
+    assert "Python 3.10 to 3.14 is needed, python3 is 3.9." in refused(VERSION="3.9")
+    assert "Python 3.10 to 3.14 is needed, python3 is 3.15." in refused(VERSION="3.15")
+    assert "python3 lacks venv" in refused(NO_VENV="1")
+    assert "pip could not install" in refused(NO_PIP="1")
+    machine.put("df2", "#!/bin/sh\necho Filesystem\necho /dev/disk 9000000 8000000 1000000 90% /\n")
+    (machine.tools / "df").unlink()
+    (machine.tools / "df2").rename(machine.tools / "df")
+    assert "2 GB of disk are needed for .venv, and only 0 GB are free" in refused()
+    (machine.tools / "python3").unlink()
+    shutil.rmtree(machine.root / ".venv")
+    assert "there is no python3 on the PATH" in refused()
+
+
+def test_python_3_10_gets_the_ranges(machine):
+    machine.run(VERSION="3.10")
+    assert (machine.kept / "constraints.txt").read_text() == "" and "starts at Python 3.11" in machine.out
