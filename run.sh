@@ -122,16 +122,16 @@ print(n, min([torch.cuda.get_device_properties(i).total_memory >> 20 for i in ra
 gpus=${answer% *} mib=${answer#* } processes=1
 if [ "$gpus" -eq 0 ]; then
     [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || ! has_gpu || say "torch $(torch_of "$python") cannot use this machine's GPU"
-    preset=${preset:-cpu}
+    preset=${preset:-cpu} machine="no GPU"
 else
     case $gpus in 1) ;; 2|3) processes=2 ;; 4|5|6|7) processes=4 ;; *) processes=8 ;; esac
     [ "$gpus" -eq $processes ] || say "using $processes of $gpus GPUs: a step's 8 sequences divide among 1, 2, 4 or 8"
-    # Their older name of the same setting, PYTORCH_CUDA_ALLOC_CONF, is the user's to use.
+    # PYTORCH_CUDA_ALLOC_CONF is the older name of the same setting: one who uses it is left alone.
     [ -n "$PYTORCH_CUDA_ALLOC_CONF" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-expandable_segments:True}"
     if [ "$mib" -ge 76800 ]; then fits=80gb; elif [ "$mib" -ge 38912 ]; then fits=40gb; else fits=24gb; fi
     [ "$mib" -ge 22528 ] || [ -n "$preset" ] || say "$((mib / 1024)) GiB are less than any preset was measured on:" \
         "if memory runs out, lower --train_seq_len and --val_seq_len, or train a small model with --preset=tiny"
-    preset=${preset:-$fits}
+    preset=${preset:-$fits} machine="$gpus GPUs of at least $((mib / 1024)) GiB"
 fi
 [ -n "$data" ] || case $preset in
     cpu|tiny) embedded_text ;;
@@ -141,7 +141,7 @@ fi
             say "FineWeb is not here and cannot be fetched: a tiny model learns the text that comes with numpy instead"
             preset=tiny; embedded_text; } ;;
 esac
-say "GPUs: $gpus, smallest: $((mib / 1024)) GiB, processes: $processes, preset: $preset, data: $data"
+say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"
 # A single process needs no torchrun, which would turn every exit code of the script into 1.

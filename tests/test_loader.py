@@ -77,11 +77,11 @@ def test_manifest(tmp_path):
     assert "cannot be read" in refusal(folder)
 
 
-def test_stream_crosses_shards_and_maps_the_document_start():
+def test_stream_crosses_shards_and_keeps_the_document_start():
     parts = [np.array(p, np.uint16) for p in ([1, 2, 50256], [3], [4, 5])]
     assert t.TokenStream(parts).read(1, 4).tolist() == [2, 50256, 3, 4]
     stream = t.TokenStream(parts, "bytes")
-    assert stream.read(0, 6).tolist() == [1, 2, 256, 3, 4, 5] and stream.eot == 256 and stream.total == 6
+    assert stream.read(0, 6).tolist() == [1, 2, 50256, 3, 4, 5] and stream.total == 6
     for start, length in ((3, 4), (-1, 2)):
         with pytest.raises(IndexError):
             stream.read(start, length)

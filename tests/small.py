@@ -1,0 +1,45 @@
+"""A small model, its documents and its optimizers in this process, for the tests of the recipe."""
+
+import dataclasses
+
+import torch
+from reference import EOT
+
+import train_gpt as tg
+
+torch.set_num_threads(1)  # a second thread gains nothing here, and on shared cores makes a step many times slower
+ROWS = 384  # vocabulary rows of a byte model
+
+
+def small_hp(**knobs) -> tg.Hyperparameters:
+    knobs = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, layer_pattern="LS-S",
+                 value_pattern="0..0", sequences_per_step=2, steps=20) | knobs
+    return dataclasses.replace(tg.Hyperparameters(), **knobs)
+
+
+def small_model(hp: tg.Hyperparameters, seed: int = 0, awake: bool = False) -> tg.GPT:
+    """`awake`: what starts at zero, and hides most of the model by it, gets random values instead."""
+    torch.manual_seed(seed)
+    model = tg.place(tg.GPT(hp, ROWS), "cpu").train()
+    model.use_flex = False
+    if awake:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.ndim >= 2 and not p.any():
+                    p.normal_(std=0.2 * p.size(-1) ** -0.5 if name != "lm_head.weight" else 0.3)
+                elif name.endswith("lambdas"):
+                    p.add_(torch.rand(p.shape) * 0.3 + 0.1)
+            model.skip_weights.copy_(torch.linspace(0.5, 1.5, len(model.skip_weights)))
+    return model
+
+
+def documents(hp: tg.Hyperparameters, count: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` training sequences of random bytes: (input_ids, targets), a document start at every 100th token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 100, (count, hp.train_seq_len + 1), generator=generator)
+    ids[:, ::100] = EOT
+    return [(row[:-1].int(), row[1:].clone()) for row in ids]
+
+
+def window_tensor(blocks: int = 0) -> torch.Tensor:
+    return torch.tensor(blocks, dtype=torch.int32)

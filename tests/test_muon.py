@@ -1,0 +1,332 @@
+"""Muon and Adam: against SVD, against torch's own, against short references, and what they send."""
+
+import copy
+
+import pytest
+import torch
+from reference import relative_error
+from small import documents, small_hp, small_model, window_tensor
+
+import train_gpt as tg
+
+
+def rand(*shape, seed=0, bf16=True):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return value.bfloat16().float() if bf16 else value  # gradients travel in bf16; values of it lose nothing there
+
+
+def params(*shapes):
+    return [torch.nn.Parameter(rand(*shape, seed=100 + i)) for i, shape in enumerate(shapes)]
+
+
+def feed(params, step, scale=0.1):
+    for i, p in enumerate(params):
+        p.grad = rand(*p.shape, seed=1000 * step + i) * scale * (i + 1)
+
+
+def train(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        feed(params, step)
+        optimizer.step()
+
+
+def moved(after, before):
+    return torch.cat([(a.detach() - b.detach()).flatten() for a, b in zip(after, before)])
+
+
+# ---- Newton-Schulz
+
+
+@pytest.mark.parametrize("shape", [(48, 192), (192, 48), (5, 32, 96), (2, 3, 96, 32), (1, 40)])
+def test_newton_schulz_keeps_the_subspaces_and_levels_the_singular_values(shape):
+    G = rand(*shape, bf16=False)
+    X = tg.zeropower_via_newtonschulz5(G)
+    assert X.shape == G.shape and X.dtype == torch.float32
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    core = U.mT @ X @ Vh.mT  # diagonal iff the singular vectors are G's
+    values = core.diagonal(dim1=-2, dim2=-1)
+    assert 0.65 < values.min() and values.max() < 1.25
+    assert (core - torch.diag_embed(values)).abs().max() < 1e-3
+    assert relative_error(U @ core @ Vh, X) < 1e-4, "nothing of X lies outside"
+
+
+def test_newton_schulz_lifts_small_singular_values_and_leaves_zero_alone():
+    Q = [torch.linalg.qr(rand(64, 64, seed=i, bf16=False))[0] for i in (1, 2)]
+    S = torch.logspace(0, -2, 64)
+    values = torch.linalg.svdvals(tg.zeropower_via_newtonschulz5(Q[0] * S @ Q[1]))
+    assert 0.5 < values.min() and values.max() < 1.25
+    more = torch.linalg.svdvals(tg.zeropower_via_newtonschulz5(Q[0] * S @ Q[1], steps=1))
+    assert more.min() < 0.1, "the number of steps is used"
+    assert not tg.zeropower_via_newtonschulz5(torch.zeros(2, 8, 16)).any()
+    for scale in (1e-4, 1e4):
+        G = rand(16, 32, bf16=False)
+        assert relative_error(tg.zeropower_via_newtonschulz5(G * scale), tg.zeropower_via_newtonschulz5(G)) < 1e-3
+
+
+# ---- Muon
+
+SHAPES = [(48, 96), (96, 48), (48, 96), (64, 64), (37, 11), (1, 50)]  # most are no multiple of 4,096 values
+
+
+def reference_muon(weight, grads, lr, momentum):
+    buffer = torch.zeros_like(weight)
+    for grad in grads:
+        buffer = momentum * buffer + (1 - momentum) * grad
+        update = tg.zeropower_via_newtonschulz5(momentum * buffer + (1 - momentum) * grad)
+        update *= lr * max(1, weight.size(0) / weight.size(1)) ** 0.5
+        weight = weight - update.bfloat16().float()
+    return weight
+
+
+@pytest.mark.parametrize("divisor", [1, 8])
+def test_muon_equals_a_reference(divisor):
+    ours = params(*SHAPES)
+    before = copy.deepcopy(ours)
+    train(tg.Muon(ours, lr=0.03, momentum=0.9, grad_divisor=divisor), ours, 6)
+    for i, (p, start) in enumerate(zip(ours, before)):
+        grads = [rand(*p.shape, seed=1000 * step + i) * 0.1 * (i + 1) / divisor for step in range(6)]
+        want = reference_muon(start.detach(), grads, 0.03, 0.9)
+        assert relative_error(p - start, want - start) < 1e-2, SHAPES[i]
+
+
+def test_muon_equals_torchs():
+    ours = params(*SHAPES)
+    before, theirs = copy.deepcopy(ours), copy.deepcopy(ours)
+    train(tg.Muon(ours, lr=0.03, momentum=0.9), ours, 8)
+    train(torch.optim.Muon(theirs, lr=0.03, momentum=0.9, weight_decay=0, nesterov=True), theirs, 8)
+    for a, b, c in zip(ours, theirs, before):  # torch's iterates in bf16, also on the CPU
+        assert relative_error(a - c, b - c) < 3e-2, tuple(a.shape)
+
+
+def test_a_stack_of_matrices_is_its_matrices():
+    stack = torch.nn.Parameter(rand(3, 64, 128))
+    alone = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
+    optimizers = tg.Muon([stack]), tg.Muon(alone)
+    for step in range(3):
+        stack.grad = rand(3, 64, 128, seed=step)
+        for p, g in zip(alone, stack.grad):
+            p.grad = g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(stack, torch.stack([p.detach() for p in alone]))
+
+
+def test_matrices_of_one_shape_are_one_batch(monkeypatch):
+    seen, real = [], tg.zeropower_via_newtonschulz5
+    watch = lambda G, steps: seen.append(tuple(G.shape)) or real(G, steps)
+    monkeypatch.setattr(tg, "zeropower_via_newtonschulz5", watch)
+    ours = params(*SHAPES)
+    train(tg.Muon(ours), ours, 1)
+    assert sorted(seen) == sorted([(2, 48, 96), (1, 96, 48), (1, 64, 64), (1, 37, 11), (1, 1, 50)])
+
+
+def test_muon_refuses_what_is_no_matrix():
+    for shape in ((7,), (), (3, 5, 5)):
+        with pytest.raises(ValueError, match="no matrix"):
+            tg.Muon([torch.nn.Parameter(torch.zeros(shape))])
+
+
+# ---- Adam
+
+
+def test_adam_equals_torchs():
+    shapes = [(33, 70), (5,), (), (64, 64), (2, 3, 4)]
+    ours = params(*shapes)
+    before, theirs = copy.deepcopy(ours), copy.deepcopy(ours)
+    hyper = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-10)
+    train(tg.Adam(ours, grad_divisor=1, **hyper), ours, 8)
+    train(torch.optim.Adam(theirs, **hyper), theirs, 8)
+    for a, b, c in zip(ours, theirs, before):
+        assert relative_error(a - c, b - c) < 4e-3, tuple(a.shape)  # updates are rounded to bf16
+
+
+def test_adam_divides_the_summed_gradient():
+    """Adam forgets scales but for eps, so a large eps shows the divisor."""
+    ours = params((8, 8), (3,))
+    before, theirs = copy.deepcopy(ours), copy.deepcopy(ours)
+    train(tg.Adam(ours, lr=0.1, eps=1.0, grad_divisor=4), ours, 3)
+    optimizer = torch.optim.Adam(theirs, lr=0.1, eps=1.0)
+    for step in range(3):
+        feed(theirs, step)
+        for p in theirs:
+            p.grad /= 4
+        optimizer.step()
+    assert relative_error(moved(ours, before), moved(theirs, before)) < 5e-3
+
+
+def test_small_tensors_share_a_bucket_and_keep_their_own_learning_rates():
+    ours = params((5,), (), (7,), (8, 8), (9, 9))
+    groups = [dict(params=ours[:2], lr=0.5), dict(params=ours[2:4], lr=0.25), dict(params=ours[4:])]
+    optimizer = tg.Adam(groups, lr=0.125)
+    assert sorted(len(b.params) for b in optimizer.buckets) == [1, 1, 3]
+    before = copy.deepcopy(ours)
+    train(optimizer, ours, 1)
+    for p, start, lr in zip(ours, before, (0.5, 0.5, 0.25, 0.25, 0.125)):  # Adam's first step is lr for every value
+        assert torch.allclose((p - start).abs(), torch.full_like(p, lr), rtol=1e-2)
+
+
+# ---- Both, as any torch.optim.Optimizer
+
+
+def both():
+    """Two cases: (make an optimizer of parameters, their shapes)."""
+    return [pytest.param(lambda ps: tg.Muon(ps, lr=0.02), SHAPES, id="muon"),
+            pytest.param(lambda ps: tg.Adam(ps, lr=0.02), [(5,), (33, 70), (), (64, 64)], id="adam")]
+
+
+@pytest.mark.parametrize("make,shapes", both())
+def test_the_state_goes_on_where_it_was_saved(make, shapes, tmp_path):
+    ours = params(*shapes)
+    optimizer = make(ours)
+    train(optimizer, ours, 3)
+    torch.save([optimizer.state_dict(), ours], tmp_path / "state.pt")
+    state, loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed, fresh = make(loaded), make(copy.deepcopy(ours))
+    resumed.load_state_dict(state)
+    forgotten = fresh.param_groups[0]["params"]
+    for opt, ps in ((optimizer, ours), (resumed, loaded), (fresh, forgotten)):
+        train(opt, ps, 3, first=3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, loaded))
+    assert not all(torch.equal(a, b) for a, b in zip(ours, forgotten)), "the state matters"
+
+
+@pytest.mark.parametrize("make,shapes", both())
+def test_learning_rate_schedulers(make, shapes):
+    ours = params(*shapes)
+    optimizer = make(ours)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 1 else 1.0)
+    for still in (False, True, False):
+        before = copy.deepcopy(ours)
+        train(optimizer, ours, 1)
+        scheduler.step()
+        assert (not moved(ours, before).any()) == still
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    sizes = []
+    for step in range(10):
+        before = copy.deepcopy(ours)
+        train(optimizer, ours, 1, first=step)
+        sizes.append(float(moved(ours, before).norm()))
+        if step < 9:
+            cycle.step()
+    assert max(sizes) == max(sizes[2:5]) > 5 * sizes[0] and sizes[-1] < 1e-2 * sizes[0]
+
+
+@pytest.mark.parametrize("make,shapes", both())
+def test_missing_gradients_count_as_zero_and_a_closure_is_called(make, shapes):
+    ours = params(*shapes)
+    optimizer, before = make(ours), copy.deepcopy(ours)
+    optimizer.step()
+    assert not moved(ours, before).any()
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ours[0].square().sum()  # the others stay without one
+        loss.backward()
+        calls.append(loss.detach())
+        return loss
+
+    assert optimizer.step(closure) is not None and len(calls) == 1 and torch.is_grad_enabled()
+    assert [bool(moved([a], [b]).any()) for a, b in zip(ours, before)] == [True] + [False] * (len(ours) - 1)
+
+
+@pytest.mark.parametrize("make", [tg.Muon, tg.Adam])
+def test_bf16_parameters_with_bf16_gradients(make):
+    narrow, wide = torch.nn.Parameter(rand(64, 64).bfloat16()), torch.nn.Parameter(rand(64, 64))
+    for p in (narrow, wide):
+        optimizer = make([p], lr=0.25)
+        p.grad = rand(64, 64, seed=1).to(p.dtype)
+        kept = p.grad.clone()
+        optimizer.step()
+        assert torch.equal(kept, p.grad), "a step leaves gradients as they are"
+    assert narrow.dtype == torch.bfloat16
+    assert relative_error(narrow.float() - rand(64, 64), wide - rand(64, 64)) < 2e-2
+
+
+# ---- The exchange
+
+
+def test_every_parameter_is_in_one_group_and_by_its_rule():
+    hp = small_hp()
+    model = small_model(hp)
+    adam, muon = tg.build_optimizers(model, hp)
+    names = {id(p): name for name, p in model.named_parameters()}
+    lrs = {names[id(p)]: (type(o), g["lr"]) for o in (adam, muon) for g in o.param_groups for p in g["params"]}
+    assert len(lrs) == len(names) == sum(len(g["params"]) for o in (adam, muon) for g in o.param_groups)
+    for name, got in lrs.items():
+        want = (tg.Adam, 0.04) if "lambdas" in name else (tg.Muon, 0.05)
+        want = (tg.Adam, 0.6) if name.startswith(("embed.", "value_embeds.")) else want
+        want = {"lm_head.weight": (tg.Adam, 0.008), "skip_weights": (tg.Adam, 0.01)}.get(name, want)
+        assert got == want, name
+    assert all(g["initial_lr"] == g["lr"] for o in (adam, muon) for g in o.param_groups)
+    assert adam.param_groups[0]["betas"] == (0.8, 0.95) and muon.param_groups[0]["momentum"] == 0.95
+    assert adam.grad_divisor == muon.grad_divisor == 2
+    model.extra = model.embed  # a second name for the same parameter is no second parameter
+    tg.build_optimizers(model, hp)
+
+
+def test_the_skip_weights_move_by_their_own_learning_rate():
+    for lr in (0.01, 0.0):
+        hp = small_hp(skip_lr=lr)
+        model = small_model(hp, awake=True)
+        before = model.skip_weights.detach().clone()
+        tg.train_step(model, model, tg.build_optimizers(model, hp), documents(hp, 2), hp, 0, window_tensor())
+        assert torch.allclose((model.skip_weights - before).abs(), torch.full_like(before, lr), rtol=1e-2)
+
+
+def test_e5m2_blocks_have_their_own_scales():
+    n = tg.SCALE_BLOCK
+    x = rand(4 * n, bf16=False) * torch.tensor([1e-6, 1.0, 3e4, 0.0]).repeat_interleave(n)
+    values, scales = tg.quantize_e5m2(x)
+    assert values.dtype == torch.float8_e5m2 and values.shape == (4 * n,) and scales.shape == (4,)
+    back = tg.dequantize_e5m2(values, scales)
+    for a, b in zip(back[: 3 * n].view(3, n), x.view(4, n)):
+        assert 0.03 < relative_error(a, b) < 0.07 and relative_error(a.abs().max(), b.abs().max()) < 1e-6
+        assert ((a - b).abs() <= b.abs() / 8 + b.abs().max() * 2.0**-31).all(), "2 bits of mantissa"
+    assert torch.equal(back[3 * n :], torch.zeros(n)), "a block of zeros stays one, and is no 0 / 0"
+
+
+def test_on_one_rank_fp8_rounds_each_sequence_as_the_wire_would():
+    ours = params((64, 64), (100,))
+    optimizer = tg.Adam(ours, lr=1.0, eps=1.0, grad_divisor=2, grad_comm="fp8")
+    want = torch.zeros(2 * tg.SCALE_BLOCK)
+    for step in range(2):
+        feed(ours, step)
+        flat = torch.nn.functional.pad(torch.cat([p.grad.flatten() for p in ours]), (0, tg.SCALE_BLOCK - 100))
+        want += tg.dequantize_e5m2(*tg.quantize_e5m2(flat.bfloat16()))
+        optimizer.accumulate()
+        assert all(p.grad is None for p in ours)
+    got = torch.cat([optimizer.send_gradient(i, b)() for i, b in enumerate(optimizer.buckets)])
+    assert torch.equal(got, want) and not optimizer.sums
+
+
+def default_optimizers(world_size, **knobs):
+    hp = tg.Hyperparameters(**knobs)
+    with torch.device("meta"):
+        model = tg.GPT(hp, 50304)
+    return tg.build_optimizers(model, hp, world_size=world_size)
+
+
+def test_what_a_step_of_the_default_model_sends():
+    """Eight ranks; worked out from the shapes: what is padded to equal shares of matrices or of 4,096 values."""
+    square, mlp, table = 768 * 768, 3072 * 768, 50304 * 768
+    small = (12 + 11 + 1) * 4096  # mixing scalars of 12 blocks and 11 attentions, the skip weights
+    values = 48 * square + 2 * 16 * mlp + 5 * table + small  # 44 squares and 12 of each MLP shape, up to eights
+    sent = {}
+    for comm in ("bf16", "fp8"):
+        plan = [item for o in default_optimizers(8, grad_comm=comm) for item in o.plan()]
+        sent[comm] = {name: sum(n for kind, n in plan if kind == name) for name in {kind for kind, _ in plan}}
+    assert sent["bf16"] == dict(reduce_scatter_tensor=2 * values, all_gather_into_tensor=2 * values)
+    assert sent["fp8"] == dict(all_to_all_single=values + values // 4096 * 4, all_gather_into_tensor=2 * values)
+    total = {comm: sum(counts.values()) * 7 / 8 for comm, counts in sent.items()}
+    assert total == dict(bf16=1_188_298_752 * 7 / 8, fp8=891_514_176 * 7 / 8)
+    assert total["fp8"] < 0.78 * total["bf16"]
+
+
+def test_shares_are_whole_units_and_cover_everything():
+    for world in (1, 2, 3, 8, 16, 64):
+        for optimizer in default_optimizers(world):
+            for b in optimizer.buckets:
+                assert b.size == b.share * world >= b.used >= sum(p.numel() for p in b.params)
+                assert b.share % b.unit == 0 and b.unit % tg.SCALE_BLOCK == 0 and b.size - b.used < b.unit * world
+                assert all(stride % tg.SCALE_BLOCK == 0 for stride in b.strides)

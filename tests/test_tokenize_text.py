@@ -1,0 +1,316 @@
+"""data/tokenize_text.py: shards that decode to their text, the pinned text, every refusal's sentence."""
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "data" / "tokenize_text.py"
+spec = importlib.util.spec_from_file_location("tokenize_text", SCRIPT)
+tokenize_text = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tokenize_text)
+
+
+def read_shards(out):
+    """{split: tokens}, after checking headers, sizes, names and hashes against the manifest."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest) == {"encoding", "source", "files"}
+    tokens = {"train": [], "val": []}
+    for entry in manifest["files"]:
+        raw = (out / entry["name"]).read_bytes()
+        assert set(entry) == {"name", "split", "tokens", "sha256"}
+        assert entry["name"] == f"{entry['split']}_{len(tokens[entry['split']]):06d}.bin"
+        header = np.frombuffer(raw[:1024], dtype="<i4")
+        assert header[:3].tolist() == [20240520, 1, entry["tokens"]] and not header[3:].any()
+        assert len(raw) == 1024 + 2 * entry["tokens"]
+        assert entry["sha256"] == hashlib.sha256(raw[1024:]).hexdigest()
+        tokens[entry["split"]].append(np.frombuffer(raw[1024:], dtype="<u2"))
+    assert {path.name for path in out.iterdir()} == {entry["name"] for entry in manifest["files"]} | {"manifest.json"}
+    return manifest, {split: np.concatenate(parts) for split, parts in tokens.items()}
+
+
+def documents_of(tokens):
+    """The documents, as bytes, of a stream in encoding bytes; written without the script's own table."""
+    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    to_byte = dict(enumerate(printable + [b for b in range(256) if b not in printable]))
+    assert tokens[0] == 50256
+    documents = []
+    for token in tokens.tolist():
+        if token == 50256:
+            documents.append(bytearray())
+        else:
+            documents[-1].append(to_byte[token])
+    return [bytes(document) for document in documents]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    return str(path)
+
+
+def texts_for_test(count, seed=1):
+    rng = random.Random(seed)
+    words = ["the", "matrix", "naïve", "日本", "\t", "don't", "\n", "42", "<|endoftext|>", "  ", "x" * 30]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randint(1, 60))) for i in range(count)]
+
+
+def sentence(capsys):
+    error = capsys.readouterr().err
+    assert error.startswith("tokenize_text.py: ") and error.count("\n") == 1 and error.endswith(".\n"), error
+    return error
+
+
+@pytest.fixture(scope="session")
+def rank_file(tmp_path_factory):
+    """A file in the shape of GPT-2's ranks: its single bytes, then invented pairs and longer tokens."""
+    tokens = [bytes([b]) for b in tokenize_text.BYTE_ORDER]
+    known, rng = set(tokens), random.Random(5)
+    letters = [b"e", b"t", b"a", b"o", b" ", b"n", b"x", b"m", b"r", b"i", b"h", b"\n", b"s", b"d"]
+    while len(tokens) < 50256:
+        pair = rng.choice(tokens[256:] or letters) + rng.choice(letters) if rng.random() < 0.7 else \
+            rng.choice(letters) + rng.choice(letters)
+        if pair not in known and len(pair) < 9:
+            known.add(pair)
+            tokens.append(pair)
+    path = tmp_path_factory.mktemp("ranks") / "ranks.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path, tokens
+
+
+def test_embedded_text_is_the_pinned_one(tmp_path, capsys):
+    """The pin: if this fails while numpy is 2.4.6, runs on the embedded text no longer compare."""
+    out = tmp_path / "out"
+    assert tokenize_text.main(["--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"Next: ./run.sh --data_dir={out}"
+    manifest, tokens = read_shards(out)
+    assert manifest["encoding"] == "bytes"
+    if np.__version__ != "2.4.6":
+        assert manifest["source"] == f"numpy {np.__version__} docstrings (unpinned)" and "unpinned" in said
+        pytest.skip("the pin belongs to numpy 2.4.6")
+    assert manifest["source"] == "numpy 2.4.6 docstrings"
+    assert (len(tokens["train"]), len(tokens["val"])) == (1_441_023, 79_147)
+    documents = list(tokenize_text.numpy_docstrings(Path(np.__file__).parent))
+    assert sum(map(len, documents)) == 1_518_940 and min(map(len, documents)) > 200
+    assert sorted(documents_of(tokens["train"]) + documents_of(tokens["val"])) == sorted(
+        text.encode() for text in documents)
+
+
+def test_changed_numpy_is_unpinned(monkeypatch):
+    monkeypatch.setattr(tokenize_text, "EMBEDDED", (np.__version__, "0" * 64))
+    assert tokenize_text.embedded_text()[1] == f"numpy {np.__version__} docstrings (unpinned)"
+
+
+def test_docstrings_are_found_by_path_and_line(tmp_path):
+    long = {name: f"{name} " * 60 for name in "module klass method inner after crlf skipped".split()}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "a_b.py").write_bytes(f'"""{long["crlf"]}\r\n\r\n    indented\r\n    """\r\n'.encode())
+    (tmp_path / "b" / "m.py").write_text(
+        f'"""{long["module"]}"""\ndef outer():\n    """short"""\n    def inner():\n        """{long["inner"]}"""\n'
+        f'class K:\n    """{long["klass"]}"""\n    async def method(self):\n        """{long["method"]}"""\n'
+        f'def after():\n    """{long["after"]}"""\n')
+    for name in ("tests/t.py", "version.py", "b/__config__.py"):
+        (tmp_path / name).write_text(f'"""{long["skipped"]}"""\n')
+    found = list(tokenize_text.numpy_docstrings(tmp_path))
+    assert [text.split()[0] for text in found] == ["crlf", "module", "inner", "klass", "method", "after"]
+    assert found[0].endswith("\n\nindented") and "\r" not in found[0]
+
+
+def test_bytes_round_trip_and_split(tmp_path):
+    texts = texts_for_test(300)
+    file = write_jsonl(tmp_path / "a.jsonl", [*texts, "", texts[0]])
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 0
+    manifest, tokens = read_shards(tmp_path / "out")
+    assert manifest["source"] == "files" and manifest["encoding"] == "bytes"
+    train, val = (documents_of(tokens[split]) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(text.encode() for text in [*texts, texts[0]])
+    assert not set(train) & set(val), "a copy of a document must not lie on the other side"
+    assert 5 <= len(val) <= 45
+    assert train == [text.encode() for text in [*texts, texts[0]] if text.encode() in set(train)], "order is kept"
+
+
+def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
+    texts = texts_for_test(200)
+    for name, some in (("all", texts), ("half", texts[::-2])):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", some)
+        assert tokenize_text.main([file, "--out", str(tmp_path / name), "--encoding", "bytes"]) == 0
+    val = {name: set(documents_of(read_shards(tmp_path / name)[1]["val"])) for name in ("all", "half")}
+    assert val["half"] == val["all"] & {text.encode() for text in texts[::-2]}
+
+
+def test_text_files_and_standard_input(tmp_path):
+    texts = texts_for_test(30)
+    files = []
+    for i, text in enumerate(texts[:-1]):
+        files.append(str(tmp_path / f"{i}.txt"))
+        Path(files[-1]).write_bytes((b"\xef\xbb\xbf" if i % 2 else b"") + text.encode())
+    run = subprocess.run([sys.executable, str(SCRIPT), *files, "-", "--out", str(tmp_path / "out"), "--encoding",
+                          "bytes", "--val-fraction", "0.3"], input=texts[-1].encode(), capture_output=True,
+                         timeout=60, check=False)
+    assert run.returncode == 0 and run.stderr == b"", run.stderr
+    _, tokens = read_shards(tmp_path / "out")
+    assert sorted(documents_of(tokens["train"]) + documents_of(tokens["val"])) == sorted(t.encode() for t in texts)
+
+
+def test_shards_are_cut_at_their_limit_and_replaced_by_the_next_run(tmp_path):
+    out, file = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", texts_for_test(200))
+    assert tokenize_text.main([file, "--out", str(out), "--encoding", "bytes"]) == 0
+    _, whole = read_shards(out)
+    (out / "train_000000.bin.part").write_bytes(b"left by a killed run")
+    assert tokenize_text.main([file, "--out", str(out), "--encoding", "bytes", "--shard_tokens", "1000"]) == 0
+    manifest, cut = read_shards(out)
+    assert all(np.array_equal(cut[split], whole[split]) for split in whole)
+    sizes = [entry["tokens"] for entry in manifest["files"] if entry["split"] == "train"]
+    assert len(sizes) > 5 and set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
+    assert tokenize_text.main([file, "--out", str(out), "--encoding", "bytes"]) == 0
+    read_shards(out)  # which refuses files that the manifest does not list
+
+
+def test_gpt2_tokens_are_those_of_the_whole_document(tmp_path, rank_file, monkeypatch):
+    """Cutting long documents for the workers changes no token, and "<|endoftext|>" in a text is text."""
+    tiktoken = pytest.importorskip("tiktoken")
+    path, tokens_of_rank = rank_file
+    texts = texts_for_test(60) + ["one line\nanother  \n\n  three\r\nfour\x1c\nfive don't\n" * 40]
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(tokenize_text, "WORK_CHARS", 50)
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(path), "--workers", "1",
+                               "--val_fraction", "0.2"]) == 0
+    manifest, tokens = read_shards(tmp_path / "out")
+    assert manifest["encoding"] == "gpt2"
+    codec = tiktoken.Encoding("test", pat_str=tokenize_text.GPT2_PATTERN, special_tokens={},
+                              mergeable_ranks={token: rank for rank, token in enumerate(tokens_of_rank)})
+    expected = {"train": [], "val": []}
+    for text in texts:
+        expected[tokenize_text.split_of(text, 0.2)] += [50256, *codec.encode_ordinary(text)]
+    assert {split: part.tolist() for split, part in tokens.items()} == expected
+    assert len(list(tokenize_text.work_units(texts, 0.2))) > 60, "the long document was meant to be cut"
+    assert max(expected["train"][1:]) > 256 and len(expected["train"]) < sum(map(len, texts))
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, rank_file):
+    pytest.importorskip("tiktoken")
+    texts = texts_for_test(200)
+    big = tmp_path / "big.txt"
+    big.write_text("".join(f"line {i} of a long document, the next\n" for i in range(70000)))
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    made = {}
+    for workers in ("1", "2"):
+        run = subprocess.run([sys.executable, str(SCRIPT), file, str(big), "--out", str(tmp_path / workers),
+                              "--bpe_file", str(rank_file[0]), "--workers", workers, "--shard_tokens", "300000"],
+                             capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        read_shards(tmp_path / workers)
+        made[workers] = {path.name: path.read_bytes() for path in (tmp_path / workers).iterdir()}
+    assert made["1"] == made["2"] and len(made["1"]) > 3
+
+
+def test_without_semaphores_one_process_does_the_work(tmp_path, rank_file, monkeypatch, capsys):
+    pytest.importorskip("tiktoken")
+
+    def no_pool(*args, **kwargs):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(tokenize_text, "ProcessPoolExecutor", no_pool)
+    monkeypatch.setattr(tokenize_text, "WORK_CHARS", 100)
+    file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(60))
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(rank_file[0]), "--workers",
+                               "2"]) == 0
+    assert "one process" in capsys.readouterr().out
+    read_shards(tmp_path / "out")
+
+
+def test_tiktoken_without_a_network(tmp_path, monkeypatch, capsys):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def unreachable(name):
+        raise OSError("no route to host")
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    tokenize_text.make_encoder.cache_clear()
+    file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5))
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out")]) == 2
+    error = sentence(capsys)
+    assert "--bpe_file" in error and "--encoding bytes" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+BAD_INPUTS = {
+    "bad_json.jsonl": (b'{"text": "a"}\n\n{"text": \n', "bad_json.jsonl line 3"),
+    "no_field.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "no_field.jsonl line 2"),
+    "not_text.jsonl": (b'{"text": 3}\n', "not_text.jsonl line 1"),
+    "list.jsonl": (b'["text"]\n', "list.jsonl line 1"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl line 2 is not UTF-8"),
+    "latin.txt": ("caf\xe9".encode("latin-1"), "latin.txt is not UTF-8 text (byte 3"),
+    "empty.txt": (b"", "empty.txt is empty"),
+    "empty.jsonl": (b'\n{"text": ""}\n', "empty.jsonl is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, name):
+    content, words = BAD_INPUTS[name]
+    good, out = write_jsonl(tmp_path / "good.jsonl", texts_for_test(100)), tmp_path / "out"
+    (tmp_path / name).write_bytes(content)
+    assert tokenize_text.main([good, str(tmp_path / name), "--out", str(out), "--encoding", "bytes",
+                               "--shard_tokens", "500"]) == 2
+    assert words in sentence(capsys)
+    assert not list(out.iterdir())
+
+
+def test_a_failed_run_leaves_the_last_good_one(tmp_path, capsys):
+    good, out = write_jsonl(tmp_path / "good.jsonl", texts_for_test(100)), tmp_path / "out"
+    assert tokenize_text.main([good, "--out", str(out), "--encoding", "bytes"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert tokenize_text.main([good, str(tmp_path / "absent.txt"), "--out", str(out), "--encoding", "bytes"]) == 2
+    assert "absent.txt" in sentence(capsys)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("fraction, empty", [("0.000001", "val"), ("0.999999", "train")])
+def test_neither_split_may_be_empty(tmp_path, capsys, fraction, empty):
+    file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(20))
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes", "--val_fraction",
+                               fraction]) == 2
+    error = sentence(capsys)
+    assert f"no document fell to {empty}" in error and "--val_fraction" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["a.txt"], "--out"), (["--val_fraction", "1"], "--val_fraction"), (["--workers", "0"], "--workers"),
+    (["--shard_tokens", "0"], "--shard_tokens"), (["--shard_tokens", "many"], "many"), (["--outt", "x"], "--outt"),
+    (["--encoding", "utf8"], "utf8"), (["--encoding", "bytes", "--bpe_file", "x"], "--bpe_file"),
+])
+def test_bad_knobs(capsys, arguments, words):
+    assert tokenize_text.main(arguments) == 2
+    assert words in sentence(capsys)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"IQ== 0\n", b"what is this\n", b"@ x\n"])
+def test_bad_rank_file(tmp_path, capsys, content):
+    pytest.importorskip("tiktoken")
+    path = tmp_path / "ranks"
+    if content is not None:
+        path.write_bytes(content)
+    file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5))
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(path)]) == 2
+    assert str(path) in (error := sentence(capsys)) and "--bpe_file" in error
+
+
+def test_out_is_a_file(tmp_path, capsys):
+    (tmp_path / "taken").write_text("x")
+    assert tokenize_text.main(["--out", str(tmp_path / "taken")]) == 2
+    assert "taken" in sentence(capsys)
+
+
+def test_importing_does_nothing(tmp_path):
+    run = subprocess.run([sys.executable, "-c", "import tokenize_text, fineweb"], cwd=tmp_path, capture_output=True,
+                         env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+                         timeout=60, check=False)
+    assert (run.returncode, run.stdout, run.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])
