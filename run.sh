@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on whatever this machine is. Plain POSIX sh, since macOS still ships bash 3.2.
+# Train on whatever this machine is. Plain POSIX sh.
 #   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, then train; --help lists the knobs
 #   ./run.sh test [pytest arguments]          run the tests
 #   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
@@ -13,8 +13,7 @@ torch_of() { "$1" -c 'from importlib.metadata import version; print(version("tor
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
 usable_torch() {  # version -> is it in the range of requirements.txt, and no CPU-only build where there is a GPU?
-    case $1 in 2.1[1-4].*) ;; *) return 1 ;; esac
-    case $1 in *+cpu) ! has_gpu ;; esac
+    case $1 in 2.1[1-4].*+cpu) ! has_gpu ;; 2.1[1-4].*) ;; *) return 1 ;; esac
 }
 
 find_python() {  # sets base: the first interpreter that the locked torch has builds for
@@ -92,8 +91,7 @@ fineweb() {  # is it there, or can it be fetched? Shards without a manifest were
 cd "$(dirname "$0")" || exit 2
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR-$PWD/.cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-$PWD/.cache/triton}"
-export TORCHINDUCTOR_FX_GRAPH_CACHE="${TORCHINDUCTOR_FX_GRAPH_CACHE-1}"
-export TORCHINDUCTOR_AUTOGRAD_CACHE="${TORCHINDUCTOR_AUTOGRAD_CACHE-1}"
+export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="${TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD-1}"
 
 mode=train script=train_gpt.py
 case $1 in test) mode=test; shift ;; *.py) script=$1; shift ;; esac
@@ -114,8 +112,11 @@ for argument in "$@"; do case $argument in
 esac; done
 given_preset=$preset given_data=$data
 
-# torch is asked, not nvidia-smi: it heeds CUDA_VISIBLE_DEVICES, and knows whether it can use the GPUs at all.
-answer=$("$python" -c 'import torch
+# nvidia-smi answers at once; torch takes seconds, and is asked where it may see fewer GPUs than nvidia-smi lists.
+answer=
+[ -n "${CUDA_VISIBLE_DEVICES+set}" ] || answer=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+    awk '/^[0-9]+$/ { n++; if (!least || $1 < least) least = $1 } END { if (n) print n, least }')
+[ -n "$answer" ] || answer=$("$python" -c 'import torch
 n = torch.cuda.device_count() if torch.cuda.is_available() else 0
 print(n, min([torch.cuda.get_device_properties(i).total_memory >> 20 for i in range(n)], default=0))') ||
     die "$python cannot use its torch (the reason stands above); without .venv, ./run.sh installs one anew."

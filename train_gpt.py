@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -51,7 +51,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # RECIPE: all that moves the loss or the clock
 # ======================================================================================================================
 
-# ---- 1. Hyperparameters: every knob, once. A span (unit "span") is a fraction of the run up to 1, a count of steps above 1.
+# ---- 1. Hyperparameters: every knob, once. A span (a unit) is a fraction of the run up to 1, a count of steps above 1
 
 def knob(default, group: str, unit: str, meaning: str, place: bool = False):
     """A dataclass field that `--help` can print. `place`: says where things lie, never what is computed."""
@@ -65,7 +65,7 @@ class Hyperparameters:
     data_dir: str = knob("data/fineweb10B", "data", "path", "folder with *train*.bin and *val*.bin shards", place=True)
     train_seq_len: int = knob(48 * 1024, "data", "tokens", "packed training sequence, a multiple of 128")
     val_seq_len: int = knob(4 * 64 * 1024, "data", "tokens", "packed validation sequence, a multiple of 128")
-    sequences_per_step: int = knob(8, "data", "sequences", "batch of one optimizer step, over all ranks")
+    sequences_per_step: int = knob(8, "data", "sequences", "batch of a step, over all ranks")
     val_tokens: int = knob(10_485_760, "data", "tokens", "scored from the start of the validation stream")
     epochs: int = knob(1, "data", "passes", "how often the training stream may be read; 1 = never repeat")
     # schedule
@@ -76,7 +76,7 @@ class Hyperparameters:
     window_min: int = knob(128, "schedule", "tokens", "attention window at step 0; = window_max: no schedule")
     window_max: int = knob(1792, "schedule", "tokens", "attention window at the end")
     # model
-    layer_pattern: str = knob("LSSSLSS-SSSL", "model", "one a layer", "attention window: L long, S half, - no attention")
+    layer_pattern: str = knob("LSSSLSS-SSSL", "model", "one a layer", "attention window: L long, S half, - none")
     value_pattern: str = knob("012......012", "model", "one a layer", "value-embedding table added to v; . none")
     model_dim: int = knob(768, "model", "channels", "width D of the residual stream")
     num_heads: int = knob(6, "model", "heads", "attention heads H, each model_dim / num_heads wide")
@@ -109,7 +109,7 @@ class Hyperparameters:
     checkpoint_every: int = knob(0, "run", "steps", "between checkpoints; 0 = none")
     resume: str = knob("", "run", "path", "checkpoint to go on from, or latest; empty = start afresh", place=True)
     save: bool = knob(True, "run", "switch", "write the final weights to the run folder", place=True)
-    weights: str = knob("", "run", "path", "with --prompt: weights.pt to sample from, or latest; no training", place=True)
+    weights: str = knob("", "run", "path", "weights.pt to sample from, or latest, without training", place=True)
     prompt: str = knob("", "run", "text", "print a continuation of this at the end; empty = of a document's start")
     bpe_file: str = knob("", "run", "path", "GPT-2 rank file for text; empty = tiktoken's own copy", place=True)
     target_loss: float = knob(0.0, "run", "nats", "say at the end whether it was met; 0 = none")
@@ -120,7 +120,6 @@ class Hyperparameters:
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
-
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every GPU that we know, and the unit of a window
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards, which has 384 rows instead of 50,304
@@ -128,10 +127,12 @@ BYTE_EOT = 256  # its row in a model of byte shards, which has 384 rows instead 
 # What a preset changes; a knob on the command line wins. Peaks: see the README.
 PRESETS: dict[str, dict] = {
     "80gb": dict(),
-    "40gb": dict(),
+    "40gb": dict(train_seq_len=48 * 1024, sequences_per_step=8),  # the defaults fit; said so that it stays true
     "24gb": dict(train_seq_len=24 * 1024, sequences_per_step=16, val_seq_len=64 * 1024),
-    "tiny": dict(train_seq_len=8 * 1024),
-    "cpu": dict(train_seq_len=1024),
+    "tiny": dict(train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2, val_tokens=65_536, epochs=5,
+                 steps=400, window_max=512, layer_pattern="LSSSSL", value_pattern="01..01", model_dim=384, num_heads=3),
+    "cpu": dict(train_seq_len=1024, val_seq_len=4096, sequences_per_step=1, val_tokens=65_536, epochs=4, steps=500,
+                window_max=512, layer_pattern="LSSL", value_pattern="0..0", model_dim=128, num_heads=2, val_every=100),
 }
 
 # ---- 2. Schedules: pure functions of the step
@@ -157,9 +158,9 @@ def window_scheduler(step: int, total_steps: int, window_min: int = 128, window_
     tokens = window_min + (window_max - window_min) * step / total_steps
     return math.ceil(tokens / BLOCK)
 
-# ---- 3. FP8 matmul. A linear layer is three matmuls: y = x W^T, dx = dy W and dW = dy^T x. Tensor cores multiply FP8 at twice
-# the rate of bf16. Two formats: e4m3 (3 mantissa bits, to 448) for values, e5m2 (2 bits, to 57,344) for gradients. Each
-# tensor is multiplied by one fixed scale that centres it in its format, and the product is divided by both. The
+# ---- 3. FP8 matmul. A linear layer is three matmuls: y = x W^T, dx = dy W and dW = dy^T x. Tensor cores multiply FP8
+# twice as fast as bf16. Two formats: e4m3 (3 mantissa bits, to 448) for values, e5m2 (2 bits, to 57,344) for gradients.
+# Each tensor is multiplied by one fixed scale that centres it in its format, and the product is divided by both. The
 # hardware takes one layout only, A row-major times B column-major, hence the transposed copies in backward.
 
 def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,10 +236,10 @@ def fp8_supported(device: torch.device | str) -> tuple[bool, str]:
 
 def block_table(low: Tensor, high: Tensor, window: Tensor, width: int, side: int) -> tuple[Tensor, ...]:
     """Which blocks each block meets: (partial count (B,), partial indices (B, width), full count, full indices).
-    low, high: (B,) int32, documents of a block's first and last token. side: -1 lists the key blocks of each query block
-    (to its left), +1 the query blocks of each key block. Documents are in order, so the visible blocks are the nearest
-    ones, and after the diagonal the full ones (a single document in both) come first: counts give the indices, nothing is
-    sorted and no table is wider than the widest window. The diagonal leads the partial list."""
+    low, high: (B,) int32, documents of a block's first and last token. side: -1 lists the key blocks of each query
+    block (to its left), +1 the query blocks of each key block. Documents are in order, so the visible blocks are the
+    nearest ones, and after the diagonal the full ones (a single document in both) come first: counts give the
+    indices, nothing is sorted and no table is wider than the widest window. The diagonal leads the partial list."""
     own = torch.arange(low.size(0), device=low.device, dtype=torch.int32)[:, None]  # (B, 1)
     distance = torch.arange(width, device=low.device, dtype=torch.int32)  # (width,)
     other = own + side * distance  # (B, width)
@@ -278,7 +279,6 @@ def create_masks(input_ids: Tensor, block_size: int = BLOCK, window: Tensor | in
 
     return build(window.clamp(1, width)), build((window // 2).clamp(1, width))
 
-
 CHUNK = 512  # queries of one dense attention call: its mask is (CHUNK, CHUNK + window), never T x T
 
 def dense_chunks(mask: BlockMask) -> list[tuple[slice, slice, Tensor]]:
@@ -306,8 +306,8 @@ def flex_supported(device: torch.device) -> bool:
     """FlexAttention trains on GPUs whose Triton has bf16; elsewhere it has no backward."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
-# ---- 5. Optimizers. Muon (kellerjordan.github.io/posts/muon) for the matrices, Adam for the rest. Each rank owns a share of
-# every bucket: gradients are summed to their owner, the owner computes the update, updates are gathered in bf16.
+# ---- 5. Optimizers. Muon (kellerjordan.github.io/posts/muon) for the matrices, Adam for the rest. Each rank owns a
+# share of every bucket: gradients are summed to their owner, the owner computes the update, updates travel in bf16.
 
 SCALE_BLOCK = 4096  # values that share one fp32 scale in an FP8 exchange; parameters start at multiples of it
 
@@ -356,8 +356,8 @@ def dequantize_e5m2(values: Tensor, scales: Tensor) -> Tensor:
     return (values.float().view(-1, SCALE_BLOCK) * scales[:, None]).flatten()
 
 class Bucket:
-    """Parameters that travel together: one buffer in which each matrix or tensor starts at a multiple of 4,096 values, cut
-    into equal shares of whole units (a matrix, or 4,096 values), one a rank. `groups`: index of each one's param_group."""
+    """Parameters that travel together: one buffer in which each starts at a multiple of 4,096 values, cut into equal
+    shares of whole units (a matrix, or 4,096 values), one a rank. `groups`: the index of each one's param_group."""
 
     def __init__(self, params: list[Tensor], groups: list[int], unit: int, world_size: int):
         self.params, self.groups, self.unit = params, groups, unit
@@ -373,9 +373,9 @@ class Bucket:
     def pack(self) -> Tensor:
         """Gradients as one bf16 buffer (size,); a parameter without a gradient counts as zero."""
         grads = [p.grad for p in self.params]
-        if len(grads) == 1 and grads[0] is not None and grads[0].dtype == torch.bfloat16 and grads[0].numel() == self.size:
+        exact = all(g is not None for g in grads) and self.size == sum(p.numel() for p in self.params)
+        if exact and len(grads) == 1 and grads[0].dtype == torch.bfloat16:
             return grads[0].reshape(-1)
-        exact = None not in grads and self.size == sum(p.numel() for p in self.params)
         buffer = (torch.empty if exact else torch.zeros)(self.size, dtype=torch.bfloat16, device=self.params[0].device)
         pairs = [(view, grad) for view, grad in zip(self.views(buffer), grads) if grad is not None]
         if pairs:
@@ -471,8 +471,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return [self.state[first][name] for name in names]
 
 class Muon(ShardedOptimizer):
-    """Momentum, orthogonalized by Newton-Schulz. params: matrices (..., R, C), leading dimensions are separate ones; equal
-    shapes are orthogonalized in one batch, each rank its share of it. `lr` and `momentum` may change every step.
+    """Momentum, orthogonalized by Newton-Schulz. params: matrices (..., R, C), leading dimensions are separate ones;
+    equal shapes are orthogonalized in one batch, each rank its share of it. `lr` and `momentum` may change every step.
     Works as any torch.optim.Optimizer, without a process group and under any LR scheduler."""
 
     update = staticmethod(muon_update)
@@ -485,8 +485,8 @@ class Muon(ShardedOptimizer):
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.ndim < 2 or (p.ndim > 2 and p.shape[-2:].numel() % SCALE_BLOCK):
-                    raise ValueError(f"Muon: shape {tuple(p.shape)} is no matrix, nor a stack of matrices of {SCALE_BLOCK} "
-                                     "values or a multiple of it; give it to Adam, or give its matrices one by one")
+                    raise ValueError(f"Muon: {tuple(p.shape)} is no matrix, nor a stack of matrices of a multiple of "
+                                     f"{SCALE_BLOCK} values; give it to Adam, or give its matrices one by one")
                 by_shape[g, p.shape[-2:], p.dtype].append(p)
         return [Bucket(params, [g] * len(params), -(-shape.numel() // SCALE_BLOCK) * SCALE_BLOCK, self.world_size)
                 for (g, shape, _), params in by_shape.items()]
@@ -497,7 +497,7 @@ class Muon(ShardedOptimizer):
                     for t in (grad, *self.moments(bucket, "momentum_buffer"))]
         momentum, lr = (torch.full((), group[name], device=grad.device) for name in ("momentum", "lr"))
         update = self.update(*matrices, momentum, lr, group["ns_steps"], self.grad_divisor).flatten(1)
-        return F.pad(update, (0, bucket.unit - rows * cols)).flatten() if rows * cols < bucket.unit else update.flatten()
+        return (F.pad(update, (0, bucket.unit - rows * cols)) if rows * cols < bucket.unit else update).flatten()
 
 class Adam(ShardedOptimizer):
     """Adam, sharded over ranks. Tensors of 2 and more dimensions have a bucket each, the small ones share one."""
@@ -535,11 +535,12 @@ def build_optimizers(model: GPT, hp: Hyperparameters, world_size: int | None = N
     """[Adam, Muon] with every parameter in exactly one group, by name and number of dimensions."""
     groups = defaultdict(list)
     for name, p in model.named_parameters():
-        kind = {"embed": "embed", "value_embeds": "embed", "lm_head": "head", "skip_weights": "skip"}.get(name.split(".")[0])
+        kind = dict(embed="embed", value_embeds="embed", lm_head="head", skip_weights="skip").get(name.split(".")[0])
         groups[kind or ("scalar" if p.ndim < 2 else "muon")].append(p)
     lrs = dict(head=hp.head_lr, embed=hp.embed_lr, scalar=hp.scalar_lr, skip=hp.skip_lr)
     exchange = dict(grad_divisor=hp.sequences_per_step, grad_comm=hp.grad_comm, world_size=world_size)
-    adam = Adam([dict(params=groups[kind], lr=lr) for kind, lr in lrs.items()], betas=hp.adam_betas, eps=hp.adam_eps, **exchange)
+    adam = Adam([dict(params=groups[kind], lr=lr) for kind, lr in lrs.items()], betas=hp.adam_betas, eps=hp.adam_eps,
+                **exchange)
     muon = Muon(groups["muon"], lr=hp.muon_lr, momentum=hp.muon_momentum, ns_steps=hp.newton_schulz_steps, **exchange)
     for group in (*adam.param_groups, *muon.param_groups):
         group["initial_lr"] = group["lr"]
@@ -555,13 +556,14 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Rotary(nn.Module):
-    """Half-truncated rotary embedding (arXiv:2104.09864): a quarter of the channels pairs rotates at frequencies from 1
-    to 1 / base, the other half of the pairs stands still, which leaves half of each head to content alone."""
+    """Half-truncated rotary embedding (arXiv:2104.09864): half of the channel pairs rotates, at frequencies from 1 to
+    1 / base, and half stands still, which leaves those channels to content alone."""
 
     def __init__(self, head_dim: int, max_len: int, base: float):
         super().__init__()
         freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
-        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), F.pad(freqs, (0, head_dim // 2 - head_dim // 4)))
+        freqs = F.pad(freqs, (0, head_dim // 2 - head_dim // 4))
+        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), freqs)
         self.register_buffer("cos", theta.cos(), persistent=False)  # (max_len, K / 2)
         self.register_buffer("sin", theta.sin(), persistent=False)
 
@@ -633,7 +635,7 @@ class GPT(nn.Module):
         super().__init__()
         self.layers, self.tables, depth = hp.layer_pattern, hp.value_pattern, len(hp.layer_pattern)
         self.cap, self.temp, self.max_window = hp.logit_cap, hp.logit_temp, math.ceil(hp.window_max / BLOCK)
-        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token; a clamp leaves the others alone
+        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
         self.use_flex = True  # False: dense attention in chunks, for devices without FlexAttention's backward
         self.embed = nn.Embedding(vocab_size, hp.model_dim)
         self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, hp.model_dim) for _ in set(self.tables) - {"."})
@@ -652,7 +654,7 @@ class GPT(nn.Module):
         if not self.use_flex:
             masks = [dense_chunks(mask) for mask in masks]
         mask_of = {"L": masks[0], "S": masks[1], "-": None}
-        rows = input_ids.clamp(max=self.last_row)
+        rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
         embeds = {str(i): table(rows) for i, table in enumerate(self.value_embeds)}
         x = x0 = norm(self.embed(rows))  # (T, D)
         skips = []
@@ -665,12 +667,12 @@ class GPT(nn.Module):
         return norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118) shifted to be positive."""
+        """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118) made positive."""
         return self.cap * torch.sigmoid(self.lm_head(x).float() / self.temp)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32 nats. Logits never exceed
-        the cap, so it serves as the softmax's maximum, and the target is picked inside the same pass over V."""
+        """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32 nats. Logits never
+        exceed the cap, so it serves as the softmax's maximum; the target is picked in the same pass over V."""
         logits = self.logits(x)
         hit = targets.clamp(max=self.last_row)[:, None] == torch.arange(logits.size(-1), device=x.device)
         log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
@@ -681,7 +683,7 @@ class GPT(nn.Module):
         return self.losses(self.features(input_ids, window), targets).mean()
 
 def place(model: GPT, device: torch.device | str) -> GPT:
-    """Move to the device; on CUDA embeddings are bf16, and with them all activations. CPU stays fp32: bf16 is 6x slower."""
+    """Move to the device; on CUDA embeddings are bf16, and with them all activations. A CPU is 6x slower in bf16."""
     model.to(device)
     if torch.device(device).type == "cuda":
         for table in (model.embed, *model.value_embeds):
@@ -710,6 +712,79 @@ def train_step(forward, model: GPT, optimizers, sequences, hp: Hyperparameters, 
         p.grad = None
     return total
 
+LOADER_DEADLINE = 60.0  # seconds that the training loop waits for a step's tokens
+HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 26 GB
+
+class TokenStream:
+    """Shards, uint16 (count,) each, laid end to end; `total` is the count of tokens."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
+        self.total = int(self.ends[-1])
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard, offset in it) of a token."""
+        shard = int(np.searchsorted(self.ends, position, side="right"))
+        return shard, position - (int(self.ends[shard - 1]) if shard else 0)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the end."""
+        if not 0 <= start <= start + length <= self.total:
+            raise IndexError(f"tokens {start} to {start + length} of {self.total}")
+        pieces, missing, (shard, offset) = [], length, self.locate(start)
+        while missing:
+            pieces.append(self.shards[shard][offset : offset + missing])
+            missing, shard, offset = missing - len(pieces[-1]), shard + 1, 0
+        return np.concatenate(pieces).astype(np.int32) if pieces else np.empty(0, np.int32)
+
+def prefetch(stream: TokenStream, hp: Hyperparameters, rank: int, world: int, first_step: int = 0, pin: bool = False):
+    """Yield each step's [(input_ids (T,) int32, targets (T,) int64), ...] of this rank, read ahead in a thread.
+    Sequence g = step * S + i of the run starts at token g * T of the stream, which begins again after its last whole
+    sequence; rank r takes i = r, r + world, ... Refused 4 if the thread failed or gave nothing in time."""
+    ready: queue.Queue = queue.Queue(4)
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
+        start = i % ((stream.total - 1) // hp.train_seq_len) * hp.train_seq_len
+        tokens = torch.from_numpy(stream.read(start, hp.train_seq_len + 1))
+        pair = tokens[:-1].clone(), tokens[1:].long()
+        return tuple(t.pin_memory() for t in pair) if pin else pair
+
+    def fill() -> None:
+        try:
+            for step in range(first_step, hp.steps):
+                count = hp.sequences_per_step
+                ready.put([read(step * count + i) for i in range(rank, count, world)])
+        except BaseException as error:  # it belongs to the thread that waits for the tokens
+            ready.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    for _ in range(first_step, hp.steps):
+        try:
+            item = ready.get(timeout=LOADER_DEADLINE)
+        except queue.Empty:
+            item = TimeoutError(f"nothing came for {LOADER_DEADLINE:.0f} s")
+        if isinstance(item, BaseException):
+            reason = getattr(item, "strerror", None) or item
+            raise Refused(4, f"the data loader failed ({reason}): see whether the disk of --data_dir answers") from item
+        yield item
+
+@torch.no_grad()
+def evaluate(features, losses, stream: TokenStream, hp: Hyperparameters, rank: int, world: int, window) -> float:
+    """Mean loss in nats over exactly the first hp.val_tokens tokens, the same on any count of ranks: pieces begin at
+    multiples of val_seq_len, are dealt out, and each has its own fp64 sum. `window`: 0-d int32, in blocks."""
+    length, pieces = hp.val_seq_len, math.ceil(hp.val_tokens / hp.val_seq_len)
+    rows, sums = math.gcd(length, HEAD_ROWS), torch.zeros(pieces, dtype=torch.float64, device=window.device)
+    for piece in range(rank, pieces, world):
+        count = min(length, hp.val_tokens - piece * length)
+        tokens = torch.from_numpy(stream.read(piece * length, count + 1))
+        input_ids = F.pad(tokens[:-1], (0, length - count), value=EOT).to(window.device)
+        targets = F.pad(tokens[1:].long(), (0, length - count), value=-100).to(window.device)
+        x = features(input_ids, window)
+        for start in range(0, length, rows):
+            sums[piece] += losses(x[start : start + rows], targets[start : start + rows]).double().sum()
+    if world > 1:
+        dist.all_reduce(sums)
+    return float(sums.sum() / hp.val_tokens)
 
 # ======================================================================================================================
 # HARNESS: what makes a run safe and pleasant; nothing below changes the loss or the clock
@@ -718,8 +793,8 @@ def train_step(forward, model: GPT, optimizers, sequences, hp: Hyperparameters, 
 # ---- 8. Command line
 
 class Refused(Exception):
-    """An end that one sentence explains. `code` becomes the exit code: 2 refused before step 0, 3 non-finite loss, 4 rank,
-    collective or loader deadline, 5 no usable checkpoint, 6 no space or memory, 75 stopped by a signal and saved."""
+    """An end that one sentence explains. `code` is the exit code: 2 refused before step 0, 3 non-finite loss, 4 rank,
+    collective or loader deadline, 5 no usable checkpoint, 6 no space or memory, 75 stopped by a signal, saved."""
 
     def __init__(self, code: int, sentence: str):
         super().__init__(sentence)
@@ -729,13 +804,12 @@ def parse_value(name: str, text: str, default):
     """`text` as a value of the type of `default`; int passes for float. Refused 2 if it is ill-typed."""
     if isinstance(default, str):
         return text
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        value = ast.literal_eval(text)
-        values, wanted = (v if isinstance(v, tuple) else (v,) for v in (value, default))
-        cast = tuple(float(v) if type(v) is int and type(w) is float else v for v, w in zip(values, wanted))
-        if [type(v) for v in (value, *values)][1:] == [type(v) for v in values] and len(values) == len(wanted):
-            if all(type(v) is type(w) and abs(v) < 1e30 for v, w in zip(cast, wanted)):
-                return cast if isinstance(default, tuple) else cast[0]
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value, many = ast.literal_eval(text), isinstance(default, tuple)
+        pairs = list(zip(value, default)) if many and len(value) == len(default) else [(value, default)]
+        cast = [float(v) if (type(v), type(d)) == (int, float) else v for v, d in pairs]
+        if all(type(v) is type(d) and abs(v) < 1e30 for v, (_, d) in zip(cast, pairs)):
+            return tuple(cast) if many else cast[0]
     kind = "True or False" if isinstance(default, bool) else f"a value of type {type(default).__name__}"
     raise Refused(2, f"--{name} takes {kind}, such as --{name}={str(default).replace(' ', '')}, and not {text!r}")
 
@@ -751,12 +825,12 @@ def parse_overrides(argv: list[str], defaults: Hyperparameters | None = None) ->
                              f"{', '.join('--' + c for c in close)} (--help lists all)")
         if not argument.startswith("--") or not equals:
             raise Refused(2, f"{argument!r} is not of the form --{name}=value")
-        if name == "preset" and text not in PRESETS:
-            raise Refused(2, f"unknown preset {text!r}: the legal names are {', '.join(PRESETS)}")
-        if name == "preset":
+        if name != "preset":
+            given[name] = parse_value(name, text, known[name])
+        elif text in PRESETS:
             preset = PRESETS[text]
         else:
-            given[name] = parse_value(name, text, known[name])
+            raise Refused(2, f"unknown preset {text!r}: the legal names are {', '.join(PRESETS)}")
     return dataclasses.replace(defaults, **{**preset, **given})
 
 def help_text() -> str:
@@ -764,8 +838,7 @@ def help_text() -> str:
     lines, group = ["python train_gpt.py [--preset=name] [--knob=value ...]"], ""
     for f in dataclasses.fields(Hyperparameters):
         lines += ["", f.metadata["group"]] if f.metadata["group"] != group else []
-        group = f.metadata["group"]
-        default = f"  --{f.name}={str(f.default).replace(' ', '')}"
+        group, default = f.metadata["group"], f"  --{f.name}={str(f.default).replace(' ', '')}"
         lines.append(f"{default:44} [{f.metadata['unit']}] {f.metadata['meaning']}")
     lines += ["", "presets (a knob given beside one wins)"]
     return "\n".join(lines + [f"  --preset={name:8}" + " ".join(f"--{k}={v}".replace(" ", "") for k, v in knobs.items())
@@ -773,20 +846,20 @@ def help_text() -> str:
 
 def check(hp: Hyperparameters, world_size: int) -> None:
     """Refused 2 on the first knob whose value cannot work, with the values that can."""
-
     def need(fine: bool, sentence: str):
         if not fine:
             raise Refused(2, sentence)
 
-    positive = ("train_seq_len val_seq_len sequences_per_step val_tokens epochs steps window_min window_max model_dim "
-                "num_heads mlp_ratio rope_base logit_cap logit_temp x_scale w_scale grad_scale newton_schulz_steps").split()
-    for f in dataclasses.fields(hp):
+    for f in FIELDS:
         value = getattr(hp, f.name)
-        need(f.name not in positive or value > 0, f"--{f.name} must be above 0, and not {value}")
-        need(type(value) not in (int, float) or value >= 0, f"--{f.name} must not be below 0, and is {value}")
+        may_be_zero = f.metadata["group"] in ("adam", "muon") or "0 = " in f.metadata["meaning"]
+        if type(value) in (int, float) and f.name not in ("seed", "lr_floor", "newton_schulz_steps"):
+            need(value >= 0 if may_be_zero else value > 0,
+                 f"--{f.name} must {'not be below' if may_be_zero else 'be above'} 0, and is {value}")
     for name in ("train_seq_len", "val_seq_len"):
         below = getattr(hp, name) // BLOCK * BLOCK
-        need(below == getattr(hp, name), f"--{name} must be a multiple of {BLOCK}, such as {below or BLOCK} or {below + BLOCK}")
+        need(below == getattr(hp, name),
+             f"--{name} must be a multiple of {BLOCK}, such as {below or BLOCK} or {below + BLOCK}")
     legal = [n for n in range(1, hp.sequences_per_step + 1) if hp.sequences_per_step % n == 0]
     need(world_size in legal, f"--sequences_per_step={hp.sequences_per_step} cannot be dealt to {world_size} ranks: "
                               f"the legal counts of ranks are {', '.join(map(str, legal))}")
@@ -805,7 +878,9 @@ def check(hp: Hyperparameters, world_size: int) -> None:
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 VOCAB = {"gpt2": 50304, "bytes": 384}  # embedding rows: tokens of the encoding, rounded up to a multiple of 128
-LOADER_DEADLINE = 60.0  # seconds that the training loop waits for a step's tokens
+
+# Both streams, and who they are: train_files [{name, tokens, sha256}], val_sha256 of the tokens scored.
+Corpus = namedtuple("Corpus", "encoding train val train_files val_sha256")
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if header and size disagree."""
@@ -825,43 +900,10 @@ def scan_shard(path: Path, tokens: np.ndarray, encoding: str) -> str:
         piece = np.ascontiguousarray(tokens[start : start + (1 << 22)])
         bad = piece > EOT if encoding == "gpt2" else (piece > 255) & (piece != EOT)
         if bad.any():
-            at = int(bad.argmax())
-            raise Refused(2, f"{path} holds token {piece[at]} at {start + at}, which {encoding} does not have: "
-                             "make the shard again, or check its manifest.json")
+            raise Refused(2, f"{path} holds token {piece[bad.argmax()]} at {start + bad.argmax()}, which {encoding} "
+                             "does not have: make the shard again, or check its manifest.json")
         digest.update(piece)
     return digest.hexdigest()
-
-class TokenStream:
-    """Shards laid end to end; `total` is the count of tokens."""
-
-    def __init__(self, shards: list[np.ndarray]):
-        self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
-        self.total = int(self.ends[-1])
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """(shard, offset in it) of a token."""
-        shard = int(np.searchsorted(self.ends, position, side="right"))
-        return shard, position - (int(self.ends[shard - 1]) if shard else 0)
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the end."""
-        if not 0 <= start <= start + length <= self.total:
-            raise IndexError(f"tokens {start} to {start + length} of {self.total}")
-        pieces, missing, (shard, offset) = [], length, self.locate(start)
-        while missing:
-            pieces.append(self.shards[shard][offset : offset + missing])
-            missing, shard, offset = missing - len(pieces[-1]), shard + 1, 0
-        return np.concatenate(pieces or [np.empty(0)]).astype(np.int32)
-
-@dataclass(frozen=True)
-class Corpus:
-    """Both streams and who they are: `train_files` [{name, tokens, sha256}], `val_sha256` of the tokens scored."""
-
-    encoding: str
-    train: TokenStream
-    val: TokenStream
-    train_files: list[dict]
-    val_sha256: str
 
 def read_manifest(folder: Path) -> tuple[str, dict[str, str]]:
     """(encoding, {file: SHA-256 of its token bytes}); shards without a manifest are GPT-2 tokens."""
@@ -887,16 +929,6 @@ def load_corpus(hp: Hyperparameters, thorough: bool) -> Corpus:
     for split, shards in opened.items():
         if not shards:
             raise Refused(2, f"--data_dir={hp.data_dir} holds no *{split}*.bin: both splits need a shard")
-    digests = {}
-    if thorough:
-        everything = {**opened["train"], **opened["val"]}
-        with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
-            scans = pool.map(lambda item: scan_shard(*item, encoding), everything.items())
-            digests = dict(zip((path.name for path in everything), scans))
-    for name, digest in digests.items():
-        if known.get(name, digest) != digest:
-            raise Refused(2, f"{folder / name} has SHA-256 {digest[:12]} and its manifest says {known[name][:12]}: "
-                             "it was changed or damaged; get it again")
     train, val = (TokenStream(list(opened[split].values())) for split in ("train", "val"))
     if val.total < hp.val_tokens + 1:
         raise Refused(2, f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
@@ -904,75 +936,50 @@ def load_corpus(hp: Hyperparameters, thorough: bool) -> Corpus:
     sequences, most = hp.steps * hp.sequences_per_step, (train.total - 1) // hp.train_seq_len
     if sequences > most * hp.epochs:
         enough = f"--epochs={math.ceil(sequences / most)}" if most else "a shorter --train_seq_len"
-        raise Refused(2, f"--steps={hp.steps} reads {sequences * hp.train_seq_len} tokens, and the data has {train.total}: "
-                         f"take {enough} or --steps={max(1, most * hp.epochs // hp.sequences_per_step)}")
+        raise Refused(2, f"--steps={hp.steps} reads {sequences * hp.train_seq_len} tokens, and the data has "
+                         f"{train.total}: take {enough} or --steps={max(1, most * hp.epochs // hp.sequences_per_step)}")
+    digests, scored = {}, b""
+    if thorough:
+        everything, scored = opened["train"] | opened["val"], val.read(0, hp.val_tokens + 1).astype("<u2")
+        with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
+            scans = pool.map(lambda item: scan_shard(*item, encoding), everything.items())
+            digests = dict(zip((path.name for path in everything), scans))
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise Refused(2, f"{folder / name} has SHA-256 {digest[:12]} and its manifest says {known[name][:12]}: "
+                             "it was changed or damaged; get it again")
     files = [dict(name=p.name, tokens=len(t), sha256=digests.get(p.name)) for p, t in opened["train"].items()]
-    scored = val.read(0, hp.val_tokens + 1).astype("<u2") if thorough else b""
     return Corpus(encoding, train, val, files, hashlib.sha256(scored).hexdigest())
 
-class Prefetcher:
-    """Reads this rank's sequences of each step in a thread, a few steps ahead. Sequence g = step * S + i of the run starts
-    at token g * T of the stream, which begins again after its last whole sequence; rank r takes i = r, r + world, ..."""
-
-    def __init__(self, stream: TokenStream, hp: Hyperparameters, rank: int, world: int, first_step=0, pin=False):
-        self.stream, self.hp, self.rank, self.world, self.pin = stream, hp, rank, world, pin
-        self.queue, self.deadline = queue.Queue(4), LOADER_DEADLINE
-        threading.Thread(target=self.fill, args=(first_step,), daemon=True).start()
-
-    def fill(self, first_step: int) -> None:
-        try:
-            for step in range(first_step, self.hp.steps):
-                self.queue.put(self.read_step(step))
-        except BaseException as error:  # it belongs to the thread that waits for the tokens
-            self.queue.put(error)
-
-    def read_step(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """[(input_ids (T,) int32, targets (T,) int64), ...] of this rank."""
-        count, length, sequences = self.hp.sequences_per_step, self.hp.train_seq_len, []
-        for i in range(self.rank, count, self.world):
-            place = (step * count + i) % ((self.stream.total - 1) // length)
-            tokens = torch.from_numpy(self.stream.read(place * length, length + 1))
-            pair = tokens[:-1].clone(), tokens[1:].long()
-            sequences.append(tuple(t.pin_memory() for t in pair) if self.pin else pair)
-        return sequences
-
-    def next(self) -> list[tuple[Tensor, Tensor]]:
-        """The next step's `read_step`. Refused 4 if the thread failed or gave nothing in time."""
-        try:
-            item = self.queue.get(timeout=self.deadline)
-        except queue.Empty:
-            raise Refused(4, f"the data loader gave nothing for {self.deadline:.0f} s: see whether the disk of --data_dir "
-                             "answers") from None
-        if isinstance(item, BaseException):
-            raise Refused(4, f"the data loader failed ({getattr(item, 'strerror', None) or item})") from item
-        return item
-
-# ---- 10. Run: ranks, run folder, clock, validation, checkpoints
+# ---- 10. Run: ranks, run folder, clock, checkpoints, the loop
 
 START_TIMEOUT = 600  # seconds a collective may take: ranks compile and read data at different speeds
 STEP_DEADLINE = 120.0  # seconds to wait for a launched GPU step; below START_TIMEOUT, so that we name the cause first
-HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 26 GB
 PACKAGES = ("torch", "numpy", "tiktoken", "huggingface_hub")  # those of requirements.txt
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-40GB": 312,
                "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165}  # dense bf16, fp32 sums
+WEIGHTS_KEYS, CHECKPOINT_KEYS = "model knobs encoding vocab_size", "model optimizers loop knobs run_id script_sha256"
+FIELDS = dataclasses.fields(Hyperparameters)
+PLACES = [f.name for f in FIELDS if f.metadata["place"]]
+# What saved weights, and the place in the stream, depend on.
+FIXED = [f.name for f in FIELDS if f.metadata["group"] == "model"] + ["train_seq_len", "sequences_per_step"]
 
 def init_distributed() -> tuple[int, int, torch.device]:
     """(rank, world size, device) from torchrun's environment; without it one rank and no process group."""
     rank, local, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        raise Refused(2, f"rank {rank} has no GPU: start at most {torch.cuda.device_count()} ranks on this machine")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise Refused(2, f"rank {rank} has no GPU: start at most {torch.cuda.device_count()} ranks on this machine")
         torch.cuda.set_device(device)
-    if world > 1:
-        try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=START_TIMEOUT),
-                                    device_id=device if cuda else None)
-        except (dist.DistError, ValueError) as error:
-            cause = "is in use" if "in use" in str(error) else "did not bring all ranks together"
-            raise Refused(2 if "in use" in cause else 4, f"MASTER_PORT={os.environ.get('MASTER_PORT')} {cause}: take "
-                          "another, or let torchrun --standalone choose") from error
+    try:
+        if world > 1:
+            backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT), device_id=own)
+    except (dist.DistError, ValueError) as error:
+        cause = "is in use" if "in use" in str(error) else "did not bring all ranks together"
+        raise Refused(2 if "in use" in cause else 4, f"MASTER_PORT={os.environ.get('MASTER_PORT')} {cause}: take "
+                      "another, or let torchrun --standalone choose") from error
     return rank, world, device
 
 @contextlib.contextmanager
@@ -1040,8 +1047,8 @@ class Clock:
 
     def read(self) -> dict:
         now = time.perf_counter()
-        return dict(train_ms=self.train_ms + (0.0 if self.since is None else (now - self.since) * 1e3),
-                    wall_s=now - self.began)
+        running = 0.0 if self.since is None else (now - self.since) * 1e3
+        return dict(train_ms=self.train_ms + running, wall_s=now - self.began)
 
     def switch(self, on: bool) -> None:
         """Start or stop, with its mark in the log; a stop also keeps the peak of allocated memory."""
@@ -1056,59 +1063,40 @@ class Clock:
         self.log.line(f"clock: {'start' if on else 'stop'}", screen=False)
         self.log.event("clock", mark="start" if on else "stop", **reading)
 
-class StopSignal:
-    """SIGTERM or SIGINT asks for an end after the step. A second SIGINT aborts, unless it comes within a second: then it
-    is the launcher's echo of the first."""
+def catch_signals() -> list[float]:
+    """SIGTERM and SIGINT ask for an end after the step: their times join the list. A second SIGINT aborts, unless it
+    comes within a second: then it is the launcher's echo of the first."""
+    caught = []
 
-    def __init__(self):
-        self.at = 0.0
-        for name in ("SIGTERM", "SIGINT"):
-            with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or not this system's
-                signal.signal(getattr(signal, name), self)
-
-    def __call__(self, number, frame):
-        if number == signal.SIGINT and self.at and time.monotonic() - self.at > 1:
+    def handler(number, frame):
+        if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
-        self.at = self.at or time.monotonic()
+        caught.append(time.monotonic())
 
-class LateLoss:
-    """A step's loss and stop flag, summed over ranks and on their way to the host while the next step is launched."""
+    for name in ("SIGTERM", "SIGINT"):
+        with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or not this system's
+            signal.signal(getattr(signal, name), handler)
+    return caught
 
-    def __init__(self, loss: Tensor, stop: bool, world: int):
-        self.host, self.event = torch.stack((loss.detach().float(), torch.full_like(loss.detach(), float(stop)))), None
-        if world > 1:
-            dist.all_reduce(self.host)
-        if self.host.is_cuda:
-            self.host = torch.empty(2, pin_memory=True).copy_(self.host, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+def fetch_late(loss: Tensor, stop: bool, world: int):
+    """Send a step's loss and stop flag, summed over ranks, to the host while the next step runs. The function returned
+    gives (loss, whether any rank wants to stop), or raises Refused 4 if the GPU does not come back."""
+    host, event = torch.stack((loss.detach().float(), torch.full_like(loss.detach(), float(stop)))), None
+    if world > 1:
+        dist.all_reduce(host)
+    if host.is_cuda:
+        host, event = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True), torch.cuda.Event()
+        event.record()
 
-    def get(self) -> tuple[float, bool]:
-        """(mean loss of the step, whether any rank wants to stop). Refused 4 if the GPU does not come back."""
+    def get() -> tuple[float, bool]:
         deadline = time.monotonic() + STEP_DEADLINE
-        while self.event is not None and not self.event.query():
+        while event is not None and not event.query():
             if time.monotonic() > deadline:
                 raise Refused(4, f"a step took longer than {STEP_DEADLINE:.0f} s: another rank has died or hangs")
             time.sleep(1e-4)
-        return self.host[0].item(), self.host[1].item() > 0
+        return host[0].item(), host[1].item() > 0
 
-@torch.no_grad()
-def evaluate(features, losses, stream: TokenStream, hp: Hyperparameters, rank: int, world: int, window) -> float:
-    """Mean loss in nats over exactly the first hp.val_tokens tokens, the same on any count of ranks: pieces begin at
-    multiples of val_seq_len, are dealt out, and each has its own fp64 sum. `window`: 0-d int32, in blocks."""
-    length, pieces = hp.val_seq_len, math.ceil(hp.val_tokens / hp.val_seq_len)
-    rows, sums = math.gcd(length, HEAD_ROWS), torch.zeros(pieces, dtype=torch.float64, device=window.device)
-    for piece in range(rank, pieces, world):
-        count = min(length, hp.val_tokens - piece * length)
-        tokens = torch.from_numpy(stream.read(piece * length, count + 1))
-        input_ids = F.pad(tokens[:-1], (0, length - count), value=EOT).to(window.device)
-        targets = F.pad(tokens[1:].long(), (0, length - count), value=-100).to(window.device)
-        x = features(input_ids, window)
-        for start in range(0, length, rows):
-            sums[piece] += losses(x[start : start + rows], targets[start : start + rows]).double().sum()
-    if world > 1:
-        dist.all_reduce(sums)
-    return float(sums.sum() / hp.val_tokens)
+    return get
 
 def save_file(path: Path, payload: dict) -> int:
     """torch.save beside `path`, flushed to the disk, then renamed over it. Returns its bytes."""
@@ -1126,7 +1114,7 @@ def save_file(path: Path, payload: dict) -> int:
     return path.stat().st_size
 
 def load_file(path: Path, keys: str) -> dict:
-    """A saved dict of plain tensors, on the CPU, with these keys. Refused 5 if it is missing, cut, damaged or another."""
+    """A saved dict of plain tensors, on the CPU, with these keys. Refused 5 if it is missing, damaged or another."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load accepts flipped bits; the archive has checksums
             if archive.testzip():
@@ -1136,8 +1124,8 @@ def load_file(path: Path, keys: str) -> dict:
             raise ValueError(f"it does not hold {keys}")
         return saved
     except Exception as error:
-        raise Refused(5, f"{path} is not usable ({type(error).__name__}: {str(error).splitlines()[0][:100]}): name another "
-                         "file, or leave it out") from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        raise Refused(5, f"{path} is not usable ({reason}): name another file, or leave it out") from error
 
 def find_saved(wanted: str, pattern: str, keys: str, skipped: list[str]) -> Path:
     """The file named, or for `latest` the newest readable one of all run folders; unreadable ones join `skipped`."""
@@ -1151,19 +1139,9 @@ def find_saved(wanted: str, pattern: str, keys: str, skipped: list[str]) -> Path
             skipped.append(f"{path.relative_to('logs').as_posix()} is damaged; the next older one is tried")
     raise Refused(5, f"latest finds no usable logs/{pattern}: name a file, or leave it out")
 
-
-WEIGHTS_KEYS = "model knobs encoding vocab_size"
-CHECKPOINT_KEYS = "model optimizers loop knobs run_id script_sha256"
-
-def fixed_knobs() -> list[str]:
-    """Knobs that saved weights and the place in the stream depend on."""
-    fields = dataclasses.fields(Hyperparameters)
-    return [f.name for f in fields if f.metadata["group"] == "model"] + ["train_seq_len", "sequences_per_step"]
-
 def public_knobs(hp: Hyperparameters) -> dict:
     """All knobs, with place knobs as base names: a log names no path."""
-    places = [f.name for f in dataclasses.fields(hp) if f.metadata["place"]]
-    return {k: Path(v).name if k in places and isinstance(v, str) else v for k, v in dataclasses.asdict(hp).items()}
+    return {k: Path(v).name if k in PLACES and isinstance(v, str) else v for k, v in dataclasses.asdict(hp).items()}
 
 def visible_keys(input_ids: np.ndarray, window: int) -> float:
     """Mean number of keys that a query of this sequence sees under a window in blocks."""
@@ -1172,18 +1150,31 @@ def visible_keys(input_ids: np.ndarray, window: int) -> float:
     first = np.maximum(document, (position // BLOCK - max(window, 1) + 1) * BLOCK)
     return float(np.mean(position - first + 1))
 
+def digits(value, spec: str) -> str:
+    return "n/a" if value is None else format(value, spec)
+
+def package_version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+
+def nvidia_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
+
 class Run:
     """One training run. `step`, with the clock and the random state, is the loop's whole state: the place in the stream
-    follows from it (see Prefetcher)."""
+    follows from it (see `prefetch`)."""
 
     def __init__(self, hp: Hyperparameters, rank: int, world: int, device, argv: list[str], source: bytes):
         self.hp, self.rank, self.world, self.device, self.cuda = hp, rank, world, device, device.type == "cuda"
         self.sha, self.step, self.pending, self.val_loss = hashlib.sha256(source).hexdigest(), 0, None, None
         self.peak_val, self.keys, self.spent = 0, [], dict(validation=0.0, saving=0.0)
         self.corpus = load_corpus(hp, thorough=rank == 0)
-        saved, skipped = self.find_checkpoint() if hp.resume else (None, [])
+        saved, warnings = self.find_checkpoint() if hp.resume else (None, [])
         torch.manual_seed(hp.seed)
-        self.model = place(GPT(hp, VOCAB[self.corpus.encoding]), device)
+        with device:  # drawing 193 M normal numbers takes seconds on a CPU
+            self.model = place(GPT(hp, VOCAB[self.corpus.encoding]), device)
         self.model.use_flex = flex_supported(device)
         on, why = fp8_supported(device) if hp.fp8 else (False, "--fp8=False")
         self.model.lm_head.use_fp8, self.fp8 = on, dict(on=on, reason=why)
@@ -1192,72 +1183,69 @@ class Run:
         self.optimizers = build_optimizers(self.model, hp)
         self.forward, self.features, self.losses = self.model, self.model.features, self.model.losses
         self.window = torch.zeros((), dtype=torch.int32, device=device)
+        if self.cuda:
+            compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+            self.forward, self.features, self.losses = map(compiler, (self.forward, self.features, self.losses))
+            for optimizer in self.optimizers:
+                optimizer.compile()
         self.log = RunLog(rank, source)
         self.clock = Clock(self.log, device)
         self.describe(argv)
         if self.cuda:
             self.warm_up()
         if saved:
-            self.restore(saved)
+            warnings += self.restore(saved)
         passes = hp.steps * hp.sequences_per_step / ((self.corpus.train.total - 1) // hp.train_seq_len)
-        repeats = [f"the training stream is read {passes:.2f} times (--epochs={hp.epochs})"] if passes > 1 else []
-        for sentence in skipped + repeats:
+        if passes > 1:
+            warnings.append(f"the training stream is read {passes:.2f} times (--epochs={hp.epochs})")
+        for sentence in warnings:
             self.log.warn(self.step, sentence)
 
     def describe(self, argv: list[str]) -> None:
         """The head of log.txt and the start event: everything that the result may depend on, and no place or name."""
-        hp, c, knobs, cuda = self.hp, self.corpus, public_knobs(self.hp), self.cuda
-        places = [f.name for f in dataclasses.fields(hp) if f.metadata["place"]]
-        changed = {f.name: knobs[f.name] for f in dataclasses.fields(hp)
-                   if getattr(hp, f.name) != f.default and f.name not in places}
-        pairs = [a.partition("=") for a in argv]
+        hp, c, knobs, cuda, device = self.hp, self.corpus, public_knobs(self.hp), self.cuda, self.device
+        changed = {f.name: knobs[f.name] for f in FIELDS if getattr(hp, f.name) != f.default and f.name not in PLACES}
         train_hash = hashlib.sha256("".join(f["sha256"] or "" for f in c.train_files).encode()).hexdigest()
-        same = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
-                    driver=nvidia_driver() if cuda else None, gpu=torch.cuda.get_device_name() if cuda else None,
-                    world_size=self.world, grad_accum=hp.sequences_per_step // self.world)
-        start = dict(run_id=self.log.run_id, script_sha256=self.sha)
-        utc, attention = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "flex" if self.model.use_flex else "sdpa"
-        head = dict(start, started=utc, changed=json.dumps(changed), seed=hp.seed, **same,
-                    fp8=f"{'on' if self.fp8['on'] else 'off'} {self.fp8['reason']}", attention=attention,
+        facts = dict(
+            format=1, run_id=self.log.run_id, script_sha256=self.sha, seed=hp.seed, device=device.type, knobs=knobs,
+            argv=[n + e + (Path(v).name if n[2:] in PLACES else v) for n, e, v in (a.partition("=") for a in argv)],
+            utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), changed=changed, gpu_count=self.world * cuda,
+            gpu=torch.cuda.get_device_name() if cuda else None, driver=nvidia_driver() if cuda else None,
+            gpu_memory_mib=torch.cuda.get_device_properties(self.device).total_memory >> 20 if cuda else None,
+            python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and dist.is_nccl_available() else None,
+            triton=package_version("triton"), packages={n: v for n in PACKAGES if (v := package_version(n))},
+            world_size=self.world, grad_accum=hp.sequences_per_step // self.world, fp8=self.fp8,
+            attention="flex" if self.model.use_flex else "sdpa",
+            data=dict(encoding=c.encoding, val_sha256=c.val_sha256, val_tokens=hp.val_tokens, train=c.train_files))
+        head = dict(facts, started=facts["utc"], changed=json.dumps(changed),
+                    fp8=f"{'on' if self.fp8['on'] else 'off'} {self.fp8['reason']}",
                     data_val=f"{hp.val_tokens} tokens {c.val_sha256[:12]}",
                     data_train=f"{len(c.train_files)} files {c.train.total} tokens {train_hash[:12]}")
-        for key, value in head.items():
-            self.log.line(f"{key}: {'n/a' if value is None else value}")
-        self.log.event(
-            "start", format=1, **start, utc=utc, argv=[n + e + (Path(v).name if n[2:] in places else v) for n, e, v in pairs],
-            knobs=knobs, changed=changed, seed=hp.seed, device=self.device.type, gpu_count=self.world if cuda else 0,
-            gpu_memory_mib=torch.cuda.get_device_properties(self.device).total_memory >> 20 if cuda else None,
-            nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and dist.is_nccl_available() else None,
-            triton=package_version("triton"), packages={n: v for n in PACKAGES if (v := package_version(n))}, **same,
-            fp8=self.fp8, attention=attention,
-            data=dict(encoding=c.encoding, val_sha256=c.val_sha256, val_tokens=hp.val_tokens, train=c.train_files))
+        for key in ("run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 "
+                    "attention data_val data_train").split():
+            self.log.line(f"{key}: {'n/a' if head[key] is None else head[key]}")
+        order = ("format run_id script_sha256 utc argv knobs changed seed device gpu gpu_count gpu_memory_mib driver "
+                 "torch cuda nccl triton python packages world_size grad_accum fp8 attention data").split()
+        self.log.event("start", **{key: facts[key] for key in order})
 
     def warm_up(self) -> None:
         """Compile and load every kernel on made-up tokens, then put weights, optimizers and random state back."""
-        compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-        self.forward, self.features, self.losses = map(compiler, (self.forward, self.features, self.losses))
-        for optimizer in self.optimizers:
-            optimizer.compile()
         self.log.line("compiling: a minute or two at the first start, seconds later", file=False)
         hp, tensors = self.hp, [*self.model.state_dict().values()]
-        kept, random = [t.clone() for t in tensors], (torch.get_rng_state(), torch.cuda.get_rng_state())
-        dummy = TokenStream([(np.arange(max(hp.train_seq_len, hp.val_seq_len * self.world) + 1) * 7919 % 256).astype("<u2")])
+        length, kept = max(hp.train_seq_len, hp.val_seq_len * self.world) + 1, [t.clone() for t in tensors]
+        dummy = TokenStream([(np.arange(length) * 7919 % 256).astype("<u2")])
         tokens = torch.from_numpy(dummy.read(0, hp.train_seq_len + 1)).to(self.device)
         sequences = [(tokens[:-1].clone(), tokens[1:].long())] * (hp.sequences_per_step // self.world)
-        with self.log.progress("compiling", 2):
+        with self.log.progress("compiling", 2), torch.random.fork_rng(devices=[self.device] if self.cuda else []):
             train_step(self.forward, self.model, self.optimizers, sequences, hp, 0, self.window)
             if self.log.bar:
                 self.log.bar.update()
-            self.model.eval()
-            one_piece_each = dataclasses.replace(hp, val_tokens=hp.val_seq_len * self.world)
-            evaluate(self.features, self.losses, dummy, one_piece_each, self.rank, self.world, self.window)
-            self.model.train()
+            self.evaluate(dummy, dataclasses.replace(hp, val_tokens=hp.val_seq_len * self.world))
         with torch.no_grad():
             torch._foreach_copy_(tensors, kept)
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        torch.set_rng_state(random[0])
-        torch.cuda.set_rng_state(random[1])
         del kept, tokens, sequences
         gc.collect()
         gc.freeze()
@@ -1270,7 +1258,7 @@ class Run:
         if self.world > 1:
             dist.broadcast_object_list(box, 0)
         saved = load_file(Path(box[0]), CHECKPOINT_KEYS)
-        differ = [f"--{k}={saved['knobs'].get(k)}" for k in fixed_knobs() if saved["knobs"].get(k) != getattr(hp, k)]
+        differ = [f"--{k}={saved['knobs'].get(k)}" for k in FIXED if saved["knobs"].get(k) != getattr(hp, k)]
         if differ:
             raise Refused(2, f"{box[0]} was written with {' '.join(differ)}: give the same to resume it")
         if len(saved["optimizers"]) != self.world:
@@ -1279,8 +1267,8 @@ class Run:
             raise Refused(2, f"{box[0]} is at step {saved['loop']['step']}: --steps={hp.steps} is behind it")
         return saved, skipped
 
-    def restore(self, saved: dict) -> None:
-        """Go on where a checkpoint was written."""
+    def restore(self, saved: dict) -> list[str]:
+        """Go on where a checkpoint was written; returns a warning if more than places changed since."""
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"][self.rank]):
             optimizer.load_state_dict(state)
@@ -1288,11 +1276,9 @@ class Run:
         torch.set_rng_state(saved["loop"]["random"])
         self.log.event("resume", step=self.step, from_run_id=saved["run_id"])
         self.log.line(f"resumed from {saved['run_id']} at step {self.step}", file=False)
-        other = [f.name for f in dataclasses.fields(self.hp) if not f.metadata["place"]
-                 and saved["knobs"].get(f.name) != getattr(self.hp, f.name)]
+        other = [k for k, v in public_knobs(self.hp).items() if k not in PLACES and saved["knobs"].get(k) != v]
         other += ["the script itself"] if saved["script_sha256"] != self.sha else []
-        if other:
-            self.log.warn(self.step, f"changed since the checkpoint: {', '.join(other)}")
+        return [f"changed since the checkpoint: {', '.join(other)}"] if other else []
 
     def checkpoint(self) -> None:
         """Write checkpoints/step_<n>.pt and keep the newest two. Call it on all ranks, with the clock stopped."""
@@ -1326,19 +1312,24 @@ class Run:
         attention = 12 * self.hp.model_dim * float(np.mean(self.keys or [0]))
         return round(rate), 6 * matmuls * rate / peak, (6 * matmuls + attention) * rate / peak
 
+    def evaluate(self, stream: TokenStream, hp: Hyperparameters) -> float:
+        self.window.fill_(window_scheduler(self.step, hp.steps, hp.window_min, hp.window_max))
+        self.model.eval()
+        loss = evaluate(self.features, self.losses, stream, hp, self.rank, self.world, self.window)
+        self.model.train()
+        return loss
+
     def validate(self) -> None:
         """Score the validation tokens at this step's window, with the clock stopped. Refused 3 if it is not finite."""
         hp, began = self.hp, time.perf_counter()
-        self.window.fill_(window_scheduler(self.step, hp.steps, hp.window_min, hp.window_max))
-        self.model.eval()
-        self.val_loss = evaluate(self.features, self.losses, self.corpus.val, hp, self.rank, self.world, self.window)
-        self.model.train()
+        self.val_loss = self.evaluate(self.corpus.val, hp)
         self.peak_val = max(self.peak_val, torch.cuda.max_memory_allocated() if self.cuda else 0)
         self.spent["validation"] += time.perf_counter() - began
         now = self.clock.read()
         self.log.line(f"step:{self.step}/{hp.steps} val_loss:{self.val_loss:.6f} train_time:{now['train_ms']:.0f}ms "
                       f"step_avg:{now['train_ms'] / self.step if self.step else math.nan:.2f}ms")
-        self.log.event("val", step=self.step, tokens=self.tokens, val_loss=self.val_loss, val_tokens=hp.val_tokens, **now)
+        scored = dict(val_loss=self.val_loss, val_tokens=hp.val_tokens)
+        self.log.event("val", step=self.step, tokens=self.tokens, **scored, **now)
         if not math.isfinite(self.val_loss):
             raise Refused(3, f"the validation loss is {self.val_loss} at step {self.step}: lower the learning rates")
 
@@ -1346,8 +1337,8 @@ class Run:
         """Fetch the pending step's loss, write its line; True if a rank wants to stop. Refused 3 if not finite."""
         if self.pending is None:
             return False
-        late, self.pending = self.pending, None
-        (loss, stop), hp, now = late.get(), self.hp, self.clock.read()
+        get, self.pending = self.pending, None
+        (loss, stop), hp, now = get(), self.hp, self.clock.read()
         self.step += 1
         kept = self.step in (1, hp.steps) or self.step % math.ceil(hp.steps / 48) == 0
         rate, mfu, _ = self.speed(now["train_ms"])
@@ -1360,35 +1351,35 @@ class Run:
             self.log.bar.set_postfix_str(f"loss {loss:.4f}, {rate} tokens/s", refresh=False)
             self.log.bar.update(self.step - self.log.bar.n)
         if self.step == 10 < hp.steps:
-            self.log.line(f"about {now['train_ms'] / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps; a shorter "
-                          f"run is --steps={min(200, hp.steps // 2)}: every schedule scales", file=False)
+            self.log.line(f"about {now['train_ms'] / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps; a "
+                          f"shorter run is --steps={min(200, hp.steps // 2)}: every schedule scales", file=False)
         if not math.isfinite(loss):
             raise Refused(3, f"the training loss is {loss} at step {self.step}: lower the learning rates")
         return stop
 
-    def launch(self, pairs: list[tuple[Tensor, Tensor]], step: int, stop: bool) -> LateLoss:
-        """Start one training step; a window's visible keys are counted on its first sequence."""
+    def launch(self, pairs: list[tuple[Tensor, Tensor]], step: int, stop: bool):
+        """Start one training step; returns what gives its loss. The keys its queries see are counted 64 times a run."""
         hp = self.hp
-        long = window_scheduler(step, hp.steps, hp.window_min, hp.window_max)
-        if len(self.keys) < 64 and self.cuda or step % 32 == 0:
-            ids = pairs[0][0].numpy()
-            self.keys.append(sum(hp.layer_pattern.count(c) * visible_keys(ids, w) for c, w in zip("LS", (long, long // 2))))
+        if step % math.ceil(hp.steps / 64) == 0:
+            ids, long = pairs[0][0].numpy(), window_scheduler(step, hp.steps, hp.window_min, hp.window_max)
+            layers = zip("LS", (long, long // 2))
+            self.keys.append(sum(hp.layer_pattern.count(kind) * visible_keys(ids, window) for kind, window in layers))
         sequences = ([t.to(self.device, non_blocking=True) for t in pair] for pair in pairs)
         loss = train_step(self.forward, self.model, self.optimizers, sequences, hp, step, self.window)
-        return LateLoss(loss, stop, self.world)
+        return fetch_late(loss, stop, self.world)
 
     def train(self) -> None:
         """Steps, checkpoints and validations up to hp.steps. Refused 75 after a signal, once everything is saved."""
-        hp, stop, profile = self.hp, StopSignal(), profiler(self)
-        loader = Prefetcher(self.corpus.train, hp, self.rank, self.world, self.step, self.cuda)
+        hp, caught, profile = self.hp, catch_signals(), profiler(self)
+        loader = prefetch(self.corpus.train, hp, self.rank, self.world, self.step, self.cuda)
         if self.step == 0:
             self.validate()
         with self.log.progress("training", hp.steps, self.step), profile:
-            for step in range(self.step, hp.steps):
+            for n in range(self.step + 1, hp.steps + 1):
                 self.clock.switch(True)
-                late, n = self.launch(loader.next(), step, bool(stop.at)), step + 1
+                launched = self.launch(next(loader), n - 1, bool(caught))
                 stopping = self.settle()  # the step before, now that this one is on its way
-                self.pending = late
+                self.pending = launched
                 if not self.cuda:  # nothing is on its way there
                     stopping = self.settle()
                 if hp.profile and self.rank == 0:
@@ -1428,12 +1419,12 @@ class Run:
                       f"{self.spent['validation']:.1f} s and saving {self.spent['saving']:.1f} s", file=False)
         self.log.line(f"exit: {code} {reason}")
         del numbers["train_time_ms"]
-        order = ("steps", "tokens", "val_loss", "train_ms", "wall_s")
-        self.log.event("end", status={0: "complete", 75: "stopped"}.get(code, "failed"), code=code, reason=reason,
-                       **({k: (numbers | now)[k] for k in order} | numbers))
+        first = {k: (numbers | now)[k] for k in ("steps", "tokens", "val_loss", "train_ms", "wall_s")}
+        status = {0: "complete", 75: "stopped"}.get(code, "failed")
+        self.log.event("end", status=status, code=code, reason=reason, **(first | numbers))
 
 def profiler(run: Run):
-    """A torch.profiler trace of hp.profile steps from the third on, on rank 0, and its costliest kernels on the screen."""
+    """A torch.profiler trace of hp.profile steps from the third on, on rank 0; its costliest kernels on the screen."""
     if not run.hp.profile or run.rank:
         return contextlib.nullcontext()
 
@@ -1447,18 +1438,6 @@ def profiler(run: Run):
     plan = torch.profiler.schedule(wait=1, warmup=1, active=run.hp.profile, repeat=1)
     return torch.profiler.profile(schedule=plan, on_trace_ready=ready)
 
-def digits(value, spec: str) -> str:
-    return "n/a" if value is None else format(value, spec)
-
-def package_version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-
-def nvidia_driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
-
 # ---- 11. Text
 
 def text_codec(encoding: str, bpe_file: str):
@@ -1470,20 +1449,22 @@ def text_codec(encoding: str, bpe_file: str):
                 lambda ids: bytes(order[i] for i in ids if i < 256).decode("utf-8", "replace"))
     try:
         import tiktoken
-        if not bpe_file:
-            codec = tiktoken.get_encoding("gpt2")
-        else:
+        if bpe_file:
             rows = (row.split() for row in Path(bpe_file).read_bytes().splitlines() if row)
-            words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
             ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-            codec = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": EOT})
+            words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+            special = {"<|endoftext|>": EOT}
+            codec = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens=special)
+        else:
+            codec = tiktoken.get_encoding("gpt2")
     except Exception as error:
-        raise Refused(2, f"no text without GPT-2's ranks ({type(error).__name__}): give a rank file as --bpe_file") from error
+        why = type(error).__name__
+        raise Refused(2, f"no text without GPT-2's ranks ({why}): give a rank file as --bpe_file") from error
     return codec.encode_ordinary, lambda ids: codec.decode([i for i in ids if i < EOT])
 
 @torch.no_grad()
 def generate(model: GPT, ids: list[int], count: int, hp: Hyperparameters, heat: float = 0.8) -> list[int]:
-    """Up to `count` token ids after `ids`, sampled at temperature `heat`, to a document's end. Slow: it keeps no cache."""
+    """Up to `count` token ids after `ids`, sampled at temperature `heat`, to a document's end. It keeps no cache."""
     device = next(model.parameters()).device
     flex, model.use_flex = model.use_flex, False
     model.eval()
@@ -1508,10 +1489,8 @@ def print_sample(model: GPT, hp: Hyperparameters, encoding: str) -> None:
 
 def sample_saved(hp: Hyperparameters, device: torch.device) -> None:
     """Print a sample of saved weights, without training and without a run folder."""
-    path = find_saved(hp.weights, "*/weights.pt", WEIGHTS_KEYS, [])
-    saved = load_file(path, WEIGHTS_KEYS)
-    names = [*fixed_knobs(), "val_seq_len", "window_max"]
-    hp = dataclasses.replace(hp, **{name: saved["knobs"][name] for name in names})
+    saved = load_file(find_saved(hp.weights, "*/weights.pt", WEIGHTS_KEYS, []), WEIGHTS_KEYS)
+    hp = dataclasses.replace(hp, **{name: saved["knobs"][name] for name in [*FIXED, "val_seq_len", "window_max"]})
     model = GPT(hp, saved["vocab_size"])
     model.load_state_dict(saved["model"])
     print_sample(place(model, device), hp, saved["encoding"])
@@ -1529,7 +1508,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return 4, "a collective failed: another rank died or hung; its own message says why; --resume=latest goes on"
     return 1, f"the script failed with {type(error).__name__}"
 
-def finish(run: Run | None, rank: int, error: BaseException) -> None:
+def fail(run: Run | None, rank: int, error: BaseException) -> None:
     """Say in one sentence why it ended, in the log too, and leave with the exit code."""
     code, reason = verdict(error)
     if run:
@@ -1564,7 +1543,7 @@ def main(argv: list[str] | None = None) -> None:
         run.train()
         run.close(0, "complete")
     except BaseException as error:
-        finish(run, rank, error)
+        fail(run, rank, error)
     if rank == 0:
         try:
             print_sample(run.model, hp, run.corpus.encoding)
@@ -1575,7 +1554,6 @@ def main(argv: list[str] | None = None) -> None:
             print("target met" if miss <= 0 else f"target missed by {miss:.6f}")
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()

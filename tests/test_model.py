@@ -1,6 +1,7 @@
 """The model and its schedules: end points, causality, the loss, the U-Net's wiring, and one batch learned by heart."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +308,7 @@ assert not os.listdir("."), os.listdir(".")
 
 def test_importing_the_script_does_nothing(tmp_path):
     root = Path(tg.__file__).resolve().parent
-    done = subprocess.run([sys.executable, "-B", "-c", IMPORT, str(root)], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120)
+    fresh = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "TMPDIR") if name in os.environ}
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT, str(root)], cwd=tmp_path, env=fresh, timeout=120,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stdout + done.stderr

@@ -144,6 +144,21 @@ def test_fp8_on_one_rank_is_fp8_on_four(seen):
     assert min(rounded) > 0.01 and max(rounded) < 0.07, "and it is FP8"
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_fp8_rounds_once_what_each_rank_sends(seen, world):
+    """On one rank, where nothing is sent, it rounds each sequence's gradient; on more, each rank's sum over its own."""
+    hp = small_hp(**KNOBS, grad_comm="fp8")
+    model, data, want = small_model(hp, awake=True), documents(hp, hp.sequences_per_step), 0.0
+    buckets = [b for o in tg.build_optimizers(model, hp) for b in o.buckets]
+    each = hp.sequences_per_step // world if world > 1 else 1
+    for first in range(0, hp.sequences_per_step, each):
+        model.zero_grad()
+        for ids, targets in data[first : first + each]:
+            model(ids, targets, window_tensor(1)).backward()
+        want += torch.cat([tg.dequantize_e5m2(*tg.quantize_e5m2(b.pack())) for b in buckets])
+    assert relative_error(torch.cat(gradients(seen["fp8", world])), want) < 1e-6
+
+
 @pytest.mark.parametrize("comm", ["bf16", "fp8"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_is_sent_is_the_plan_in_one_order_on_every_rank(seen, comm, world):
