@@ -3,7 +3,6 @@
 #   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, then train; --help lists the knobs
 #   ./run.sh test [pytest arguments]          run the tests
 #   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
-#
 # A given --preset or --data_dir wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
 
 say() { echo "run.sh: $*"; }
@@ -106,15 +105,15 @@ fi
 
 preset= data=
 for argument in "$@"; do case $argument in
-    --help) exec "$python" "$script" "$@" ;;
+    --help|--weights=*) exec "$python" "$script" "$@" ;;
     --preset=*) preset=${argument#*=} ;;
     --data_dir=*) data=${argument#*=} ;;
 esac; done
 given_preset=$preset given_data=$data
-
 # nvidia-smi answers at once; torch takes seconds, and is asked where it may see fewer GPUs than nvidia-smi lists.
-answer=
-[ -n "${CUDA_VISIBLE_DEVICES+set}" ] || answer=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
+answer='' seen=${CUDA_VISIBLE_DEVICES+set}
+case $(torch_of "$python") in *+cpu) seen=cpu ;; esac
+[ -n "$seen" ] || answer=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null |
     awk '/^[0-9]+$/ { n++; if (!least || $1 < least) least = $1 } END { if (n) print n, least }')
 [ -n "$answer" ] || answer=$("$python" -c 'import torch
 n = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -127,11 +126,10 @@ if [ "$gpus" -eq 0 ]; then
 else
     case $gpus in 1) ;; 2|3) processes=2 ;; 4|5|6|7) processes=4 ;; *) processes=8 ;; esac
     [ "$gpus" -eq $processes ] || say "using $processes of $gpus GPUs: a step's 8 sequences divide among 1, 2, 4 or 8"
-    # PYTORCH_CUDA_ALLOC_CONF is the older name of the same setting: one who uses it is left alone.
     [ -n "$PYTORCH_CUDA_ALLOC_CONF" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-expandable_segments:True}"
     if [ "$mib" -ge 76800 ]; then fits=80gb; elif [ "$mib" -ge 38912 ]; then fits=40gb; else fits=24gb; fi
     [ "$mib" -ge 22528 ] || [ -n "$preset" ] || say "$((mib / 1024)) GiB are less than any preset was measured on:" \
-        "if memory runs out, lower --train_seq_len and --val_seq_len, or train a small model with --preset=tiny"
+        "if memory runs out, lower --train_seq_len and --val_seq_len, or take --preset=tiny"
     preset=${preset:-$fits} machine="$gpus GPUs of at least $((mib / 1024)) GiB"
 fi
 [ -n "$data" ] || case $preset in
@@ -142,6 +140,7 @@ fi
             say "FineWeb is not here and cannot be fetched: a tiny model learns the text that comes with numpy instead"
             preset=tiny; embedded_text; } ;;
 esac
+case $preset in cpu|tiny) processes=1 ;; esac  # their steps have one or two sequences
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"

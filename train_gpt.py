@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the full FineWeb run, 8 H100s
     python train_gpt.py --preset=80gb                          # the same steps on one GPU, by gradient accumulation
-    python train_gpt.py --steps=20 --val_tokens=262144         # a 20-step smoke run: every schedule scales
+    python train_gpt.py --steps=20 --val_tokens=65536          # a 20-step smoke run: every schedule scales
     python train_gpt.py --preset=cpu --data_dir=data/embedded  # three minutes on a laptop's CPU
 
 The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 FP8 matmul,
@@ -28,11 +28,13 @@ import math
 import os
 import platform
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +231,7 @@ def fp8_supported(device: torch.device | str) -> tuple[bool, str]:
         layer(torch.randn(32, 64, device=device, dtype=torch.bfloat16)).float().square().mean().backward()
         ok = bool(torch.isfinite(layer.weight.grad).all())
         return ok, "probe passed" if ok else "probe gave non-finite gradients"
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         return False, "probe failed: " + (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 # ---- 4. Attention masks. Key k is visible to query q iff k <= q, doc(k) == doc(q) and q // 128 - k // 128 < window.
@@ -330,8 +332,9 @@ def muon_update(grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, lr: Ten
     """Nesterov momentum of grad / divisor, orthogonalized, times lr * sqrt(max(1, R / C)). grad, momentum_buffer
     (changed in place): (N, R, C); momentum, lr: 0-d tensors. Returns the bf16 step to subtract."""
     grad = grad.float() / divisor
-    momentum_buffer.lerp_(grad, 1 - momentum)
-    update = zeropower_via_newtonschulz5(grad.lerp(momentum_buffer, momentum), ns_steps)
+    average = torch.lerp(momentum_buffer.float(), grad, 1 - momentum)
+    momentum_buffer.copy_(average)
+    update = zeropower_via_newtonschulz5(grad.lerp(average, momentum), ns_steps)
     return (update * (lr * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5)).bfloat16()
 
 def adam_update(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor, betas, eps, divisor: int):
@@ -395,6 +398,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank = 0 if alone else dist.get_rank()
         self.grad_divisor, self.grad_comm = grad_divisor, grad_comm
         self.buckets, self.sums = self.make_buckets(), {}
+
+    def add_param_group(self, group: dict):
+        if hasattr(self, "buckets"):
+            raise ValueError(f"{type(self).__name__}: buckets are fixed; give all parameters to the constructor")
+        super().add_param_group(group)
 
     def compile(self):
         """Let Inductor fuse the update of each bucket; what changes in a run is a tensor, so one compilation serves."""
@@ -936,8 +944,9 @@ def load_corpus(hp: Hyperparameters, thorough: bool) -> Corpus:
     sequences, most = hp.steps * hp.sequences_per_step, (train.total - 1) // hp.train_seq_len
     if sequences > most * hp.epochs:
         enough = f"--epochs={math.ceil(sequences / most)}" if most else "a shorter --train_seq_len"
+        steps = most * hp.epochs // hp.sequences_per_step
         raise Refused(2, f"--steps={hp.steps} reads {sequences * hp.train_seq_len} tokens, and the data has "
-                         f"{train.total}: take {enough} or --steps={max(1, most * hp.epochs // hp.sequences_per_step)}")
+                         f"{train.total}: take {enough}" + (f" or --steps={steps}" if steps else ""))
     digests, scored = {}, b""
     if thorough:
         everything, scored = opened["train"] | opened["val"], val.read(0, hp.val_tokens + 1).astype("<u2")
@@ -958,7 +967,8 @@ STEP_DEADLINE = 120.0  # seconds to wait for a launched GPU step; below START_TI
 PACKAGES = ("torch", "numpy", "tiktoken", "huggingface_hub")  # those of requirements.txt
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-40GB": 312,
                "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165}  # dense bf16, fp32 sums
-WEIGHTS_KEYS, CHECKPOINT_KEYS = "model knobs encoding vocab_size", "model optimizers loop knobs run_id script_sha256"
+WEIGHTS_KEYS = "model knobs encoding vocab_size"
+CHECKPOINT_KEYS = "model optimizers loop knobs encoding run_id script_sha256"
 FIELDS = dataclasses.fields(Hyperparameters)
 PLACES = [f.name for f in FIELDS if f.metadata["place"]]
 # What saved weights, and the place in the stream, depend on.
@@ -974,6 +984,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     try:
         if world > 1:
+            for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # 2.13 warns; the new names came with it
+                warnings.filterwarnings("ignore", f".*{name}", FutureWarning)
             backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT), device_id=own)
     except (dist.DistError, ValueError) as error:
@@ -1043,10 +1055,11 @@ class Clock:
 
     def __init__(self, log: RunLog, device: torch.device):
         self.log, self.device, self.began = log, device, time.perf_counter()
-        self.train_ms, self.since, self.peak = 0.0, None, 0
+        self.train_ms, self.since, self.mark, self.peak, self.resumed_ms = 0.0, None, None, 0, 0.0
 
-    def read(self) -> dict:
-        now = time.perf_counter()
+    def read(self, event=None) -> dict:
+        """Now, or when the GPU passed a recorded CUDA event."""
+        now = self.since + self.mark.elapsed_time(event) / 1e3 if event else time.perf_counter()
         running = 0.0 if self.since is None else (now - self.since) * 1e3
         return dict(train_ms=self.train_ms + running, wall_s=now - self.began)
 
@@ -1060,6 +1073,9 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
         reading = self.read()
         self.train_ms, self.since = reading["train_ms"], self.began + reading["wall_s"] if on else None
+        if on and self.device.type == "cuda":
+            self.mark = torch.cuda.Event(enable_timing=True)
+            self.mark.record()
         self.log.line(f"clock: {'start' if on else 'stop'}", screen=False)
         self.log.event("clock", mark="start" if on else "stop", **reading)
 
@@ -1080,21 +1096,22 @@ def catch_signals() -> list[float]:
 
 def fetch_late(loss: Tensor, stop: bool, world: int):
     """Send a step's loss and stop flag, summed over ranks, to the host while the next step runs. The function returned
-    gives (loss, whether any rank wants to stop), or raises Refused 4 if the GPU does not come back."""
+    gives (loss, whether a rank wants to stop, event of its arrival), or raises Refused 4 if the GPU does not answer."""
     host, event = torch.stack((loss.detach().float(), torch.full_like(loss.detach(), float(stop)))), None
     if world > 1:
         dist.all_reduce(host)
     if host.is_cuda:
-        host, event = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True), torch.cuda.Event()
+        host = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True)
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
 
-    def get() -> tuple[float, bool]:
+    def get() -> tuple[float, bool, torch.cuda.Event | None]:
         deadline = time.monotonic() + STEP_DEADLINE
         while event is not None and not event.query():
             if time.monotonic() > deadline:
                 raise Refused(4, f"a step took longer than {STEP_DEADLINE:.0f} s: another rank has died or hangs")
             time.sleep(1e-4)
-        return host[0].item(), host[1].item() > 0
+        return host[0].item(), host[1].item() > 0, event
 
     return get
 
@@ -1261,6 +1278,8 @@ class Run:
         differ = [f"--{k}={saved['knobs'].get(k)}" for k in FIXED if saved["knobs"].get(k) != getattr(hp, k)]
         if differ:
             raise Refused(2, f"{box[0]} was written with {' '.join(differ)}: give the same to resume it")
+        if saved["encoding"] != self.corpus.encoding:
+            raise Refused(2, f"{box[0]} was trained on {saved['encoding']} tokens: name such data as --data_dir")
         if len(saved["optimizers"]) != self.world:
             raise Refused(2, f"{box[0]} was written by {len(saved['optimizers'])} ranks: start as many to resume it")
         if saved["loop"]["step"] > hp.steps:
@@ -1273,6 +1292,7 @@ class Run:
         for optimizer, state in zip(self.optimizers, saved["optimizers"][self.rank]):
             optimizer.load_state_dict(state)
         self.step, self.clock.train_ms = saved["loop"]["step"], saved["loop"]["train_ms"]
+        self.clock.resumed_ms = self.clock.train_ms
         torch.set_rng_state(saved["loop"]["random"])
         self.log.event("resume", step=self.step, from_run_id=saved["run_id"])
         self.log.line(f"resumed from {saved['run_id']} at step {self.step}", file=False)
@@ -1291,7 +1311,8 @@ class Run:
             loop = dict(step=self.step, place=self.corpus.train.locate(self.tokens % self.corpus.train.total),
                         train_ms=self.clock.train_ms, random=torch.get_rng_state())
             size = save_file(path, dict(model=self.model.state_dict(), optimizers=states, loop=loop,
-                             script_sha256=self.sha, knobs=public_knobs(self.hp), run_id=self.log.run_id))
+                             encoding=self.corpus.encoding, script_sha256=self.sha, knobs=public_knobs(self.hp),
+                             run_id=self.log.run_id))
             self.log.event("checkpoint", step=self.step, bytes=size, ms=(time.perf_counter() - began) * 1e3)
             for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
                 old.unlink()
@@ -1338,7 +1359,8 @@ class Run:
         if self.pending is None:
             return False
         get, self.pending = self.pending, None
-        (loss, stop), hp, now = get(), self.hp, self.clock.read()
+        (loss, stop, event), hp = get(), self.hp
+        now = self.clock.read(event)
         self.step += 1
         kept = self.step in (1, hp.steps) or self.step % math.ceil(hp.steps / 48) == 0
         rate, mfu, _ = self.speed(now["train_ms"])
@@ -1414,7 +1436,7 @@ class Run:
         formats = dict(val_loss=".6f", train_time_ms=".0f", mfu=".3f", mfu_with_attention=".3f")
         for key, value in numbers.items():
             self.log.line(f"{key}: {digits(value, formats.get(key, 'd'))}")
-        dead = now["wall_s"] - now["train_ms"] / 1e3 - sum(self.spent.values())
+        dead = now["wall_s"] - (now["train_ms"] - self.clock.resumed_ms) / 1e3 - sum(self.spent.values())
         self.log.line(f"dead time: {dead:.1f} s of {now['wall_s']:.1f} s, beside validation "
                       f"{self.spent['validation']:.1f} s and saving {self.spent['saving']:.1f} s", file=False)
         self.log.line(f"exit: {code} {reason}")
@@ -1429,8 +1451,10 @@ def profiler(run: Run):
         return contextlib.nullcontext()
 
     def ready(profile):
-        with no_space("trace.json"):
-            profile.export_chrome_trace(str(run.log.folder / "trace.json"))
+        path = run.log.folder / "trace.json"
+        with no_space(path.name):
+            profile.export_chrome_trace(str(path))
+            path.write_text(re.sub(r'"host_name": "[^"]*"', '"host_name": ""', path.read_text()))
         order = f"self_{run.device.type}_time_total"
         run.log.line(profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60), file=False)
 

@@ -61,7 +61,11 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-fp8_forward.register_autograd(lambda ctx, grad, *_: (*fp8_backward(grad, *ctx.saved_tensors), None), setup_context=_setup)
+def _gradients(ctx, grad, *_):
+    return *fp8_backward(grad, *ctx.saved_tensors), None
+
+
+fp8_forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def median_ms(work, repeats: int, warm: int = 2) -> float:
@@ -101,12 +105,13 @@ def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
         hit = targets[:, None] == torch.arange(logits.size(-1), device=x.device)
         return ((logits - model.cap).exp().sum(-1).log() + model.cap - torch.where(hit, logits, 0).sum(-1)).mean()
 
-    heads = {"function": lambda x: tg.FP8Matmul.apply(x, weight, scale), "custom op": lambda x: fp8_forward(x, weight, scale)[0]}
+    heads = {"function": lambda x: tg.FP8Matmul.apply(x, weight, scale),
+             "custom op": lambda x: fp8_forward(x, weight, scale)[0]}
     arms = {name: torch.compile(lambda head=head: loss(head), fullgraph=True) for name, head in heads.items()}
     times = {name: [] for name in arms}
     for _ in range(3):
         for name, arm in arms.items():
-            times[name].append(median_ms(lambda: arm().backward(), 5))
+            times[name].append(median_ms(lambda arm=arm: arm().backward(), 5))
     model.lm_head.weight.grad = None
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -139,7 +144,7 @@ def main():
     torch.cuda.reset_peak_memory_stats()
     for blocks in (1, 4, 8, 14):
         window.fill_(blocks)
-        times = [median_ms(lambda: forward(*s, window).backward(), 5) for s in sequences]
+        times = [median_ms(lambda s=s: forward(*s, window).backward(), 5) for s in sequences]
         print(f"window {blocks:2d} blocks: {statistics.mean(times):.2f} ms a sequence forward+backward")
     print(f"peak allocated {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
     if "--quick" not in sys.argv:

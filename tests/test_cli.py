@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 import train_gpt as t
 
 

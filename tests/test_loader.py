@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
-import train_gpt as t
 from tiny import make_corpus, write_shard
+
+import train_gpt as t
 
 
 def knobs(folder, **changed):

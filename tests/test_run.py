@@ -11,8 +11,9 @@ import time
 
 import pytest
 import torch
-import train_gpt as t
 from tiny import SCRIPT, command, environment, events, make_corpus, run, run_folders
+
+import train_gpt as t
 
 LINE = re.compile(r"^step:(\d+)/(\d+) (?:(train_loss|val_loss):(\d+\.\d+|nan|inf) )?train_time:(\d+)(ms|s) "
                   r"step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*$", re.ASCII)

@@ -252,7 +252,7 @@ def test_caches_lie_in_the_checkout_unless_the_user_names_others(machine):
     seen = machine.seen()
     assert seen["TORCHINDUCTOR_CACHE_DIR"] == f"{machine.root}/.cache/inductor"
     assert seen["TRITON_CACHE_DIR"] == f"{machine.root}/.cache/triton"
-    assert seen["TORCHINDUCTOR_FX_GRAPH_CACHE"] == seen["TORCHINDUCTOR_AUTOGRAD_CACHE"] == "1"
+    assert seen["TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"] == "1"
     assert not [name for name in seen if "ALLOC_CONF" in name or "NCCL" in name]
     machine.gpu(2, 81000).fineweb().as_is(TRITON_CACHE_DIR="/mine", OMP_NUM_THREADS="3")
     seen = machine.seen()
@@ -356,3 +356,14 @@ def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
 def test_python_3_10_gets_the_ranges(machine):
     machine.run(VERSION="3.10")
     assert (machine.kept / "constraints.txt").read_text() == "" and "starts at Python 3.11" in machine.out
+
+
+def test_nvidia_smi_spares_the_start_of_torch_unless_that_is_for_cpus(machine):
+    machine.put("nvidia-smi", "#!/bin/sh\ncase $* in *query*) echo 81559; echo 40960 ;; *) echo 'GPU 0: two' ;; esac\n")
+    calls = machine.fineweb().as_is()
+    assert "2 GPUs of at least 40 GiB, processes: 2, preset: 40gb" in machine.out
+    assert not [call for call in calls if "import torch" in call]
+    machine.as_is("--preset=tiny", "--data_dir=here")
+    assert "processes: 1, preset: tiny" in machine.out
+    machine.torch("2.13.0+cpu").as_is()
+    assert "cannot use this machine's GPU" in machine.out and "preset: cpu" in machine.out
