@@ -122,7 +122,7 @@ print(n, min([torch.cuda.get_device_properties(i).total_memory >> 20 for i in ra
 gpus=${answer% *} mib=${answer#* } processes=1
 if [ "$gpus" -eq 0 ]; then
     [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || ! has_gpu || say "torch $(torch_of "$python") cannot use this machine's GPU"
-    preset=${preset:-cpu} machine="no GPU"
+    preset=${preset:-cpu} machine="no GPU"; export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-PASSIVE}"  # others may be at work
 else
     case $gpus in 1) ;; 2|3) processes=2 ;; 4|5|6|7) processes=4 ;; *) processes=8 ;; esac
     [ "$gpus" -eq $processes ] || say "using $processes of $gpus GPUs: a step's 8 sequences divide among 1, 2, 4 or 8"

@@ -52,7 +52,7 @@ def test_other_bad_data(tmp_path):
     assert "token 256 at 1" in refusal(folder, steps=1)
     (folder / "manifest.json").unlink()
     write_shard(folder / "train_000001.bin", [5, 50257])
-    assert "token 50257 at 1" in refusal(folder)
+    assert "token 50257 at 1" in refusal(folder, steps=1)
     (folder / "val_000000.bin").unlink()
     assert "*val*.bin" in refusal(folder)
 

@@ -240,7 +240,8 @@ def test_bf16_parameters_with_bf16_gradients(make):
         optimizer.step()
         assert torch.equal(kept, p.grad), "a step leaves gradients as they are"
     assert narrow.dtype == torch.bfloat16
-    assert relative_error(narrow.float() - rand(64, 64), wide - rand(64, 64)) < 2e-2
+    error = relative_error(narrow.float() - rand(64, 64), wide - rand(64, 64))
+    assert error < 0.1, "beyond what rounding the parameter explains"
 
 
 # ---- The exchange
