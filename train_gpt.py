@@ -19,7 +19,6 @@ import base64
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -176,7 +175,6 @@ def column_major(x: Tensor) -> Tensor:
 class FP8Matmul(torch.autograd.Function):
     """y = x W^T in FP8, forward and backward. As a Function, and not as a custom operator, Inductor fuses the casts
     into their neighbours. x: (N, in) bf16, weight: (out, in) fp32, scale: (3,) fp32; N, in and out multiples of 16."""
-
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         x8, w8 = to_fp8(x, scale[0], torch.float8_e4m3fn), to_fp8(weight, scale[1], torch.float8_e4m3fn)
@@ -202,7 +200,6 @@ class CastedLinear(nn.Linear):
     input, the weight and the incoming gradient before their casts; products are divided by them again. FP8 needs CUDA,
     training mode, `use_fp8` (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the
     input's dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize."""
-
     def __init__(self, in_features: int, out_features: int, x_scale: float = 2.0, w_scale: float = 512.0,
                  grad_scale: float = 524288.0, *, bias: bool = False, device=None, dtype=None):
         if isinstance(x_scale, bool):
@@ -270,15 +267,12 @@ def create_masks(input_ids: Tensor, block_size: int = BLOCK, window: Tensor | in
     window = torch.as_tensor(blocks if window is None else window, dtype=torch.int32, device=input_ids.device)
     docs = (input_ids == EOT).cumsum(0, dtype=torch.int32)  # (T,)
     low, high = docs[::block_size].contiguous(), docs[block_size - 1 :: block_size].contiguous()  # (B,)
-
     def build(window: Tensor) -> BlockMask:
         def visible(batch, head, q, k):
             return (q >= k) & (docs[q] == docs[k]) & (q // block_size - k // block_size < window)
-
         kv, q = (block_table(low, high, window, width, side) for side in (-1, 1))
         return BlockMask((input_ids.size(0),) * 2, *(t[None, None] for t in (*kv, *q)),
                          BLOCK_SIZE=(block_size, block_size), mask_mod=visible)
-
     return build(window.clamp(1, width)), build((window // 2).clamp(1, width))
 
 CHUNK = 512  # queries of one dense attention call: its mask is (CHUNK, CHUNK + window), never T x T
@@ -361,7 +355,6 @@ def dequantize_e5m2(values: Tensor, scales: Tensor) -> Tensor:
 class Bucket:
     """Parameters that travel together: one buffer in which each starts at a multiple of 4,096 values, cut into equal
     shares of whole units (a matrix, or 4,096 values), one a rank. `groups`: the index of each one's param_group."""
-
     def __init__(self, params: list[Tensor], groups: list[int], unit: int, world_size: int):
         self.params, self.groups, self.unit = params, groups, unit
         self.strides = [-(-p.numel() // SCALE_BLOCK) * SCALE_BLOCK for p in params]
@@ -390,7 +383,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     drop out. `grad_divisor` divides the summed gradient, `grad_comm` is the format in which it travels: bf16 by
     reduce-scatter, or fp8 by all-to-all, e5m2 with a scale for every 4,096 values, summed in fp32 by the owner. On one
     rank fp8 quantizes each sequence's gradient the same way (`accumulate` after its backward)."""
-
     def __init__(self, params, defaults: dict, grad_divisor: int = 1, grad_comm: str = "bf16", world_size=None):
         super().__init__(params, defaults)
         alone = not (dist.is_available() and dist.is_initialized())
@@ -441,14 +433,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         else:
             sent, got = packed, packed.new_empty(bucket.share)
             work = [dist.reduce_scatter_tensor(got, sent, async_op=True)]
-
         def wait(sent=sent):  # names what was sent, so that it lives until then
             for handle in work:
                 handle.wait()
             if self.grad_comm == "bf16":
                 return got
             return dequantize_e5m2(got[0].view(torch.float8_e5m2), got[1]).view(self.world_size, -1).sum(0)
-
         return wait
 
     @torch.no_grad()
@@ -482,7 +472,6 @@ class Muon(ShardedOptimizer):
     """Momentum, orthogonalized by Newton-Schulz. params: matrices (..., R, C), leading dimensions are separate ones;
     equal shapes are orthogonalized in one batch, each rank its share of it. `lr` and `momentum` may change every step.
     Works as any torch.optim.Optimizer, without a process group and under any LR scheduler."""
-
     update = staticmethod(muon_update)
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, ns_steps: int = 5, **exchange):
@@ -509,7 +498,6 @@ class Muon(ShardedOptimizer):
 
 class Adam(ShardedOptimizer):
     """Adam, sharded over ranks. Tensors of 2 and more dimensions have a bucket each, the small ones share one."""
-
     update = staticmethod(adam_update)
 
     def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, **exchange):
@@ -566,7 +554,6 @@ def norm(x: Tensor) -> Tensor:
 class Rotary(nn.Module):
     """Half-truncated rotary embedding (arXiv:2104.09864): half of the channel pairs rotates, at frequencies from 1 to
     1 / base, and half stands still, which leaves those channels to content alone."""
-
     def __init__(self, head_dim: int, max_len: int, base: float):
         super().__init__()
         freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
@@ -587,7 +574,6 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
 
 class CausalSelfAttention(nn.Module):
     """Attention with merged QKV, QK-norm (arXiv:2010.04245), rotary, and value embeddings mixed into v."""
-
     def __init__(self, hp: Hyperparameters, has_value_embed: bool):
         super().__init__()
         self.num_heads, self.head_dim, self.scale = hp.num_heads, hp.head_dim, hp.attn_scale
@@ -608,7 +594,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two matrices with ReLU^2 between them (arXiv:2109.08668), 1-2 % better than GELU."""
-
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         hidden = hp.mlp_ratio * hp.model_dim
@@ -620,7 +605,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: mix in x0, then attention where the pattern has it, then the MLP."""
-
     def __init__(self, hp: Hyperparameters, window: str, table: str):
         super().__init__()
         self.attn = CausalSelfAttention(hp, table != ".") if window != "-" else None
@@ -638,7 +622,6 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """U-Net GPT: the output of encoder layer i is added, with a learned weight, to the input of the mirrored decoder
     layer. vocab_size: rows V of embeddings and head, a multiple of 128."""
-
     def __init__(self, hp: Hyperparameters, vocab_size: int):
         super().__init__()
         self.layers, self.tables, depth = hp.layer_pattern, hp.value_pattern, len(hp.layer_pattern)
@@ -725,7 +708,6 @@ HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them wo
 
 class TokenStream:
     """Shards, uint16 (count,) each, laid end to end; `total` is the count of tokens."""
-
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
         self.total = int(self.ends[-1])
@@ -750,13 +732,11 @@ def prefetch(stream: TokenStream, hp: Hyperparameters, rank: int, world: int, fi
     Sequence g = step * S + i of the run starts at token g * T of the stream, which begins again after its last whole
     sequence; rank r takes i = r, r + world, ... Refused 4 if the thread failed or gave nothing in time."""
     ready: queue.Queue = queue.Queue(4)
-
     def read(i: int) -> tuple[Tensor, Tensor]:
         start = i % ((stream.total - 1) // hp.train_seq_len) * hp.train_seq_len
         tokens = torch.from_numpy(stream.read(start, hp.train_seq_len + 1))
         pair = tokens[:-1].clone(), tokens[1:].long()
         return tuple(t.pin_memory() for t in pair) if pin else pair
-
     def fill() -> None:
         try:
             for step in range(first_step, hp.steps):
@@ -764,7 +744,6 @@ def prefetch(stream: TokenStream, hp: Hyperparameters, rank: int, world: int, fi
                 ready.put([read(step * count + i) for i in range(rank, count, world)])
         except BaseException as error:  # it belongs to the thread that waits for the tokens
             ready.put(error)
-
     threading.Thread(target=fill, daemon=True).start()
     for _ in range(first_step, hp.steps):
         try:
@@ -800,74 +779,71 @@ def evaluate(features, losses, stream: TokenStream, hp: Hyperparameters, rank: i
 
 # ---- 8. Command line
 
+FIELDS = dataclasses.fields(Hyperparameters)
+PLACES = [f.name for f in FIELDS if f.metadata["place"]]
+# What saved weights, and the place in the stream, depend on.
+FIXED = [f.name for f in FIELDS if f.metadata["group"] == "model"] + ["train_seq_len", "sequences_per_step"]
+
 class Refused(Exception):
     """An end that one sentence explains. `code` is the exit code: 2 refused before step 0, 3 non-finite loss, 4 rank,
     collective or loader deadline, 5 no usable checkpoint, 6 no space or memory, 75 stopped by a signal, saved."""
-
     def __init__(self, code: int, sentence: str):
         super().__init__(sentence)
         self.code = code
+
+def need(fine, sentence: str, code: int = 2) -> None:
+    if not fine:
+        raise Refused(code, sentence)
+
+def flag(name: str, value) -> str:
+    return f"--{name}={value}".replace(" ", "")
 
 def parse_value(name: str, text: str, default):
     """`text` as a value of the type of `default`; int passes for float. Refused 2 if it is ill-typed."""
     if isinstance(default, str):
         return text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         value, many = ast.literal_eval(text), isinstance(default, tuple)
-        pairs = list(zip(value, default)) if many and len(value) == len(default) else [(value, default)]
+        pairs = list(zip(value, default, strict=True)) if many else [(value, default)]
         cast = [float(v) if (type(v), type(d)) == (int, float) else v for v, d in pairs]
         if all(type(v) is type(d) and abs(v) < 1e30 for v, (_, d) in zip(cast, pairs)):
             return tuple(cast) if many else cast[0]
     kind = "True or False" if isinstance(default, bool) else f"a value of type {type(default).__name__}"
-    raise Refused(2, f"--{name} takes {kind}, such as --{name}={str(default).replace(' ', '')}, and not {text!r}")
+    raise Refused(2, f"--{name} takes {kind}, such as {flag(name, default)}, and not {text!r}")
 
-def parse_overrides(argv: list[str], defaults: Hyperparameters | None = None) -> Hyperparameters:
-    """Knobs from `--name=value` arguments; a `--preset=name` is applied first. Refused 2 on anything else."""
-    defaults = defaults or Hyperparameters()
-    known, preset, given = dataclasses.asdict(defaults), {}, {}
+def parse_overrides(argv: list[str]) -> Hyperparameters:
+    """Knobs from `--name=value` arguments, which win over those of `--preset=name`. Refused 2 on anything else."""
+    known, given = dict(dataclasses.asdict(Hyperparameters()), preset="80gb"), {}
     for argument in argv:
         name, equals, text = argument.removeprefix("--").partition("=")
-        if name not in known and name != "preset":
-            close = difflib.get_close_matches(name, [*known, "preset"], n=3, cutoff=0.4) or ["help"]
-            raise Refused(2, f"unknown argument {argument!r}: the nearest legal names are "
-                             f"{', '.join('--' + c for c in close)} (--help lists all)")
-        if not argument.startswith("--") or not equals:
-            raise Refused(2, f"{argument!r} is not of the form --{name}=value")
-        if name != "preset":
-            given[name] = parse_value(name, text, known[name])
-        elif text in PRESETS:
-            preset = PRESETS[text]
-        else:
-            raise Refused(2, f"unknown preset {text!r}: the legal names are {', '.join(PRESETS)}")
-    return dataclasses.replace(defaults, **{**preset, **given})
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or ["help"]
+        need(name in known, f"unknown argument {argument!r}: the nearest legal names are "
+                            f"{', '.join('--' + c for c in close)} (--help lists all)")
+        need(argument.startswith("--") and equals, f"{argument!r} is not of the form --{name}=value")
+        given[name] = parse_value(name, text, known[name])
+    preset = given.pop("preset", "80gb")
+    need(preset in PRESETS, f"unknown preset {preset!r}: the legal names are {', '.join(PRESETS)}")
+    return Hyperparameters(**PRESETS[preset] | given)
 
 def help_text() -> str:
     """Every knob by group with default, unit and meaning, then the presets."""
-    lines, group = ["python train_gpt.py [--preset=name] [--knob=value ...]"], ""
-    for f in dataclasses.fields(Hyperparameters):
-        lines += ["", f.metadata["group"]] if f.metadata["group"] != group else []
-        group, default = f.metadata["group"], f"  --{f.name}={str(f.default).replace(' ', '')}"
-        lines.append(f"{default:44} [{f.metadata['unit']}] {f.metadata['meaning']}")
-    lines += ["", "presets (a knob given beside one wins)"]
-    return "\n".join(lines + [f"  --preset={name:8}" + " ".join(f"--{k}={v}".replace(" ", "") for k, v in knobs.items())
-                              for name, knobs in PRESETS.items()])
+    groups = {"": ["python train_gpt.py [--preset=name] [--knob=value ...]"]}
+    for f in FIELDS:
+        row = f"{'  ' + flag(f.name, f.default):44} [{f.metadata['unit']}] {f.metadata['meaning']}"
+        groups.setdefault(f.metadata["group"], ["", f.metadata["group"]]).append(row)
+    rows = [f"  --preset={name:8}" + " ".join(map(flag, knobs, knobs.values())) for name, knobs in PRESETS.items()]
+    return "\n".join([*sum(groups.values(), []), "", "presets (a knob given beside one wins)", *rows])
 
 def check(hp: Hyperparameters, world_size: int) -> None:
     """Refused 2 on the first knob whose value cannot work, with the values that can."""
-    def need(fine: bool, sentence: str):
-        if not fine:
-            raise Refused(2, sentence)
-
     for f in FIELDS:
-        value = getattr(hp, f.name)
-        may_be_zero = f.metadata["group"] in ("adam", "muon") or "0 = " in f.metadata["meaning"]
+        value, zero = getattr(hp, f.name), f.metadata["group"] in ("adam", "muon") or "0 = " in f.metadata["meaning"]
         if type(value) in (int, float) and f.name not in ("seed", "lr_floor", "newton_schulz_steps"):
-            need(value >= 0 if may_be_zero else value > 0,
-                 f"--{f.name} must {'not be below' if may_be_zero else 'be above'} 0, and is {value}")
-    for name in ("train_seq_len", "val_seq_len"):
-        below = getattr(hp, name) // BLOCK * BLOCK
-        need(below == getattr(hp, name),
-             f"--{name} must be a multiple of {BLOCK}, such as {below or BLOCK} or {below + BLOCK}")
+            bound = "not be below" if zero else "be above"
+            need(value > 0 or zero and value == 0, f"--{f.name} must {bound} 0, and is {value}")
+    for name, length in dict(train_seq_len=hp.train_seq_len, val_seq_len=hp.val_seq_len).items():
+        near = f"{length // BLOCK * BLOCK or BLOCK} or {(length // BLOCK + 1) * BLOCK}"
+        need(length % BLOCK == 0, f"--{name} must be a multiple of {BLOCK}, such as {near}")
     legal = [n for n in range(1, hp.sequences_per_step + 1) if hp.sequences_per_step % n == 0]
     need(world_size in legal, f"--sequences_per_step={hp.sequences_per_step} cannot be dealt to {world_size} ranks: "
                               f"the legal counts of ranks are {', '.join(map(str, legal))}")
@@ -894,32 +870,32 @@ def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if header and size disagree."""
     size = path.stat().st_size
     magic, version, count = np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
-    if magic != MAGIC or version != VERSION:
-        raise Refused(2, f"{path} is not a token shard: it begins with {magic} {version}, not {MAGIC} {VERSION}")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise Refused(2, f"{path} holds {count} tokens by its header, {(size - HEADER_BYTES) // 2} by its size: "
-                         "it was cut short or damaged; get it again")
+    need((magic, version) == (MAGIC, VERSION),
+         f"{path} is not a token shard: it begins with {magic} {version}, not {MAGIC} {VERSION}")
+    need(count >= 1 and size == HEADER_BYTES + 2 * count, f"{path} holds {count} tokens by its header, "
+         f"{(size - HEADER_BYTES) // 2} by its size: it was cut short or damaged; get it again")
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
 
-def scan_shard(path: Path, tokens: np.ndarray, encoding: str) -> str:
-    """SHA-256 of the token bytes, hex. Refused 2 if a token is not of the encoding: a GPU would only say assert."""
+def scan_shard(path: Path, tokens: np.ndarray, encoding: str, expected: str | None) -> str:
+    """SHA-256 of the token bytes, hex. Refused 2 if it is not the manifest's, or if a token is not of the encoding: a
+    GPU would only say assert."""
     digest = hashlib.sha256()
     for start in range(0, len(tokens), 1 << 22):
         piece = np.ascontiguousarray(tokens[start : start + (1 << 22)])
         bad = piece > EOT if encoding == "gpt2" else (piece > 255) & (piece != EOT)
-        if bad.any():
-            raise Refused(2, f"{path} holds token {piece[bad.argmax()]} at {start + bad.argmax()}, which {encoding} "
-                             "does not have: make the shard again, or check its manifest.json")
+        need(not bad.any(), f"{path} holds token {piece[bad.argmax()]} at {start + bad.argmax()}, which {encoding} "
+                            "does not have: make the shard again, or check its manifest.json")
         digest.update(piece)
-    return digest.hexdigest()
+    found, expected = digest.hexdigest(), expected or digest.hexdigest()
+    need(found == expected, f"{path} has SHA-256 {found[:12]} and its manifest says {expected[:12]}: it was changed or "
+                            "damaged; get it again")
+    return found
 
 def read_manifest(folder: Path) -> tuple[str, dict[str, str]]:
     """(encoding, {file: SHA-256 of its token bytes}); shards without a manifest are GPT-2 tokens."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return "gpt2", {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(encoding="gpt2")
         if manifest["encoding"] not in VOCAB:
             raise ValueError(f"encoding {manifest['encoding']!r} is none of {', '.join(VOCAB)}")
         return manifest["encoding"], {f["name"]: f["sha256"] for f in manifest.get("files", []) if f.get("sha256")}
@@ -929,64 +905,50 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, str]]:
 def load_corpus(hp: Hyperparameters, thorough: bool) -> Corpus:
     """Open and check every shard of `hp.data_dir`; `thorough` (rank 0) also reads, hashes and compares all tokens."""
     folder = Path(hp.data_dir)
-    if not folder.is_dir():
-        raise Refused(2, f"--data_dir={hp.data_dir} is not a folder: data/fineweb.py downloads FineWeb, and "
-                         "data/tokenize_text.py turns any text into shards")
+    need(folder.is_dir(), f"--data_dir={hp.data_dir} is not a folder: data/fineweb.py downloads FineWeb, and "
+                          "data/tokenize_text.py turns any text into shards")
     encoding, known = read_manifest(folder)
     opened = {s: {path: open_shard(path) for path in sorted(folder.glob(f"*{s}*.bin"))} for s in ("train", "val")}
     for split, shards in opened.items():
-        if not shards:
-            raise Refused(2, f"--data_dir={hp.data_dir} holds no *{split}*.bin: both splits need a shard")
-    train, val = (TokenStream(list(opened[split].values())) for split in ("train", "val"))
-    if val.total < hp.val_tokens + 1:
-        raise Refused(2, f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
-                         f"--val_tokens={val.total - 1} is the most")
+        need(shards, f"--data_dir={hp.data_dir} holds no *{split}*.bin: both splits need a shard")
+    train, val = (TokenStream(list(shards.values())) for shards in opened.values())
+    need(val.total > hp.val_tokens, f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
+                                    f"--val_tokens={val.total - 1} is the most")
     sequences, most = hp.steps * hp.sequences_per_step, (train.total - 1) // hp.train_seq_len
-    if sequences > most * hp.epochs:
-        enough = f"--epochs={math.ceil(sequences / most)}" if most else "a shorter --train_seq_len"
-        steps = most * hp.epochs // hp.sequences_per_step
-        raise Refused(2, f"--steps={hp.steps} reads {sequences * hp.train_seq_len} tokens, and the data has "
-                         f"{train.total}: take {enough}" + (f" or --steps={steps}" if steps else ""))
-    digests, scored = {}, b""
-    if thorough:
-        everything, scored = opened["train"] | opened["val"], val.read(0, hp.val_tokens + 1).astype("<u2")
-        with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
-            scans = pool.map(lambda item: scan_shard(*item, encoding), everything.items())
-            digests = dict(zip((path.name for path in everything), scans))
-    for name, digest in digests.items():
-        if known.get(name, digest) != digest:
-            raise Refused(2, f"{folder / name} has SHA-256 {digest[:12]} and its manifest says {known[name][:12]}: "
-                             "it was changed or damaged; get it again")
-    files = [dict(name=p.name, tokens=len(t), sha256=digests.get(p.name)) for p, t in opened["train"].items()]
+    enough = f"--epochs={math.ceil(sequences / most)}" if most else "a shorter --train_seq_len"
+    steps = most * hp.epochs // hp.sequences_per_step
+    need(sequences <= most * hp.epochs, f"--steps={hp.steps} reads {sequences * hp.train_seq_len} tokens, and the data "
+         f"has {train.total}: take {enough}" + (f" or --steps={steps}" if steps else ""))
+    shards = opened["train"] | opened["val"] if thorough else {}
+    with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
+        scans = pool.map(lambda path: scan_shard(path, shards[path], encoding, known.get(path.name)), shards)
+        digests = dict(zip(shards, scans))
+    files = [dict(name=path.name, tokens=len(t), sha256=digests.get(path)) for path, t in opened["train"].items()]
+    scored = val.read(0, hp.val_tokens + 1).astype("<u2")
     return Corpus(encoding, train, val, files, hashlib.sha256(scored).hexdigest())
 
 # ---- 10. Run: ranks, run folder, clock, checkpoints, the loop
 
 START_TIMEOUT = 600  # seconds a collective may take: ranks compile and read data at different speeds
 STEP_DEADLINE = 120.0  # seconds to wait for a launched GPU step; below START_TIMEOUT, so that we name the cause first
-PACKAGES = ("torch", "numpy", "tiktoken", "huggingface_hub")  # those of requirements.txt
+PACKAGES = ("torch", "numpy", "tiktoken", "huggingface_hub", "triton")  # those of requirements.txt, and Triton
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-40GB": 312,
                "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165}  # dense bf16, fp32 sums
 WEIGHTS_KEYS = "model knobs encoding vocab_size"
 CHECKPOINT_KEYS = "model optimizers loop knobs encoding run_id script_sha256"
-FIELDS = dataclasses.fields(Hyperparameters)
-PLACES = [f.name for f in FIELDS if f.metadata["place"]]
-# What saved weights, and the place in the stream, depend on.
-FIXED = [f.name for f in FIELDS if f.metadata["group"] == "model"] + ["train_seq_len", "sequences_per_step"]
 
 def init_distributed() -> tuple[int, int, torch.device]:
     """(rank, world size, device) from torchrun's environment; without it one rank and no process group."""
     rank, local, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise Refused(2, f"rank {rank} has no GPU: start at most {torch.cuda.device_count()} ranks on this machine")
+    backend, own, gpus = ("nccl", device, torch.cuda.device_count()) if device.type == "cuda" else ("gloo", None, 0)
+    if own:
+        need(local < gpus, f"rank {rank} has no GPU: start at most {gpus} ranks on this machine")
         torch.cuda.set_device(device)
+    # 2.13 warns; the new names came with it
+    warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor)", FutureWarning)
     try:
         if world > 1:
-            for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):  # 2.13 warns; the new names came with it
-                warnings.filterwarnings("ignore", f".*{name}", FutureWarning)
-            backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             dist.init_process_group(backend, timeout=timedelta(seconds=START_TIMEOUT), device_id=own)
     except (dist.DistError, ValueError) as error:
         cause = "is in use" if "in use" in str(error) else "did not bring all ranks together"
@@ -1006,7 +968,6 @@ def no_space(what: str):
 
 class RunLog:
     """Rank 0's standard output and run folder: log.txt, metrics.jsonl and the script. Other ranks stay silent."""
-
     def __init__(self, rank: int, source: bytes):
         self.run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
         self.rank, self.folder, self.bar = rank, Path("logs") / self.run_id, None
@@ -1019,42 +980,35 @@ class RunLog:
     def line(self, text: str, file: bool = True, screen: bool = True) -> None:
         if self.rank == 0 and screen:
             self.bar.write(text) if self.bar else print(text, flush=True)
-        if self.rank == 0 and file:
+        if file:
             text = " ".join(text.encode("ascii", "replace").decode().split("\n"))
             self.append("log.txt", text if text.startswith("changed: ") else text[:400])
 
     def event(self, event: str, **fields) -> None:
-        if self.rank == 0:
-            fields = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-            self.append("metrics.jsonl", json.dumps(dict(event=event, **fields)))
+        fields = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self.append("metrics.jsonl", json.dumps(dict(event=event, **fields)))
 
     def append(self, name: str, text: str) -> None:
-        with no_space(name), open(self.folder / name, "a", encoding="ascii", newline="\n") as file:
-            file.write(text + "\n")
+        if self.rank == 0:
+            with no_space(name), open(self.folder / name, "a", encoding="ascii", newline="\n") as file:
+                file.write(text + "\n")
 
     def warn(self, step: int, sentence: str) -> None:
         self.line(f"warning: {sentence}")
         self.event("warning", text=sentence, step=step)
 
-    @contextlib.contextmanager
     def progress(self, what: str, total: int, first: int = 0):
-        """A tqdm bar on rank 0's terminal while the context lasts; files and pipes get plain lines."""
+        """A tqdm bar on rank 0's terminal, as a context; files and pipes get plain lines."""
         with contextlib.suppress(ImportError):
             if self.rank == 0 and sys.stdout.isatty():
                 from tqdm import tqdm
                 self.bar = tqdm(total=total, initial=first, desc=what, file=sys.stdout, dynamic_ncols=True)
-        try:
-            yield
-        finally:
-            if self.bar:
-                self.bar.close()
-            self.bar = None
+        return self.bar or contextlib.nullcontext()
 
 class Clock:
     """Training time in ms and wall time in s, from one reading of one clock; the former stands while stopped."""
-
-    def __init__(self, log: RunLog, device: torch.device):
-        self.log, self.device, self.began = log, device, time.perf_counter()
+    def __init__(self, log: RunLog, cuda: bool):
+        self.log, self.cuda, self.began = log, cuda, time.perf_counter()
         self.train_ms, self.since, self.mark, self.peak, self.resumed_ms = 0.0, None, None, 0, 0.0
 
     def read(self, event=None) -> dict:
@@ -1067,68 +1021,30 @@ class Clock:
         """Start or stop, with its mark in the log; a stop also keeps the peak of allocated memory."""
         if on == (self.since is not None):
             return
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
             self.peak = self.peak if on else max(self.peak, torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
-        reading = self.read()
+        reading, mark = self.read(), "start" if on else "stop"
         self.train_ms, self.since = reading["train_ms"], self.began + reading["wall_s"] if on else None
-        if on and self.device.type == "cuda":
+        if on and self.cuda:
             self.mark = torch.cuda.Event(enable_timing=True)
             self.mark.record()
-        self.log.line(f"clock: {'start' if on else 'stop'}", screen=False)
-        self.log.event("clock", mark="start" if on else "stop", **reading)
+        self.log.line(f"clock: {mark}", screen=False)
+        self.log.event("clock", mark=mark, **reading)
 
 def catch_signals() -> list[float]:
     """SIGTERM and SIGINT ask for an end after the step: their times join the list. A second SIGINT aborts, unless it
     comes within a second: then it is the launcher's echo of the first."""
     caught = []
-
     def handler(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
         caught.append(time.monotonic())
-
-    for name in ("SIGTERM", "SIGINT"):
-        with contextlib.suppress(ValueError, AttributeError):  # not the main thread, or not this system's
-            signal.signal(getattr(signal, name), handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(number, handler)
     return caught
-
-def fetch_late(loss: Tensor, stop: bool, world: int):
-    """Send a step's loss and stop flag, summed over ranks, to the host while the next step runs. The function returned
-    gives (loss, whether a rank wants to stop, event of its arrival), or raises Refused 4 if the GPU does not answer."""
-    host, event = torch.stack((loss.detach().float(), torch.full_like(loss.detach(), float(stop)))), None
-    if world > 1:
-        dist.all_reduce(host)
-    if host.is_cuda:
-        host = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True)
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-
-    def get() -> tuple[float, bool, torch.cuda.Event | None]:
-        deadline = time.monotonic() + STEP_DEADLINE
-        while event is not None and not event.query():
-            if time.monotonic() > deadline:
-                raise Refused(4, f"a step took longer than {STEP_DEADLINE:.0f} s: another rank has died or hangs")
-            time.sleep(1e-4)
-        return host[0].item(), host[1].item() > 0, event
-
-    return get
-
-def save_file(path: Path, payload: dict) -> int:
-    """torch.save beside `path`, flushed to the disk, then renamed over it. Returns its bytes."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with no_space(path.name):
-            path.parent.mkdir(exist_ok=True)
-            with open(part, "wb") as file:
-                torch.save(payload, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path.stat().st_size
 
 def load_file(path: Path, keys: str) -> dict:
     """A saved dict of plain tensors, on the CPU, with these keys. Refused 5 if it is missing, damaged or another."""
@@ -1137,11 +1053,11 @@ def load_file(path: Path, keys: str) -> dict:
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if set(keys.split()) - set(saved):
+        if not saved.keys() >= set(keys.split()):
             raise ValueError(f"it does not hold {keys}")
         return saved
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
         raise Refused(5, f"{path} is not usable ({reason}): name another file, or leave it out") from error
 
 def find_saved(wanted: str, pattern: str, keys: str, skipped: list[str]) -> Path:
@@ -1150,8 +1066,7 @@ def find_saved(wanted: str, pattern: str, keys: str, skipped: list[str]) -> Path
         return Path(wanted)
     for path in sorted(Path("logs").glob(pattern), reverse=True):  # run folders are named by date, files by step
         try:
-            load_file(path, keys)
-            return path
+            return load_file(path, keys) and path
         except Refused:
             skipped.append(f"{path.relative_to('logs').as_posix()} is damaged; the next older one is tried")
     raise Refused(5, f"latest finds no usable logs/{pattern}: name a file, or leave it out")
@@ -1170,10 +1085,6 @@ def visible_keys(input_ids: np.ndarray, window: int) -> float:
 def digits(value, spec: str) -> str:
     return "n/a" if value is None else format(value, spec)
 
-def package_version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-
 def nvidia_driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
@@ -1181,11 +1092,10 @@ def nvidia_driver() -> str | None:
 
 class Run:
     """One training run. `step`, with the clock and the random state, is the loop's whole state: the place in the stream
-    follows from it (see `prefetch`)."""
-
+    follows from it (see `prefetch`). `pending`: what steps that the GPU still works on will give."""
     def __init__(self, hp: Hyperparameters, rank: int, world: int, device, argv: list[str], source: bytes):
         self.hp, self.rank, self.world, self.device, self.cuda = hp, rank, world, device, device.type == "cuda"
-        self.sha, self.step, self.pending, self.val_loss = hashlib.sha256(source).hexdigest(), 0, None, None
+        self.sha, self.step, self.pending, self.val_loss = hashlib.sha256(source).hexdigest(), 0, [], None
         self.peak_val, self.keys, self.spent = 0, [], dict(validation=0.0, saving=0.0)
         self.corpus = load_corpus(hp, thorough=rank == 0)
         saved, warnings = self.find_checkpoint() if hp.resume else (None, [])
@@ -1198,15 +1108,15 @@ class Run:
         for tensor in self.model.state_dict().values() if world > 1 else ():
             dist.broadcast(tensor, 0)
         self.optimizers = build_optimizers(self.model, hp)
-        self.forward, self.features, self.losses = self.model, self.model.features, self.model.losses
         self.window = torch.zeros((), dtype=torch.int32, device=device)
+        parts = self.model, self.model.features, self.model.losses
         if self.cuda:
-            compiler = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-            self.forward, self.features, self.losses = map(compiler, (self.forward, self.features, self.losses))
+            parts = [torch.compile(part, dynamic=False, fullgraph=True) for part in parts]
             for optimizer in self.optimizers:
                 optimizer.compile()
+        self.forward, self.features, self.losses = parts
         self.log = RunLog(rank, source)
-        self.clock = Clock(self.log, device)
+        self.clock = Clock(self.log, self.cuda)
         self.describe(argv)
         if self.cuda:
             self.warm_up()
@@ -1219,46 +1129,49 @@ class Run:
             self.log.warn(self.step, sentence)
 
     def describe(self, argv: list[str]) -> None:
-        """The head of log.txt and the start event: everything that the result may depend on, and no place or name."""
-        hp, c, knobs, cuda, device = self.hp, self.corpus, public_knobs(self.hp), self.cuda, self.device
-        changed = {f.name: knobs[f.name] for f in FIELDS if getattr(hp, f.name) != f.default and f.name not in PLACES}
-        train_hash = hashlib.sha256("".join(f["sha256"] or "" for f in c.train_files).encode()).hexdigest()
+        """The start event and the head of log.txt: everything that the result may depend on, and no place or name."""
+        hp, c, knobs, cuda = self.hp, self.corpus, public_knobs(self.hp), self.cuda
+        gpu, packages = torch.cuda.get_device_properties(self.device) if cuda else None, {}
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                packages[name] = importlib.metadata.version(name)
         facts = dict(
-            format=1, run_id=self.log.run_id, script_sha256=self.sha, seed=hp.seed, device=device.type, knobs=knobs,
+            format=1, run_id=self.log.run_id, script_sha256=self.sha,
+            utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             argv=[n + e + (Path(v).name if n[2:] in PLACES else v) for n, e, v in (a.partition("=") for a in argv)],
-            utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), changed=changed, gpu_count=self.world * cuda,
-            gpu=torch.cuda.get_device_name() if cuda else None, driver=nvidia_driver() if cuda else None,
-            gpu_memory_mib=torch.cuda.get_device_properties(self.device).total_memory >> 20 if cuda else None,
-            python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+            knobs=knobs, changed={f.name: knobs[f.name] for f in FIELDS
+                                  if getattr(hp, f.name) != f.default and f.name not in PLACES},
+            seed=hp.seed, device=self.device.type, gpu=gpu and gpu.name, gpu_count=self.world * cuda,
+            gpu_memory_mib=gpu and gpu.total_memory >> 20, driver=nvidia_driver() if cuda else None,
+            torch=torch.__version__, cuda=torch.version.cuda,
             nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda and dist.is_nccl_available() else None,
-            triton=package_version("triton"), packages={n: v for n in PACKAGES if (v := package_version(n))},
+            triton=packages.pop("triton", None), python=platform.python_version(), packages=packages,
             world_size=self.world, grad_accum=hp.sequences_per_step // self.world, fp8=self.fp8,
             attention="flex" if self.model.use_flex else "sdpa",
             data=dict(encoding=c.encoding, val_sha256=c.val_sha256, val_tokens=hp.val_tokens, train=c.train_files))
-        head = dict(facts, started=facts["utc"], changed=json.dumps(changed),
+        train_hash = hashlib.sha256("".join(f["sha256"] or "" for f in c.train_files).encode()).hexdigest()
+        head = dict(facts, started=facts["utc"], changed=json.dumps(facts["changed"]),
                     fp8=f"{'on' if self.fp8['on'] else 'off'} {self.fp8['reason']}",
                     data_val=f"{hp.val_tokens} tokens {c.val_sha256[:12]}",
                     data_train=f"{len(c.train_files)} files {c.train.total} tokens {train_hash[:12]}")
         for key in ("run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 "
                     "attention data_val data_train").split():
-            self.log.line(f"{key}: {'n/a' if head[key] is None else head[key]}")
-        order = ("format run_id script_sha256 utc argv knobs changed seed device gpu gpu_count gpu_memory_mib driver "
-                 "torch cuda nccl triton python packages world_size grad_accum fp8 attention data").split()
-        self.log.event("start", **{key: facts[key] for key in order})
+            self.log.line(f"{key}: {digits(head[key], '')}")
+        self.log.event("start", **facts)
 
     def warm_up(self) -> None:
         """Compile and load every kernel on made-up tokens, then put weights, optimizers and random state back."""
         self.log.line("compiling: a minute or two at the first start, seconds later", file=False)
-        hp, tensors = self.hp, [*self.model.state_dict().values()]
-        length, kept = max(hp.train_seq_len, hp.val_seq_len * self.world) + 1, [t.clone() for t in tensors]
-        dummy = TokenStream([(np.arange(length) * 7919 % 256).astype("<u2")])
+        hp, tensors, validated = self.hp, [*self.model.state_dict().values()], self.hp.val_seq_len * self.world
+        kept = [t.clone() for t in tensors]
+        dummy = TokenStream([(np.arange(max(hp.train_seq_len, validated) + 1) * 7919 % 256).astype("<u2")])
         tokens = torch.from_numpy(dummy.read(0, hp.train_seq_len + 1)).to(self.device)
         sequences = [(tokens[:-1].clone(), tokens[1:].long())] * (hp.sequences_per_step // self.world)
         with self.log.progress("compiling", 2), torch.random.fork_rng(devices=[self.device] if self.cuda else []):
             train_step(self.forward, self.model, self.optimizers, sequences, hp, 0, self.window)
             if self.log.bar:
                 self.log.bar.update()
-            self.evaluate(dummy, dataclasses.replace(hp, val_tokens=hp.val_seq_len * self.world))
+            self.evaluate(dummy, dataclasses.replace(hp, val_tokens=validated))
         with torch.no_grad():
             torch._foreach_copy_(tensors, kept)
         for optimizer in self.optimizers:
@@ -1266,6 +1179,8 @@ class Run:
         del kept, tokens, sequences
         gc.collect()
         gc.freeze()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()  # else the first validation would report the warm-up's peak
 
     def find_checkpoint(self) -> tuple[dict, list[str]]:
         """(the checkpoint to resume, warnings): rank 0 chooses. Refused 2 where it does not fit the knobs or ranks."""
@@ -1274,16 +1189,14 @@ class Run:
             box = [str(find_saved(hp.resume, "*/checkpoints/step_*.pt", CHECKPOINT_KEYS, skipped))]
         if self.world > 1:
             dist.broadcast_object_list(box, 0)
-        saved = load_file(Path(box[0]), CHECKPOINT_KEYS)
-        differ = [f"--{k}={saved['knobs'].get(k)}" for k in FIXED if saved["knobs"].get(k) != getattr(hp, k)]
-        if differ:
-            raise Refused(2, f"{box[0]} was written with {' '.join(differ)}: give the same to resume it")
-        if saved["encoding"] != self.corpus.encoding:
-            raise Refused(2, f"{box[0]} was trained on {saved['encoding']} tokens: name such data as --data_dir")
-        if len(saved["optimizers"]) != self.world:
-            raise Refused(2, f"{box[0]} was written by {len(saved['optimizers'])} ranks: start as many to resume it")
-        if saved["loop"]["step"] > hp.steps:
-            raise Refused(2, f"{box[0]} is at step {saved['loop']['step']}: --steps={hp.steps} is behind it")
+        path, saved = box[0], load_file(Path(box[0]), CHECKPOINT_KEYS)
+        knobs, ranks, step = saved["knobs"], len(saved["optimizers"]), saved["loop"]["step"]
+        differ = [flag(k, knobs.get(k)) for k in FIXED if knobs.get(k) != getattr(hp, k)]
+        need(not differ, f"{path} was written with {' '.join(differ)}: give the same to resume it")
+        need(saved["encoding"] == self.corpus.encoding,
+             f"{path} was trained on {saved['encoding']} tokens: name such data as --data_dir")
+        need(ranks == self.world, f"{path} was written by {ranks} ranks: start as many to resume it")
+        need(step <= hp.steps, f"{path} is at step {step}: --steps={hp.steps} is behind it")
         return saved, skipped
 
     def restore(self, saved: dict) -> list[str]:
@@ -1300,6 +1213,22 @@ class Run:
         other += ["the script itself"] if saved["script_sha256"] != self.sha else []
         return [f"changed since the checkpoint: {', '.join(other)}"] if other else []
 
+    def save(self, name: str, **more) -> Path:
+        """Write weights, knobs and `more` to a file of the run folder: beside it, flushed to the disk, then renamed."""
+        path = self.log.folder / name
+        part = path.with_name(path.name + ".part")
+        more |= dict(model=self.model.state_dict(), knobs=public_knobs(self.hp), encoding=self.corpus.encoding)
+        try:
+            with no_space(path.name):
+                path.parent.mkdir(exist_ok=True)
+                with open(part, "wb") as file:
+                    torch.save(more, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
     def checkpoint(self) -> None:
         """Write checkpoints/step_<n>.pt and keep the newest two. Call it on all ranks, with the clock stopped."""
         began, own = time.perf_counter(), [optimizer.state_dict() for optimizer in self.optimizers]
@@ -1307,13 +1236,12 @@ class Run:
         if self.world > 1:
             dist.gather_object(own, states if self.rank == 0 else None)
         if self.rank == 0:
-            path = self.log.folder / "checkpoints" / f"step_{self.step:06d}.pt"
             loop = dict(step=self.step, place=self.corpus.train.locate(self.tokens % self.corpus.train.total),
                         train_ms=self.clock.train_ms, random=torch.get_rng_state())
-            size = save_file(path, dict(model=self.model.state_dict(), optimizers=states, loop=loop,
-                             encoding=self.corpus.encoding, script_sha256=self.sha, knobs=public_knobs(self.hp),
-                             run_id=self.log.run_id))
-            self.log.event("checkpoint", step=self.step, bytes=size, ms=(time.perf_counter() - began) * 1e3)
+            path = self.save(f"checkpoints/step_{self.step:06d}.pt", optimizers=states, loop=loop,
+                             run_id=self.log.run_id, script_sha256=self.sha)
+            ms = (time.perf_counter() - began) * 1e3
+            self.log.event("checkpoint", step=self.step, bytes=path.stat().st_size, ms=ms)
             for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
                 old.unlink()
         self.spent["saving"] += time.perf_counter() - began
@@ -1326,12 +1254,11 @@ class Run:
         """(tokens/s, MFU, MFU with attention) of the training so far; None where unknown."""
         name = torch.cuda.get_device_name() if self.cuda else ""
         peak = (self.hp.peak_tflops or PEAK_TFLOPS.get(name, 0)) * 1e12 * self.world
-        rate = self.tokens / train_ms * 1e3 if train_ms else None
-        if not rate or not peak:
-            return rate and round(rate), None, None
-        matmuls = sum(p.numel() for n, p in self.model.named_parameters() if p.ndim >= 2 and "embed" not in n)
+        rate = self.tokens / train_ms * 1e3 if train_ms else 0.0
+        matmuls = 6 * sum(p.numel() for n, p in self.model.named_parameters() if p.ndim >= 2 and "embed" not in n)
         attention = 12 * self.hp.model_dim * float(np.mean(self.keys or [0]))
-        return round(rate), 6 * matmuls * rate / peak, (6 * matmuls + attention) * rate / peak
+        mfus = [work * rate / peak if rate and peak else None for work in (matmuls, matmuls + attention)]
+        return round(rate) if train_ms else None, *mfus
 
     def evaluate(self, stream: TokenStream, hp: Hyperparameters) -> float:
         self.window.fill_(window_scheduler(self.step, hp.steps, hp.window_min, hp.window_max))
@@ -1354,13 +1281,36 @@ class Run:
         if not math.isfinite(self.val_loss):
             raise Refused(3, f"the validation loss is {self.val_loss} at step {self.step}: lower the learning rates")
 
-    def settle(self) -> bool:
-        """Fetch the pending step's loss, write its line; True if a rank wants to stop. Refused 3 if not finite."""
-        if self.pending is None:
+    def launch(self, pairs: list[tuple[Tensor, Tensor]], step: int, stop: bool) -> None:
+        """Start a training step. Its loss and stop flag, summed over ranks, join `pending` with the event of their
+        arrival on the host, while the next step runs. The keys its queries see are counted 64 times a run."""
+        hp, event = self.hp, None
+        if step % math.ceil(hp.steps / 64) == 0:
+            ids, long = pairs[0][0].numpy(), window_scheduler(step, hp.steps, hp.window_min, hp.window_max)
+            layers = zip("LS", (long, long // 2))
+            self.keys.append(sum(hp.layer_pattern.count(kind) * visible_keys(ids, window) for kind, window in layers))
+        sequences = ([t.to(self.device, non_blocking=True) for t in pair] for pair in pairs)
+        loss = train_step(self.forward, self.model, self.optimizers, sequences, hp, step, self.window)
+        host = torch.stack((loss, torch.full_like(loss, float(stop))))
+        if self.world > 1:
+            dist.all_reduce(host)
+        if self.cuda:
+            host = torch.empty(2, pin_memory=True).copy_(host, non_blocking=True)
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.pending.append((host, event))
+
+    def settle(self, leave: int = 0) -> bool:
+        """Where more than `leave` steps are pending, await the first one's loss and write its line. True if a rank
+        wants to stop; Refused 3 if the loss is not finite, 4 if the GPU does not answer."""
+        if len(self.pending) <= leave:
             return False
-        get, self.pending = self.pending, None
-        (loss, stop, event), hp = get(), self.hp
-        now = self.clock.read(event)
+        (host, event), hp, deadline = self.pending.pop(0), self.hp, time.monotonic() + STEP_DEADLINE
+        while event and not event.query():
+            need(time.monotonic() < deadline,
+                 f"a step took longer than {STEP_DEADLINE:.0f} s: another rank has died or hangs", code=4)
+            time.sleep(1e-4)
+        (loss, stop), now = host.tolist(), self.clock.read(event)
         self.step += 1
         kept = self.step in (1, hp.steps) or self.step % math.ceil(hp.steps / 48) == 0
         rate, mfu, _ = self.speed(now["train_ms"])
@@ -1375,52 +1325,36 @@ class Run:
         if self.step == 10 < hp.steps:
             self.log.line(f"about {now['train_ms'] / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps; a "
                           f"shorter run is --steps={min(200, hp.steps // 2)}: every schedule scales", file=False)
-        if not math.isfinite(loss):
-            raise Refused(3, f"the training loss is {loss} at step {self.step}: lower the learning rates")
-        return stop
-
-    def launch(self, pairs: list[tuple[Tensor, Tensor]], step: int, stop: bool):
-        """Start one training step; returns what gives its loss. The keys its queries see are counted 64 times a run."""
-        hp = self.hp
-        if step % math.ceil(hp.steps / 64) == 0:
-            ids, long = pairs[0][0].numpy(), window_scheduler(step, hp.steps, hp.window_min, hp.window_max)
-            layers = zip("LS", (long, long // 2))
-            self.keys.append(sum(hp.layer_pattern.count(kind) * visible_keys(ids, window) for kind, window in layers))
-        sequences = ([t.to(self.device, non_blocking=True) for t in pair] for pair in pairs)
-        loss = train_step(self.forward, self.model, self.optimizers, sequences, hp, step, self.window)
-        return fetch_late(loss, stop, self.world)
+        need(math.isfinite(loss), f"the training loss is {loss} at step {self.step}: lower the learning rates", code=3)
+        return stop > 0
 
     def train(self) -> None:
         """Steps, checkpoints and validations up to hp.steps. Refused 75 after a signal, once everything is saved."""
-        hp, caught, profile = self.hp, catch_signals(), profiler(self)
+        hp, caught = self.hp, catch_signals()
         loader = prefetch(self.corpus.train, hp, self.rank, self.world, self.step, self.cuda)
         if self.step == 0:
             self.validate()
-        with self.log.progress("training", hp.steps, self.step), profile:
+        with self.log.progress("training", hp.steps, self.step), profiler(self) as profile:
             for n in range(self.step + 1, hp.steps + 1):
                 self.clock.switch(True)
-                launched = self.launch(next(loader), n - 1, bool(caught))
-                stopping = self.settle()  # the step before, now that this one is on its way
-                self.pending = launched
-                if not self.cuda:  # nothing is on its way there
-                    stopping = self.settle()
-                if hp.profile and self.rank == 0:
+                self.launch(next(loader), n - 1, bool(caught))
+                stopping = self.settle(leave=int(self.cuda))  # a GPU's step before, now that this one is on its way
+                if profile:
                     profile.step()
                 last, save = n == hp.steps, hp.checkpoint_every and n % hp.checkpoint_every == 0
                 score = not last and hp.val_every and n % hp.val_every == 0
-                if last or save or score or stopping:
-                    stopping |= self.settle()
-                    self.clock.switch(False)
-                    if save or stopping and not last:
-                        self.checkpoint()
-                    if stopping and not last:
-                        raise Refused(75, f"stopped by a signal at step {n}, all saved: --resume=latest goes on")
-                    if score:
-                        self.validate()
+                if not (last or save or score or stopping):
+                    continue
+                stopping = (self.settle() or stopping) and not last
+                self.clock.switch(False)
+                if save or stopping:
+                    self.checkpoint()
+                need(not stopping, f"stopped by a signal at step {n}, all saved: --resume=latest goes on", code=75)
+                if score:
+                    self.validate()
         if hp.save and self.rank == 0:
             began = time.perf_counter()
-            save_file(self.log.folder / "weights.pt", dict(model=self.model.state_dict(), knobs=public_knobs(hp),
-                      encoding=self.corpus.encoding, vocab_size=VOCAB[self.corpus.encoding]))
+            self.save("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
             self.spent["saving"] += time.perf_counter() - began
         self.validate()
 
@@ -1430,26 +1364,23 @@ class Run:
             self.clock.switch(False)
         now = self.clock.read()
         memory = (self.clock.peak, self.peak_val, torch.cuda.max_memory_reserved()) if self.cuda else ()
-        numbers = dict(val_loss=self.val_loss, train_time_ms=now["train_ms"], steps=self.step, tokens=self.tokens)
-        numbers |= zip(("tokens_per_s", "mfu", "mfu_with_attention"), self.speed(now["train_ms"]))
-        numbers |= zip(("peak_train_mib", "peak_val_mib", "reserved_mib"), [v >> 20 for v in memory] or [None] * 3)
+        peaks = zip(("peak_train_mib", "peak_val_mib", "reserved_mib"), [v >> 20 for v in memory] or [None] * 3)
+        rates = dict(zip(("tokens_per_s", "mfu", "mfu_with_attention"), self.speed(now["train_ms"])), **dict(peaks))
+        done = dict(steps=self.step, tokens=self.tokens)
         formats = dict(val_loss=".6f", train_time_ms=".0f", mfu=".3f", mfu_with_attention=".3f")
-        for key, value in numbers.items():
+        for key, value in dict(val_loss=self.val_loss, train_time_ms=now["train_ms"], **done, **rates).items():
             self.log.line(f"{key}: {digits(value, formats.get(key, 'd'))}")
         dead = now["wall_s"] - (now["train_ms"] - self.clock.resumed_ms) / 1e3 - sum(self.spent.values())
         self.log.line(f"dead time: {dead:.1f} s of {now['wall_s']:.1f} s, beside validation "
                       f"{self.spent['validation']:.1f} s and saving {self.spent['saving']:.1f} s", file=False)
         self.log.line(f"exit: {code} {reason}")
-        del numbers["train_time_ms"]
-        first = {k: (numbers | now)[k] for k in ("steps", "tokens", "val_loss", "train_ms", "wall_s")}
         status = {0: "complete", 75: "stopped"}.get(code, "failed")
-        self.log.event("end", status=status, code=code, reason=reason, **(first | numbers))
+        self.log.event("end", status=status, code=code, reason=reason, **done, val_loss=self.val_loss, **now, **rates)
 
 def profiler(run: Run):
     """A torch.profiler trace of hp.profile steps from the third on, on rank 0; its costliest kernels on the screen."""
     if not run.hp.profile or run.rank:
         return contextlib.nullcontext()
-
     def ready(profile):
         path = run.log.folder / "trace.json"
         with no_space(path.name):
@@ -1457,7 +1388,6 @@ def profiler(run: Run):
             path.write_text(re.sub(r'"host_name": "[^"]*"', '"host_name": ""', path.read_text()))
         order = f"self_{run.device.type}_time_total"
         run.log.line(profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60), file=False)
-
     run.log.warn(run.step, f"{run.hp.profile} steps are profiled, and slower for it")
     plan = torch.profiler.schedule(wait=1, warmup=1, active=run.hp.profile, repeat=1)
     return torch.profiler.profile(schedule=plan, on_trace_ready=ready)
@@ -1487,29 +1417,20 @@ def text_codec(encoding: str, bpe_file: str):
     return codec.encode_ordinary, lambda ids: codec.decode([i for i in ids if i < EOT])
 
 @torch.no_grad()
-def generate(model: GPT, ids: list[int], count: int, hp: Hyperparameters, heat: float = 0.8) -> list[int]:
-    """Up to `count` token ids after `ids`, sampled at temperature `heat`, to a document's end. It keeps no cache."""
-    device = next(model.parameters()).device
-    flex, model.use_flex = model.use_flex, False
-    model.eval()
+def print_sample(model: GPT, hp: Hyperparameters, encoding: str, heat: float = 0.8) -> None:
+    """About 200 characters in the model's own words, after hp.prompt or a document's start, sampled at temperature
+    `heat` up to the document's end. It keeps no cache, and leaves the model in evaluation and without FlexAttention."""
+    (encode, decode), device = text_codec(encoding, hp.bpe_file), next(model.parameters()).device
+    model.eval().use_flex = False
     window = torch.tensor(math.ceil(hp.window_max / BLOCK), dtype=torch.int32, device=device)
-    random, ids, first = torch.Generator().manual_seed(hp.seed), list(ids), len(ids)
-    for _ in range(count):
-        context = ids[-min(hp.train_seq_len, 2048) :]
+    random, ids, new = torch.Generator().manual_seed(hp.seed), [EOT, *encode(hp.prompt)], []
+    while len(new) < (50 if encoding == "gpt2" else 200) and new[-1:] != [model.last_row]:
+        context = (ids + new)[-min(hp.train_seq_len, 2048) :]
         padded = torch.tensor(context + [EOT] * (-len(context) % BLOCK), dtype=torch.int32, device=device)
         x = model.features(padded, window)[len(context) - 1 : len(context)]
         logits = model.logits(x)[0, : model.last_row + 1].float().cpu() / heat
-        ids.append(int(torch.multinomial(logits.softmax(0), 1, generator=random)))
-        if ids[-1] == model.last_row:
-            break
-    model.use_flex = flex
-    return ids[first:]
-
-def print_sample(model: GPT, hp: Hyperparameters, encoding: str) -> None:
-    """About 200 characters in the model's own words, after hp.prompt or a document's start."""
-    encode, decode = text_codec(encoding, hp.bpe_file)
-    ids = generate(model, [EOT, *encode(hp.prompt)], 50 if encoding == "gpt2" else 200, hp)
-    print(f"sample: {hp.prompt}{decode(ids)}", flush=True)
+        new.append(int(torch.multinomial(logits.softmax(0), 1, generator=random)))
+    print(f"sample: {hp.prompt}{decode(new)}", flush=True)
 
 def sample_saved(hp: Hyperparameters, device: torch.device) -> None:
     """Print a sample of saved weights, without training and without a run folder."""
@@ -1532,26 +1453,9 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return 4, "a collective failed: another rank died or hung; its own message says why; --resume=latest goes on"
     return 1, f"the script failed with {type(error).__name__}"
 
-def fail(run: Run | None, rank: int, error: BaseException) -> None:
-    """Say in one sentence why it ended, in the log too, and leave with the exit code."""
-    code, reason = verdict(error)
-    if run:
-        with contextlib.suppress(Refused):  # a full disk may refuse this too
-            run.close(code, reason)
-    if rank and code == 2:
-        time.sleep(5)  # rank 0 says it; leaving first would have the launcher end rank 0 before it spoke
-    else:
-        print(f"train_gpt: {reason}", file=sys.stderr, flush=True)
-    if code == 1:
-        raise error
-    if code == 4:
-        os._exit(4)  # an ordinary exit would wait for the rank that is gone
-    sys.exit(code)
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, train, sample. Ends by SystemExit with the code that `Refused` lists."""
-    source = Path(__file__).read_bytes()
-    argv = sys.argv[1:] if argv is None else argv
+    source, argv = Path(__file__).read_bytes(), sys.argv[1:] if argv is None else argv
     run, rank = None, int(os.environ.get("RANK", 0))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
@@ -1567,7 +1471,19 @@ def main(argv: list[str] | None = None) -> None:
         run.train()
         run.close(0, "complete")
     except BaseException as error:
-        fail(run, rank, error)
+        code, reason = verdict(error)
+        if run:
+            with contextlib.suppress(Refused):  # a full disk may refuse this too
+                run.close(code, reason)
+        if rank and code == 2:
+            time.sleep(5)  # rank 0 says it; leaving first would have the launcher end rank 0 before it spoke
+        else:
+            print(f"train_gpt: {reason}", file=sys.stderr, flush=True)
+        if code == 1:
+            raise
+        if code == 4:
+            os._exit(4)  # an ordinary exit would wait for the rank that is gone
+        sys.exit(code)
     if rank == 0:
         try:
             print_sample(run.model, hp, run.corpus.encoding)
