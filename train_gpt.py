@@ -3,13 +3,13 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # the full FineWeb run, 8 H100s
     python train_gpt.py --preset=80gb                          # the same steps on one GPU, by gradient accumulation
     python train_gpt.py --steps=20 --val_tokens=65536          # a 20-step smoke run: every schedule scales
-    python train_gpt.py --preset=cpu --data_dir=data/embedded  # three minutes on a laptop's CPU
+    ./run.sh                                                   # gets data and picks the preset; minutes on a CPU
 
 The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 FP8 matmul,
 4 attention masks, 5 optimizers, 6 modules, 7 GPT and the step. The HARNESS half makes it safe and pleasant: 8 command
 line, 9 data, 10 run, 11 text, 12 main. It is public record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt,
 2025-01-26). Letters: B = blocks of a sequence, D = model width, H = heads, K = head width, T = tokens of a sequence,
-V = vocabulary rows, N = matrices. Hard stop: 1,500 lines in all.
+V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines in all.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Hyperparameters:
     val_tokens: int = knob(10_485_760, "data", "tokens", "scored from the start of the validation stream")
     epochs: int = knob(1, "data", "passes", "how often the training stream may be read; 1 = never repeat")
     # schedule
-    steps: int = knob(1770, "schedule", "steps", "length of the run; every span scales with it")
+    steps: int = knob(1770, "schedule", "steps", "length of the run; spans up to 1 are fractions of it")
     cooldown: float = knob(0.4, "schedule", "span", "linear learning-rate decay at the end; 0 = off")
     lr_floor: float = knob(0.1, "schedule", "x lr", "what the decay ends at")
     momentum_warmup: float = knob(300 / 1770, "schedule", "span", "Muon momentum rises to its value; 0 = off")
@@ -81,7 +81,7 @@ class Hyperparameters:
     model_dim: int = knob(768, "model", "channels", "width D of the residual stream")
     num_heads: int = knob(6, "model", "heads", "attention heads H, each model_dim / num_heads wide")
     mlp_ratio: int = knob(4, "model", "x width", "hidden width of the MLP")
-    attn_scale: float = knob(0.12, "model", "x q.k", "softmax temperature: QK-norm makes 1/sqrt(K) too cold")
+    attn_scale: float = knob(0.12, "model", "x q.k", "before the softmax; with QK-norm 1/sqrt(K) is too flat")
     rope_base: float = knob(1024.0, "model", "1", "slowest rotary frequency is 1 / rope_base")
     logit_cap: float = knob(30.0, "model", "nats", "logits = cap * sigmoid(z / logit_temp)")
     logit_temp: float = knob(7.5, "model", "1", "see logit_cap")
@@ -101,7 +101,7 @@ class Hyperparameters:
     fp8: bool = knob(True, "fp8", "switch", "FP8 output head where the GPU passes a probe; False = bf16")
     x_scale: float = knob(2.0, "fp8", "x", "head input is multiplied by this before its e4m3 cast")
     w_scale: float = knob(2.0**9, "fp8", "x", "head weight is multiplied by this before its e4m3 cast")
-    grad_scale: float = knob(2.0**19, "fp8", "x", "logit gradient of a 48K-token mean before its e5m2 cast")
+    grad_scale: float = knob(2.0**19, "fp8", "x", "times a 48K-token mean's logit gradient, before its e5m2 cast")
     grad_comm: str = knob("bf16", "fp8", "bf16|fp8", "what gradients travel in between ranks")
     # run
     seed: int = knob(1, "run", "integer", "of the initial weights")
@@ -124,8 +124,7 @@ BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every GPU that we
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards, which has 384 rows instead of 50,304
 
-# What a preset changes; a knob on the command line wins. Peaks: see the README.
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict] = {  # what each changes; a knob on the command line wins; peaks: README
     "80gb": dict(),
     "40gb": dict(),
     "24gb": dict(train_seq_len=24 * 1024, sequences_per_step=16, val_seq_len=64 * 1024),
@@ -231,6 +230,7 @@ def fp8_supported(device: torch.device | str) -> tuple[bool, str]:
         return False, "probe failed: " + (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 # ---- 4. Attention masks. Key k is visible to query q iff k <= q, doc(k) == doc(q) and q // 128 - k // 128 < window.
+# FlexAttention takes two lists of blocks for each block: full ones, all visible, and partial ones, masked by element.
 
 def block_table(low: Tensor, high: Tensor, window: Tensor, width: int, side: int) -> tuple[Tensor, ...]:
     """Which blocks each block meets: (partial count (B,), partial indices (B, width), full count, full indices).
@@ -567,7 +567,7 @@ class Rotary(nn.Module):
         return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
 def uniform_matrix(*shape: int) -> nn.Parameter:
-    """Uniform with standard deviation 0.5 / sqrt(fan-in), half of the usual."""
+    """Uniform with standard deviation 0.5 / sqrt(fan-in); nn.Linear has 0.577."""
     bound = 3**0.5 * 0.5 * shape[-1] ** -0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -592,7 +592,7 @@ class CausalSelfAttention(nn.Module):
         return F.linear(y, self.out.type_as(x))
 
 class MLP(nn.Module):
-    """Two matrices with ReLU^2 between them (arXiv:2109.08668), 1-2 % better than GELU."""
+    """Two matrices with ReLU^2 between them (arXiv:2109.08668; 1-2 % better than GELU by modded-nanogpt)."""
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         hidden = hp.mlp_ratio * hp.model_dim
