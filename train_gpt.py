@@ -839,7 +839,7 @@ def check(hp: Hyperparameters, world_size: int) -> None:
             bound = "not be below" if zero else "be above"
             need(value > 0 or zero and value == 0, f"--{f.name} must {bound} 0, and is {value}")
     for name, length in dict(train_seq_len=hp.train_seq_len, val_seq_len=hp.val_seq_len).items():
-        near = f"{length // BLOCK * BLOCK or BLOCK} or {(length // BLOCK + 1) * BLOCK}"
+        near = f"{max(length // BLOCK, 1) * BLOCK} or {max(length // BLOCK + 1, 2) * BLOCK}"
         need(length % BLOCK == 0, f"--{name} must be a multiple of {BLOCK}, such as {near}")
     legal = [n for n in range(1, hp.sequences_per_step + 1) if hp.sequences_per_step % n == 0]
     need(world_size in legal, f"--sequences_per_step={hp.sequences_per_step} cannot be dealt to {world_size} ranks: "

@@ -179,3 +179,19 @@ def test_profile_writes_a_trace(tmp_path):
     make_corpus(tmp_path / "data")
     assert "Self CPU" in run(tmp_path, "--profile=2", "--steps=4", "--save=False").stdout
     assert json.loads((run_folders(tmp_path)[0] / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_path, monkeypatch):
+    make_corpus(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(t.Run, "launch", launch)
+    monkeypatch.setattr(t, "catch_signals", list)
+    with pytest.raises(SystemExit) as caught:
+        t.main(command(tmp_path)[2:])
+    assert caught.value.code == 6
+    end = events(run_folders(tmp_path)[0], "end")[0]
+    assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
