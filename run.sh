@@ -3,7 +3,7 @@
 #   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, then train; --help lists the knobs
 #   ./run.sh test [pytest arguments]          run the tests
 #   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
-# A given --preset or --data_dir wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
+# A given --preset, --data_dir or NPROC=count wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
 
 say() { echo "run.sh: $*"; }
 die() { echo "run.sh: $*" >&2; exit 2; }
@@ -92,7 +92,7 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR-$PWD/.cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-$PWD/.cache/triton}"
 export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="${TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD-1}"
 
-mode=train script=train_gpt.py
+mode=train script=train_gpt.py preset='' data=''
 case $1 in test) mode=test; shift ;; *.py) script=$1; shift ;; esac
 [ $mode = test ] || [ -f "$script" ] || die "there is no script $script."
 python=$PYTHON
@@ -103,7 +103,6 @@ if [ -z "$python" ]; then setup $mode; else
 fi
 [ $mode = train ] || exec "$python" -m pytest -q "$@"
 
-preset= data=
 for argument in "$@"; do case $argument in
     --help|--weights=*) exec "$python" "$script" "$@" ;;
     --preset=*) preset=${argument#*=} ;;
@@ -141,6 +140,7 @@ fi
             preset=tiny; embedded_text; } ;;
 esac
 case $preset in cpu|tiny) processes=1 ;; esac  # their steps have one or two sequences
+case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is not a count of processes." ;; *) processes=${NPROC:-$processes} ;; esac
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"

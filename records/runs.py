@@ -1,0 +1,421 @@
+"""Runs, records, tracks, and the public speedrun's logs: read and checked with the standard library alone.
+
+All of it may come from strangers. Nothing is executed, no link is followed, no file is opened before its size is known,
+JSON is strict, and what is shown of a stranger's text goes through `safe`. A check yields (code, sentence with both
+values); the codes, and what none of them can show, stand in records/README.md. What compares a record with its track
+and with other records is in records.py.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+RUN_FILES = ("log.txt", "metrics.jsonl")
+KIB = 1024
+LIMITS = {"log.txt": 128 * KIB, "metrics.jsonl": 128 * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
+          "README.md": 128 * KIB}  # bytes of one file; a picture has PICTURES
+RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * KIB, 8 * KIB * KIB
+# Knobs that say where files lie: never compared. Those of the script's dataclass that are marked `place`.
+PLACES = ("data_dir", "bpe_file", "resume", "save", "weights")
+CLAIMS = ("reference", "record", "systems", "reproduction", "result", "negative")
+TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
+PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
+
+Problem = tuple[str, str]
+
+class Bad(Exception):
+    """What cannot be read, in one sentence; `code` is the check that it failed."""
+    def __init__(self, code: str, sentence: str):
+        super().__init__(sentence)
+        self.code = code
+
+# ---- Untrusted bytes
+
+def safe(text, length: int = 2000) -> str:
+    """`text` with control, bidirectional and other unprintable characters escaped, cut at `length`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:length])
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A plain file of at most `limit` bytes. Bad("path") for a link, a folder, a device or nothing, Bad("size")."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Bad("path", f"{safe(path.name)} is a link, or no plain file")
+        if found.st_size > limit:
+            raise Bad("size", f"{safe(path.name)} has {found.st_size} bytes, and {limit} are allowed")
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            return file.read(limit + 1)[:limit]
+    except OSError as error:
+        raise Bad("path", f"{safe(path.name)} cannot be read ({error.strerror})") from None
+
+def decode(data: bytes, what: str, encoding: str = "ascii") -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Bad("schema", f"{what} is not {encoding}: byte {error.start} is {data[error.start]:#04x}") from None
+
+def strict_json(text: str, what: str):
+    """JSON without NaN, infinities or repeated keys."""
+    def pairs(items):
+        if len({key for key, _ in items}) < len(items):
+            raise Bad("schema", f"{what} has a key twice")
+        return dict(items)
+    def number(digits):
+        if not math.isfinite(float(digits)):
+            raise Bad("nan", f"{what} writes {digits[:20]} as a number")
+        return float(digits)
+    def constant(name):
+        raise Bad("nan", f"{what} writes {name} as a number")
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise Bad("schema", f"{what} is not JSON ({safe(error)[:80]})") from None
+
+def misfit(value, spec, where: str) -> str | None:
+    """Why `value` does not have the shape `spec`: a type, a pattern, a constant, a tuple of alternatives, [items], or a
+    dict of exactly these keys; a dict with the key `...` takes any keys. None if it fits."""
+    if isinstance(spec, tuple):
+        reasons = [misfit(value, s, where) for s in spec]
+        return None if None in reasons else reasons[0]
+    if isinstance(spec, dict):
+        if not isinstance(value, dict):
+            return f"{where} is not an object"
+        keys = dict.fromkeys(value, spec[...]) if ... in spec else spec
+        odd = sorted(keys.keys() ^ value.keys())
+        if odd:
+            return f"{where}: the key {safe(odd[0])[:40]} is {'missing' if odd[0] in keys else 'unknown'}"
+        return next(filter(None, (misfit(value[k], s, f"{where}.{safe(k)[:40]}") for k, s in keys.items())), None)
+    if isinstance(spec, list):
+        if not isinstance(value, list):
+            return f"{where} is not a list"
+        return next(filter(None, (misfit(v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
+    if isinstance(spec, re.Pattern):
+        fine, name = isinstance(value, str) and spec.fullmatch(value), f"of the form {spec.pattern}"
+    elif isinstance(spec, type):
+        fine, name = type(value) is spec or (spec, type(value)) == (float, int), f"of type {spec.__name__}"
+        fine = fine and not (type(value) in (int, float) and abs(value) >= 2**63)
+    else:
+        fine, name = type(value) is type(spec) and value == spec, f"{spec!r}"
+    return None if fine else f"{where} is {safe(repr(value))[:60]}, and not {name}"
+
+def fit(value, spec, where: str) -> None:
+    reason = misfit(value, spec, where)
+    if reason:
+        raise Bad("schema", reason)
+
+# ---- Formats, all closed: an unknown key is refused
+
+ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
+NAME, DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}_[A-Za-z0-9]{1,40}"), re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+TRACK_NAME, ARM, PICTURE = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_.-]{1,40}"), re.compile(
+    "[A-Za-z0-9_-]{1,40}[.]png")
+TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf", "-inf")
+KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
+DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
+HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
+SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
+EVENTS = dict(
+    start=dict(format=1, run_id=ID, script_sha256=SHA, utc=re.compile("[0-9-]{10}T[0-9:]{8}Z"), argv=[str], knobs=KNOBS,
+               changed=KNOBS, seed=int, device=str, gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT,
+               **SOFTWARE, world_size=int, grad_accum=int, fp8=dict(on=bool, reason=str), attention=str, data=DATA),
+    step=dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK),
+    val=dict(step=int, tokens=int, val_loss=LOSS, val_tokens=int, **CLOCK),
+    clock=dict(mark=("start", "stop"), **CLOCK), warning=dict(text=str, step=int),
+    checkpoint=dict(step=int, bytes=int, ms=float), resume=dict(step=int, from_run_id=ID),
+    end=dict(status=("complete", "stopped", "failed"), code=int, reason=str, steps=int, tokens=int,
+             val_loss=(*LOSS, None), **CLOCK, tokens_per_s=COUNT, mfu=(float, None), mfu_with_attention=(float, None),
+             peak_train_mib=COUNT, peak_val_mib=COUNT, reserved_mib=COUNT))
+RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
+                peak_val_mib=COUNT, sha256=dict(log=SHA, metrics=SHA))
+META = dict(
+    format=1, name=NAME, track=TRACK_NAME, claim=CLAIMS, date=DAY, author=str, parent=(NAME, None), summary=str,
+    script_sha256=SHA, changed=KNOBS, data=dict(DATA, public=bool), hardware=HARDWARE, software=SOFTWARE,
+    world_size=int, runs=[RUN_META], baseline=[RUN_META], left_out=[dict(run_id=ID, reason=str)],
+    arms=[dict(name=ARM, changed=KNOBS, patch_sha256=(SHA, None), runs=[RUN_META])],
+    result=dict(n=int, val_loss_mean=float, val_loss_sd=(float, None), p=(float, None), train_time_ms_median=float,
+                train_time_ms_sd=(float, None), gain_ms=(float, None), gain_ci_ms=([float], None)))
+TRACK = dict(target_loss=(float, None), p=float, min_runs=int, val_sha256=(SHA, None), val_tokens=int,
+             train=dict(max_epochs=int, sha256=(SHA, None)), hardware=dict(gpu=TEXT, count=int), clock=str,
+             forbidden_text=[str], resumed=False)
+
+def read_tracks(records: Path = RECORDS) -> dict[str, dict]:
+    tracks = {path.stem: strict_json(decode(read_bytes(path, KIB * 16), path.name), path.name)
+              for path in sorted((records / "tracks").glob("*.json"))}
+    for name, track in tracks.items():
+        fit(track, TRACK, f"tracks/{name}.json")
+    return tracks
+
+# ---- A run
+
+@dataclass
+class Run:
+    """One run, ours or the public speedrun's. Points are (step, tokens or None, loss or None, train_ms)."""
+    name: str
+    folder: Path  # that it lies in
+    script: bytes | None
+    script_sha256: str
+    total: int  # steps of the complete schedule
+    vals: list[tuple]
+    steps: list[tuple] = field(default_factory=list)
+    start: dict = field(default_factory=dict)  # of metrics.jsonl; empty for the public speedrun
+    end: dict = field(default_factory=dict)
+    events: list[dict] = field(default_factory=list)
+    log: str = ""
+    gpu: str | None = None
+    gpu_count: int = 0
+    peak_mib: int | None = None
+    sha256: dict = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.vals) and self.vals[-1][0] == self.total and self.end.get("status", "complete") == "complete" \
+            and math.isfinite(self.val_loss) and bool(self.end or not self.start)
+
+    resumed = property(lambda self: any(row["event"] == "resume" for row in self.events))
+    val_loss = property(lambda self: self.vals[-1][2])
+    train_ms = property(lambda self: self.vals[-1][3])
+    seed = property(lambda self: self.start.get("seed"))
+    val_sha256 = property(lambda self: self.start["data"]["val_sha256"] if self.start else None)
+
+    @cached_property
+    def recipe(self) -> tuple:
+        """What runs that differ by their seed alone share: script and knobs."""
+        knobs = {k: v for k, v in self.start.get("knobs", {}).items() if k not in (*PLACES, "seed")}
+        return self.script_sha256, json.dumps(knobs, sort_keys=True)
+
+    def hardware(self) -> dict:
+        keys = dict(gpu="gpu", count="gpu_count", memory_mib="gpu_memory_mib", driver="driver")
+        return {key: self.start[name] for key, name in keys.items()}
+
+    def software(self) -> dict:
+        return {key: self.start[key] for key in SOFTWARE}
+
+    def meta(self) -> dict:
+        """Its entry in a record's meta.json."""
+        own = dict(run_id=self.name, seed=self.seed, val_loss=self.val_loss, train_time_ms=self.train_ms)
+        return own | {k: self.end[k] for k in RUN_META if k in self.end and k not in own} | dict(sha256=self.sha256)
+
+def read_run(folder: Path) -> Run:
+    """A run folder of ours. Bad if a file is missing, a link, too large or not of the format."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise Bad("path", f"{safe(folder.name)} is a link, or no folder")
+    raw = {name: read_bytes(folder / name, LIMITS[name]) for name in RUN_FILES}
+    log, metrics = (decode(raw[name], name) for name in RUN_FILES)
+    if not metrics.endswith("\n") or not log.endswith("\n"):
+        raise Bad("truncated", f"{folder.name}: {'log.txt' if metrics.endswith(chr(10)) else 'metrics.jsonl'} "
+                               "ends within a line")
+    events = [strict_json(line, f"metrics.jsonl line {i}") for i, line in enumerate(metrics[:-1].split("\n"), 1)]
+    for i, row in enumerate(events, 1):
+        kind = row.get("event") if isinstance(row, dict) else None
+        if not isinstance(kind, str) or kind not in EVENTS or (kind == "start") != (i == 1):
+            raise Bad("schema", f"metrics.jsonl line {i} is the event {safe(kind)[:40]}, out of place or unknown")
+        fit({k: v for k, v in row.items() if k != "event"}, EVENTS[kind], f"metrics.jsonl line {i}")
+    start, points = events[0], {kind: [row for row in events if row["event"] == kind] for kind in ("step", "val")}
+    for key in ("steps", "sequences_per_step", "train_seq_len", "val_every", "val_tokens", "epochs"):
+        if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (key != "val_every"):
+            raise Bad("schema", f"metrics.jsonl: the knob {key} is missing, or not a count")
+    if start["run_id"] != folder.name:
+        raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
+    own = folder / "train_gpt.py"
+    number = lambda loss: None if loss is None else float(loss)
+    curves = [[(r["step"], r["tokens"], number(r[loss]), r["train_ms"]) for r in points[kind]]
+              for kind, loss in (("val", "val_loss"), ("step", "train_loss"))]
+    end = next((row for row in events if row["event"] == "end"), {})
+    script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
+    hashes = {name.split(".")[0]: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+    return Run(folder.name, folder, script, start["script_sha256"], start["knobs"]["steps"], *curves, start, end,
+               events, log, start["gpu"], start["gpu_count"], end.get("peak_train_mib"), hashes)
+
+def log_lines(run: Run) -> list[str]:
+    """log.txt as the events imply it, line by line."""
+    digits = lambda value, spec="": "n/a" if value is None else format(float(value) if spec else value, spec)
+    start, end, d = run.start, run.end, run.start["data"]
+    whole = hashlib.sha256("".join(f["sha256"] or "" for f in d["train"]).encode()).hexdigest()
+    head = dict(start, started=start["utc"], changed=json.dumps(start["changed"]),
+                fp8=f"{'on' if start['fp8']['on'] else 'off'} {start['fp8']['reason']}",
+                data_val=f"{d['val_tokens']} tokens {d['val_sha256'][:12]}",
+                data_train=f"{len(d['train'])} files {sum(f['tokens'] for f in d['train'])} tokens {whole[:12]}")
+    lines = ["train_gpt log 1"] + [f"{key}: {digits(head[key])}" for key in (
+        "run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 attention "
+        "data_val data_train").split()]
+    pace = end["mfu"] * end["train_ms"] / end["tokens"] if end.get("mfu") and end["tokens"] else None
+    for row in run.events:
+        kind, ms, done = row["event"], row.get("train_ms", 0.0), row.get("step")
+        time = f"train_time:{ms:.0f}ms step_avg:{ms / done if done else math.nan:.2f}ms"
+        if kind == "step":
+            shown = "" if row["train_loss"] is None else f"train_loss:{digits(row['train_loss'], '.4f')} "
+            rate = row["tokens"] / ms if ms else None
+            mfu = digits(pace and rate and pace * rate, ".3f")
+            speed = f"tokens_per_s:{digits(rate and round(rate * 1e3))} mfu:{mfu}"
+            lines.append(f"step:{done}/{run.total} {shown}{time} {speed}")
+        elif kind == "val":
+            lines.append(f"step:{done}/{run.total} val_loss:{digits(row['val_loss'], '.6f')} {time}")
+        elif kind in ("clock", "warning"):
+            lines.append(f"{kind}: {row['mark' if kind == 'clock' else 'text']}")
+    if end:
+        formats = dict(val_loss=".6f", train_time_ms=".0f", mfu=".3f", mfu_with_attention=".3f")
+        lines += [f"{key}: {digits(dict(end, train_time_ms=end['train_ms'])[key], formats.get(key, ''))}" for key in (
+            "val_loss train_time_ms steps tokens tokens_per_s mfu mfu_with_attention peak_train_mib peak_val_mib "
+            "reserved_mib").split()] + [f"exit: {end['code']} {end['reason']}"]
+    lines = [" ".join(line.encode("ascii", "replace").decode().split("\n")) for line in lines]
+    return [line if line.startswith("changed: ") else line[:400] for line in lines]
+
+def same_line(a: str, b: str) -> bool:
+    """Equal, but for the last digit of an MFU, which the events hold at the end only."""
+    (head, _, mfu), (other, _, wanted) = a.partition(" mfu:"), b.partition(" mfu:")
+    number = re.compile(r"[0-9]\.[0-9]{3}")
+    close = number.fullmatch(mfu) and number.fullmatch(wanted) and abs(float(mfu) - float(wanted)) < 0.0015
+    return a == b or bool(head == other and close)
+
+def check_log(run: Run) -> Iterator[Problem]:
+    found, wanted = run.log[:-1].split("\n"), log_lines(run)
+    for i, (a, b) in enumerate(zip(found, wanted), 1):
+        if not same_line(a, b):
+            yield "log-metrics", (f"{run.name}: log.txt line {i} is '{safe(a, 120)}', and by metrics.jsonl "
+                                  f"'{safe(b, 120)}'")
+            return
+    if len(found) != len(wanted):
+        yield "log-metrics", f"{run.name}: log.txt has {len(found)} lines, and metrics.jsonl makes {len(wanted)}"
+    last = [row["val_loss"] for row in run.events if row["event"] == "val"][-1:]
+    if run.end and [run.end["val_loss"]] != last:
+        yield "log-metrics", f"{run.name}: the last validation is {last[:1]}, and the end says {run.end['val_loss']}"
+
+def check_clock(run: Run) -> Iterator[Problem]:
+    """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
+    ticking, before = False, None
+    for row in run.events[1:]:
+        here = f"{run.name}: at the '{row['event']}' {row.get('wall_s', 0):.3f} s from its start,"
+        if row["event"] in ("val", "checkpoint", "end", "step") and ticking != (row["event"] == "step"):
+            yield "clock", f"{here} the clock {'runs' if ticking else 'stands'}, and should not"
+        if "train_ms" not in row:
+            continue
+        if before is None:
+            if row["train_ms"] != 0 and not run.resumed:
+                yield "clock", f"{here} the training time starts at {row['train_ms']} ms, and not at 0"
+        else:
+            grew, wall = row["train_ms"] - before["train_ms"], (row["wall_s"] - before["wall_s"]) * 1e3
+            slack = 1 + abs(wall) / 1e3
+            if abs(grew - wall) > slack if ticking else grew != 0:
+                yield "clock", f"{here} training time grew by {grew:.3f} ms, and the wall by {wall:.3f} ms" + (
+                    "" if ticking else " with the clock stopped")
+            if wall < -slack:
+                yield "clock", f"{here} the wall time has gone back by {-wall:.3f} ms"
+        if row["event"] == "clock":
+            if (row["mark"] == "start") == ticking:
+                yield "clock", f"{here} the mark '{row['mark']}' comes twice"
+            ticking = row["mark"] == "start"
+        before = row
+
+def differing(name: str, rows) -> Iterator[Problem]:
+    """Problems among (code, what, found, wanted)."""
+    for code, what, found, wanted in rows:
+        if found != wanted:
+            yield code, f"{name}: {what} is {safe(found, 160)}, and should be {safe(wanted, 160)}"
+
+def check_run(run: Run) -> Iterator[Problem]:
+    """Everything that a run's own files can contradict, the script included if it lies beside them."""
+    start, knobs, end, n, data = run.start, run.start["knobs"], run.end, run.total, run.start["data"]
+    per_step, every = knobs["sequences_per_step"] * knobs["train_seq_len"], math.ceil(n / 48)
+    read, stream = n * per_step, knobs["epochs"] * sum(f["tokens"] for f in data["train"])
+    score = knobs["val_every"] or n
+    expected = sorted({1, n, *range(every, n, every)}), sorted({0, n, *range(score, n, score)})
+    rows = [("truncated", "the end", end and (end["status"], end["code"], end["steps"]), ("complete", 0, n)),
+            ("truncated", "the last event", run.events[-1]["event"], "end"),
+            ("seeds", "the knob seed", knobs.get("seed"), run.seed),
+            ("tokens", "ranks x accumulation", start["world_size"] * start["grad_accum"], knobs["sequences_per_step"]),
+            ("tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True),
+            ("data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]),
+            ("nan", "losses not finite", [p for p in run.vals + run.steps if not math.isfinite(p[2] or 0)], [])]
+    rows += [("knobs", f"{k} in changed", v, knobs.get(k)) for k, v in start["changed"].items()]
+    for row in run.events:
+        done = row.get("step", row.get("steps"))
+        if "tokens" in row:
+            rows.append(("tokens", f"tokens after step {done}", row["tokens"], done * per_step))
+        if "val_tokens" in row:
+            rows.append(("data", f"val_tokens of step {done}", row["val_tokens"], data["val_tokens"]))
+    if end:
+        rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] else None
+        rows.append(("tokens", "tokens_per_s", end["tokens_per_s"], rate))
+    if run.script is not None:
+        rows.append(("script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256))
+    if not run.resumed:
+        rows += [("truncated", f"the list of '{kind}' events", [p[0] for p in points], wanted)
+                 for kind, points, wanted in zip(("step", "val"), (run.steps, run.vals), expected)]
+    yield from differing(run.name, rows)
+    yield from check_log(run)
+    yield from check_clock(run)
+
+# ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and nvidia-smi, then the steps
+
+STEP = re.compile(r"step:(\d+)/(\d+) (?:(train_loss|val_loss):(\d+\.\d+|nan|inf) )?train_time:(\d+)(ms|s) "
+                  r"step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*", re.ASCII)
+
+def read_speedrun(path: Path) -> Run:
+    """Lines of the source may look like steps: reading starts behind the rule. `step_avg:nan` marks an untimed step."""
+    lines = read_bytes(path, SPEEDRUN_LOG).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    if "=" * 100 not in lines:
+        raise Bad("schema", f"{safe(path.name)} has no line of 100 '=': it is no log of the public speedrun")
+    rule = lines.index("=" * 100)
+    source, rows = "\n".join(lines[:rule]).encode(), [m for m in map(STEP.fullmatch, lines[rule:]) if m]
+    curves = {"val_loss": [], "train_loss": []}
+    for m in rows:
+        if m[3]:
+            curves[m[3]].append((int(m[1]), None, float(m[4]), float(m[5]) * (1 if m[6] == "ms" else 1000)))
+    if not curves["val_loss"] or len({m[2] for m in rows}) > 1:
+        raise Bad("schema", f"{safe(path.name)} has no validation loss behind its first rule, or two lengths of run")
+    rest = "\n".join(lines[rule:])
+    peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", rest, re.A | re.M)
+    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", rest, re.A | re.M)
+    return Run(path.stem, path, source, hashlib.sha256(source).hexdigest(), int(rows[0][2]), *curves.values(),
+               gpu=gpus[0] if gpus else None, gpu_count=len(gpus), peak_mib=peak and int(peak[1]))
+
+# ---- A record
+
+PATHS = re.compile(rf"train_gpt[.]py|meta[.]json|README[.]md|{PICTURE.pattern}|arms|"
+                   rf"(runs|baseline|arms/{ARM.pattern})(/{ID.pattern}(/(log[.]txt|metrics[.]jsonl))?)?")
+
+@dataclass
+class Record:
+    folder: Path
+    meta: dict
+    script: bytes
+    readme: str
+    sets: dict[str, list[Run]]  # runs, baseline, arms/<name>
+
+def entries(meta: dict) -> dict[str, list[dict]]:
+    """What meta.json says of the runs, by the folder they lie in."""
+    return dict(runs=meta["runs"], baseline=meta["baseline"]) | {f"arms/{a['name']}": a["runs"] for a in meta["arms"]}
+
+def read_record(folder: Path) -> Record:
+    """Bad on the first thing that cannot be read, is a link, too large, or has no place in a record."""
+    if folder.is_symlink() or not folder.is_dir() or not NAME.fullmatch(folder.name):
+        raise Bad("path", f"{safe(folder.name)} is no folder named like YYYY-MM-DD_ShortName")
+    sizes = {}
+    for root, folders, files in os.walk(folder):
+        for path in (Path(root) / name for name in folders + files):
+            inside = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not PATHS.fullmatch(inside):
+                raise Bad("path", f"{safe(inside)} is a link, or has no place in a record")
+            sizes[inside] = path.lstat().st_size if path.is_file() else 0
+    pictures = sum(size for name, size in sizes.items() if name.endswith(".png"))
+    most = ARMS_BYTES if "arms" in sizes else RECORD_BYTES
+    for what, size, limit in (("the record", sum(sizes.values()), most), ("its pictures", pictures, PICTURES)):
+        if size > limit:
+            raise Bad("size", f"{what}: {size} bytes, and {limit} are allowed")
+    script, meta, readme = (read_bytes(folder / n, LIMITS[n]) for n in ("train_gpt.py", "meta.json", "README.md"))
+    meta = strict_json(decode(meta, "meta.json", "utf-8"), "meta.json")
+    fit(meta, META, "meta.json")
+    for label, listed in entries(meta).items():
+        found, wanted = sorted(path.name for path in (folder / label).glob("*")), sorted(e["run_id"] for e in listed)
+        if found != wanted:
+            raise Bad("path", f"{label}/ holds {safe(found, 160)}, and meta.json lists {wanted}")
+    sets = {label: [read_run(folder / label / e["run_id"]) for e in listed] for label, listed in entries(meta).items()}
+    return Record(folder, meta, script, decode(readme, "README.md", "utf-8"), sets)
