@@ -84,6 +84,9 @@ def tested_result(runs: list[Run], baseline: list[Run], track: dict) -> dict:
     p = None if target is None else p_below(losses(runs), target)
     return dict(p=p, gain_ci_ms=list(gain[1:3]) if gain else None)
 
+def changed_knobs(run: Run) -> dict:
+    return {k: v for k, v in run.start["changed"].items() if k != "seed"}
+
 def whole(record: Record) -> bool:
     return all(run.complete for runs in record.sets.values() for run in runs)
 
@@ -120,7 +123,7 @@ def check_meta(record: Record) -> Iterator[Problem]:
             ("schema", "name in meta.json", meta["name"], record.folder.name),
             ("schema", "date in meta.json", meta["date"], meta["name"][:10]),
             ("schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True),
-            ("headline", "changed", meta["changed"], first.start["changed"]),
+            ("headline", "changed", meta["changed"], changed_knobs(first)),
             ("headline", "world_size", meta["world_size"], first.start["world_size"])]
     for run in every:
         rows += [("data", f"data of {run.name}", run.start["data"], public),
@@ -328,7 +331,7 @@ def make_meta(args, name: str, runs: list[Run], baseline: list[Run], arms: dict[
     order = ("n val_loss_mean val_loss_sd p train_time_ms_median train_time_ms_sd gain_ms gain_ci_ms").split()
     return dict(
         format=1, name=name, track=args.track, claim=args.claim, date=name[:10], author=args.author, parent=args.parent,
-        summary=args.summary, script_sha256=first.script_sha256, changed=first.start["changed"],
+        summary=args.summary, script_sha256=first.script_sha256, changed=changed_knobs(first),
         data=dict(first.start["data"], public=not args.private), hardware=first.hardware(), software=first.software(),
         world_size=first.start["world_size"], runs=[run.meta() for run in runs],
         baseline=[run.meta() for run in baseline],

@@ -399,6 +399,7 @@ def noise_floor(a: Set, b: Set) -> str:
 
 def trial(args, knobs: list[str]) -> int:
     """Both arms in turn with the same seeds, on this machine and data; what logs/ already holds is not run again."""
+    distributions()  # before hours of training, not after
     scripts, own = [Path(args.a).resolve(), Path(args.b).resolve()], []
     for script in scripts:
         if not script.is_file() or script.suffix != ".py":
