@@ -102,13 +102,13 @@ if [ -z "$python" ]; then setup $mode; else
     [ -n "$(torch_of "$python")" ] || die "PYTHON=$PYTHON has no torch, and nothing is installed when PYTHON is set."
 fi
 [ $mode = train ] || exec "$python" -m pytest -q "$@"
-
 for argument in "$@"; do case $argument in
     --help|--weights=*) exec "$python" "$script" "$@" ;;
     --preset=*) preset=${argument#*=} ;;
     --data_dir=*) data=${argument#*=} ;;
 esac; done
 given_preset=$preset given_data=$data
+[ -z "$preset" ] || grep -qF "\"$preset\": dict(" "$script" || exec "$python" "$script" "$@"  # which refuses it
 # nvidia-smi answers at once; torch takes seconds, and is asked where it may see fewer GPUs than nvidia-smi lists.
 answer='' seen=${CUDA_VISIBLE_DEVICES+set}
 case $(torch_of "$python") in *+cpu) seen=cpu ;; esac
@@ -140,7 +140,7 @@ fi
             preset=tiny; embedded_text; } ;;
 esac
 case $preset in cpu|tiny) processes=1 ;; esac  # their steps have one or two sequences
-case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is not a count of processes." ;; *) processes=${NPROC:-$processes} ;; esac
+case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is no count of processes." ;; esac; processes=${NPROC:-$processes}
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"

@@ -8,23 +8,28 @@ scipy and matplotlib are imported where they are used.
 """
 
 import argparse
+import ast
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import re
 import shutil
+import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import sets
 import trials
 from runs import (
     CLAIMS,
-    ID,
     LIMITS,
     NAME,
     PRIVATE,
@@ -36,6 +41,7 @@ from runs import (
     Record,
     Run,
     check_run,
+    decode,
     differing,
     entries,
     read_bytes,
@@ -44,9 +50,7 @@ from runs import (
     read_tracks,
     safe,
 )
-from trials import LOGS, ROOT, Undecided, p_below, welch
-
-LIST_MARKS = "<!-- records: written by records.py list --write -->", "<!-- end of records -->"
+from sets import LIST_MARKS, LOGS, ROOT, Undecided, find_record, folders, listing, p_below, tables, welch, write_list
 
 # ---- Checks of a record
 
@@ -67,7 +71,7 @@ def interleaved(a: list[Run], b: list[Run]) -> bool:
     """Did these runs alternate, on one kind of machine? Run ids begin with the start time."""
     order = [which for _, which in sorted([(run.name, "a") for run in a] + [(run.name, "b") for run in b])]
     alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
-    return len(alike) == 1 and sum(x != y for x, y in zip(order, order[1:])) >= 2
+    return len(alike) == 1 and sum(x != y for x, y in zip(order, order[1:])) >= max(2, min(len(a), len(b)))
 
 def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
     """The part of meta.json's result that needs no distribution. The gain stands where both sets ran interleaved."""
@@ -87,6 +91,17 @@ def tested_result(runs: list[Run], baseline: list[Run], track: dict) -> dict:
 def changed_knobs(run: Run) -> dict:
     return {k: v for k, v in run.start["changed"].items() if k != "seed"}
 
+def defaults(script: bytes) -> dict:
+    """The knobs' defaults that the script's dataclass writes as literals, read without running it."""
+    found = {}
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        for node in (node for c in ast.parse(script).body if isinstance(c, ast.ClassDef) for node in c.body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and node.value.args:
+                with contextlib.suppress(ValueError):
+                    value = ast.literal_eval(node.value.args[0])
+                    found[node.target.id] = list(value) if isinstance(value, tuple) else value
+    return found
+
 def whole(record: Record) -> bool:
     return all(run.complete for runs in record.sets.values() for run in runs)
 
@@ -104,12 +119,14 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
             own = run.meta() if run.complete else entry
             rows += [("headline", f"{k} in its logs", own[k], entry[k]) for k in entry if k != "sha256"]
             yield from differing(run.name, rows)
-        seeds = sorted(run.seed for run in runs)
-        recipes = len({run.recipe for run in runs})
+        seeds, recipes = [run.seed for run in runs], {run.recipe for run in runs}
+        shared = label != "runs" and record.sets["runs"][0].recipe in recipes
         yield from differing(f"{name}/{label}", [
-            ("knobs", "the number of recipes (script and knobs, seed aside)", recipes, len(runs[:1])),
-            ("seeds", "the list of distinct seeds", sorted(set(seeds)), seeds)])
+            ("knobs", "the number of recipes (script and knobs, seed aside)", len(recipes), len(runs[:1])),
+            ("knobs", "having the recipe of runs/", shared, False),
+            ("seeds", "the list of seeds that come twice", sorted({s for s in seeds if seeds.count(s) > 1}), [])])
     yield from check_meta(record)
+    yield from check_parent(record)
     yield from check_track(record, tracks[meta["track"]])
     yield from check_readme(record)
     yield from check_left_out(record)
@@ -122,6 +139,8 @@ def check_meta(record: Record) -> Iterator[Problem]:
     rows = [("script", "SHA-256 of train_gpt.py", hashlib.sha256(record.script).hexdigest(), meta["script_sha256"]),
             ("schema", "name in meta.json", meta["name"], record.folder.name),
             ("schema", "date in meta.json", meta["date"], meta["name"][:10]),
+            ("schema", f"a date from {max(run.name for run in every)[:8]}, its last run, on",
+             meta["date"].replace("-", "") >= max(run.name for run in every)[:8], True),
             ("schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True),
             ("headline", "changed", meta["changed"], changed_knobs(first)),
             ("headline", "world_size", meta["world_size"], first.start["world_size"])]
@@ -129,6 +148,9 @@ def check_meta(record: Record) -> Iterator[Problem]:
         rows += [("data", f"data of {run.name}", run.start["data"], public),
                  ("headline", f"hardware of {run.name}", run.hardware(), meta["hardware"]),
                  ("headline", f"software of {run.name}", run.software(), meta["software"])]
+    known = defaults(record.script)
+    rows += [("knobs", f"{k} in changed, since the script's default is {known[k]}", "missing", v)
+             for k, v in json.loads(first.recipe[1]).items() if known.get(k, v) != v and k not in meta["changed"]]
     rows += [("script", f"script of {r.name}", r.script_sha256, meta["script_sha256"]) for r in record.sets["runs"]]
     for arm in meta["arms"]:
         knobs, script = json.loads(first.recipe[1]) | arm["changed"], arm["patch_sha256"] or meta["script_sha256"]
@@ -138,6 +160,21 @@ def check_meta(record: Record) -> Iterator[Problem]:
     if whole(record):
         result, wanted = meta["result"], plain_result(record.sets["runs"], record.sets["baseline"])
         rows += [("headline", f"result.{k}", result[k], v) for k, v in wanted.items() if not same(result[k], v)]
+    yield from differing(record.folder.name, rows)
+
+def check_parent(record: Record) -> Iterator[Problem]:
+    """A parent is an older record of this track; its script is the baseline's, and a reproduction's own."""
+    meta, baseline = record.meta, record.sets["baseline"]
+    if not (meta["parent"] or baseline or meta["claim"] in ("record", "systems", "reproduction")):
+        return
+    path = RECORDS / str(meta["parent"])
+    found = path.is_dir() and path.name != meta["name"] and read_record(path).meta
+    rows = [("script", f"the parent {meta['parent']}, as an older record of this track,",
+             bool(found and found["track"] == meta["track"] and found["date"] <= meta["date"]), True)]
+    if found:
+        rows += [("script", f"script of baseline {r.name}", r.script_sha256, found["script_sha256"]) for r in baseline]
+        if meta["claim"] == "reproduction":
+            rows.append(("script", "script_sha256, the parent's,", meta["script_sha256"], found["script_sha256"]))
     yield from differing(record.folder.name, rows)
 
 def check_track(record: Record, track: dict) -> Iterator[Problem]:
@@ -163,15 +200,19 @@ def check_left_out(record: Record) -> Iterator[Problem]:
     """Complete runs in `logs/` of this script and these knobs. Runs of a later day cannot have been left out."""
     known = {run.name for runs in record.sets.values() for run in runs} | {r["run_id"] for r in record.meta["left_out"]}
     recipe, last = record.sets["runs"][0].recipe, record.meta["date"].replace("-", "")
+    for run in complete_runs():
+        if run.name not in known and run.name[:8] <= last and run.recipe == recipe:
+            yield "left-out", (f"{record.folder.name}: logs/{run.name} (seed {run.seed}, loss {run.val_loss:.6f}) has "
+                               "this script and these knobs, and is neither in it nor left out with a reason")
+
+@functools.cache
+def complete_runs() -> list[Run]:
+    """Those of `logs/`; the others died, or are not of this format."""
+    found = []
     for folder in sorted(LOGS.glob("*")):
-        if ID.fullmatch(folder.name) and folder.name not in known and folder.name[:8] <= last:
-            try:
-                run = read_run(folder)
-            except Bad:
-                continue  # it died, so it is not complete
-            if run.complete and run.recipe == recipe:
-                yield "left-out", (f"{record.folder.name}: logs/{run.name} (seed {run.seed}, loss {run.val_loss:.6f}) "
-                                   "has this script and these knobs, and is neither in it nor left out with a reason")
+        with contextlib.suppress(Bad, OSError):
+            found.append(read_run(folder))
+    return [run for run in found if run.complete]
 
 def check_tests(record: Record, track: dict) -> Iterator[Problem]:
     """p, target and gain: what needs scipy, and what the claim asserts."""
@@ -183,8 +224,10 @@ def check_tests(record: Record, track: dict) -> Iterator[Problem]:
     if meta["claim"] in ("record", "systems"):
         time = welch(times(runs), times(baseline)) if interleaved(runs, baseline) else None
         rows.append(("gain", f"faster than an interleaved baseline, at p < 0.01 (p is {time and time[3]})",
-                     bool(time and time[0] > 0 and time[3] < 0.01 and result["gain_ms"] > 0), True))
-    if meta["claim"] == "record":
+                     bool(time and time[0] > 0 and time[3] < 0.01 and (result["gain_ms"] or 0) > 0), True))
+    if meta["claim"] == "record" and track["target_loss"] is None:
+        rows.append(("target", "the track's target, which a record needs (claim result instead),", None, "a number"))
+    elif meta["claim"] == "record":
         fine = len(runs) >= track["min_runs"] and result["p"] is not None and result["p"] < track["p"]
         rows.append(("target", f"a mean below {track['target_loss']} at p < {track['p']} with n >= {track['min_runs']} "
                      f"(it is {result['val_loss_mean']:.6f}, p = {result['p']}, n = {len(runs)})", fine, True))
@@ -192,127 +235,61 @@ def check_tests(record: Record, track: dict) -> Iterator[Problem]:
         gap = welch(losses(runs), losses(baseline))
         rows.append(("target", f"a loss difference inside +-0.003 (its 95 % interval is {gap and gap[1:3]})",
                      bool(gap and -0.003 < gap[1] and gap[2] < 0.003), True))
-    if meta["claim"] == "reproduction":
-        parent = RECORDS / str(meta["parent"]) / "train_gpt.py"
-        found = hashlib.sha256(read_bytes(parent, LIMITS[parent.name])).hexdigest() if parent.exists() else None
-        rows.append(("script", "SHA-256 of the parent's script, which this repeats,", found, meta["script_sha256"]))
     yield from differing(record.folder.name, rows)
 
 def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
-    """(record, code, sentence): a run id or a whole curve of times anywhere twice, or of losses within a record."""
+    """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, unless the
+    seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
     seen = {}
     for record in records:
         for label, run in ((label, run) for label, runs in record.sets.items() for run in runs):
             here, points = f"{record.folder.name}/{label}/{run.name}", run.vals + run.steps
             for what, key in (("run id", run.name), ("curve of training times", tuple(p[3] for p in points)),
-                              ("curve of losses", (record.folder.name, *(p[2] for p in points)))):
-                other = seen.setdefault((what, key), here)
-                if other != here:
+                              ("curve of losses", tuple(p[2] for p in points))):
+                other, seed = seen.setdefault((what, key), (here, run.seed))
+                apart = seed == run.seed and other.rpartition("/")[0] != here.rpartition("/")[0]
+                if other != here and not (what == "curve of losses" and apart):
                     yield record.folder.name, "duplicate", f"{here}: its {what} is that of {other}, not its own"
-
-def tables(meta: dict) -> str:
-    """The generated part of a record's README.md."""
-    r, h, s = meta["result"], meta["hardware"], meta["software"]
-    show = lambda value, spec: "n/a" if value is None else format(value, spec)
-    rows = [f"Track `{meta['track']}`, claim `{meta['claim']}`, parent `{meta['parent'] or 'none'}`, by "
-            f"{meta['author']}.", "",
-            "| set | run | seed | validation loss | training time, ms | steps | peak MiB, training / validation |",
-            "|-|-|-|-|-|-|-|"]
-    rows += [f"| {label} | {e['run_id']} | {e['seed']} | {e['val_loss']:.6f} | {e['train_time_ms']:.0f} | {e['steps']} "
-             f"| {show(e['peak_train_mib'], 'd')} / {show(e['peak_val_mib'], 'd')} |"
-             for label, listed in entries(meta).items() for e in listed]
-    rows += ["", f"- loss {r['val_loss_mean']:.6f} (sd {show(r['val_loss_sd'], '.6f')}, n = {r['n']}), p against the "
-             f"target {show(r['p'], '.3g')}", f"- training time, median {r['train_time_ms_median']:.0f} ms (sd "
-             f"{show(r['train_time_ms_sd'], '.0f')}), gain over the baseline {show(r['gain_ms'], '.0f')} ms",
-             f"- changed knobs: `{json.dumps(meta['changed'])}`",
-             *(f"- arm {a['name']}: `{json.dumps(a['changed'])}`" for a in meta["arms"]),
-             f"- hardware: {h['count'] or ''} {h['gpu'] or 'CPU'}, driver {h['driver'] or 'n/a'}",
-             f"- software: Python {s['python']}, torch {s['torch']}",
-             f"- data: {meta['data']['encoding']}, val_sha256 {meta['data']['val_sha256']}",
-             *(f"- left out: {x['run_id']}, {x['reason']}" for x in meta["left_out"])]
-    return "\n".join([TABLE[0], *(safe(row, 10**4) for row in rows), TABLE[1]])
 
 def check_readme(record: Record) -> Iterator[Problem]:
     text, wanted = record.readme, tables(record.meta)
     found = text[max(text.find(TABLE[0]), 0) : text.find(TABLE[1]) + len(TABLE[1])]
     gap = next(((a, b) for a, b in zip(found.split("\n"), wanted.split("\n")) if a != b), (len(found), len(wanted)))
     rows = [("readme", "its generated table", *gap)] if found != wanted else []
+    rows += [("readme", f"the count of '{mark}'", text.count(mark), 1) for mark in TABLE]
     if not record.meta["data"]["public"]:
         rows.append(("readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE))
     yield from differing(record.folder.name, rows)
 
-# ---- verify and list
-
-def folders() -> list[Path]:
-    return sorted(path for path in RECORDS.glob("[0-9]*") if path.is_dir() or path.is_symlink())
+# ---- verify
 
 def verify(names: list[str]) -> int:
     """Recompute everything from raw logs, and print a line a problem. Names limit what is reported, not what is read.
     """
     tracks, problems, read, missing = read_tracks(), [], [], None
-    for name in names:
-        if not NAME.fullmatch(name) or not (RECORDS / name).is_dir():
-            raise Bad("path", f"there is no record {safe(name, 80)} in records/")
+    names = [find_record(name).name for name in names]
     for folder in folders():
         try:
             read.append(read_record(folder))
             for problem in check_record(read[-1], tracks):
                 problems.append((folder.name, *problem))
-        except Bad as bad:
-            problems.append((folder.name, bad.code, str(bad)))
+        except (Bad, OSError) as bad:
+            problems.append((folder.name, getattr(bad, "code", "path"), str(bad)))
         except Undecided as undecided:
-            missing = str(undecided)
+            missing = str(undecided) if not names or folder.name in names else missing
     problems += check_duplicates(read)
-    if not names and not problems and listing(None) not in (ROOT / "README.md").read_text(encoding="utf-8"):
-        problems.append(("README.md", "readme", "its table of records is old, and should be written by list --write"))
+    failed = {name for name, *_ in problems}
+    if not names and not problems:
+        text = decode(read_bytes(ROOT / "README.md", LIMITS["README.md"]), "README.md", "utf-8")
+        if listing(None) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS):
+            problems.append(("README.md", "readme", "its list of records is not what list --write writes"))
     problems = [row for row in problems if not names or row[0] in names]
     for name, code, sentence in problems:
-        print(f"FAIL {safe(name, 80)} {code}: {sentence}")
+        print(f"FAIL {safe(name, 80)} {code}: {safe(sentence)}")
     if missing:
         print(missing)
-    print(f"{len(names or folders())} records, {len({row[0] for row in problems})} failed")
+    print(f"{len(names or folders())} records, {len(failed & {*names} if names else failed)} failed")
     return 1 if problems else 3 if missing else 0
-
-def listing(only: str | None) -> str:
-    """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
-    tracks, metas, out = read_tracks(), [read_record(folder).meta for folder in folders()], [LIST_MARKS[0]]
-    if only and only not in tracks:
-        raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
-    for name, track in tracks.items():
-        timed, goal = track["hardware"]["count"] > 0, track["target_loss"]
-        own = [meta for meta in metas if meta["track"] == name]
-        if only not in (None, name):
-            continue
-        out += ["", f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}. {safe(track['clock'])}"]
-        out += [] if own else ["No record: nobody has run ours there."]
-        machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
-        key = "train_time_ms_median" if timed else "val_loss_mean"
-        for kind in sorted({machine(meta) for meta in own}):
-            title = f"{kind[0]} x {safe(kind[1], 60)}" if timed else "CPU"
-            out += ["", f"| {title} | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
-            here = sorted((m["result"][key], m["name"], row(m, timed)) for m in own if machine(m) == kind)
-            out += [cells for *_, cells in here]
-    return "\n".join([*out, LIST_MARKS[1]])
-
-def row(meta: dict, timed: bool) -> str:
-    r, show = meta["result"], lambda value, spec: "n/a" if value is None else format(value, spec)
-    gain = r["gain_ms"] / 1e3 if timed and r["gain_ci_ms"] else None  # only from interleaved runs
-    time = f"{r['train_time_ms_median'] / 1e3:.1f}" if timed else "not ranked"
-    cells = [f"[{meta['name']}](records/{meta['name']})", meta["claim"], time, f"{r['val_loss_mean']:.4f}",
-             show(r["val_loss_sd"], ".4f"), str(r["n"]), show(r["p"], ".2g"), meta["parent"] or "none",
-             show(gain, ".2f")]
-    return f"| {' | '.join(cells)} |"
-
-def list_records(args) -> int:
-    text, path = listing(args.track), ROOT / "README.md"
-    print("\n".join(text.split("\n")[1:-1]).strip())
-    if args.write:
-        readme = path.read_text(encoding="utf-8")
-        (before, _, rest), whole_list = readme.partition(LIST_MARKS[0]), listing(None)
-        if LIST_MARKS[1] not in rest:
-            raise Bad("readme", f"README.md lacks the lines '{LIST_MARKS[0]}' and '{LIST_MARKS[1]}'")
-        path.write_text(before + whole_list + rest.partition(LIST_MARKS[1])[2], encoding="utf-8", newline="\n")
-    return 0
 
 # ---- add
 
@@ -336,26 +313,32 @@ def make_meta(args, name: str, runs: list[Run], baseline: list[Run], arms: dict[
         world_size=first.start["world_size"], runs=[run.meta() for run in runs],
         baseline=[run.meta() for run in baseline],
         arms=[arm_meta(arm, own, first) for arm, own in arms.items()],
-        left_out=[dict(zip(("run_id", "reason"), text.split("=", 1))) for text in args.leave_out],
+        left_out=[dict(run_id=Path(t.partition("=")[0]).name, reason=t.partition("=")[2]) for t in args.leave_out],
         result={key: result[key] for key in order})
 
 def add(args) -> int:
     """Pack run folders into a record: built aside, checked as `verify` would, and only then put in place."""
     tracks, name = read_tracks(), f"{time.strftime('%Y-%m-%d', time.gmtime())}_{args.name}"
-    if not NAME.fullmatch(name) or (RECORDS / name).exists():
-        raise Bad("path", f"{safe(name, 80)} is there already, or --name is not 1 to 40 letters and digits")
+    if not NAME.fullmatch(name):
+        raise Bad("path", f"--name={safe(args.name, 80)} is not 1 to 40 letters and digits")
+    if (RECORDS / name).exists():
+        raise Bad("path", f"records/{name} is there already: take another --name")
+    args.parent = find_record(args.parent).name if args.parent else None
     if args.track not in tracks:
         raise Bad("track", f"there is no track {safe(args.track, 40)}: there are {', '.join(tracks)}")
     runs, baseline = ([find_run(run) for run in given] for given in (args.runs, args.baseline))
     split = [(first.partition("="), rest) for first, *rest in args.arm]
     arms = {arm: [find_run(run) for run in [run, *rest]] for (arm, _, run), rest in split}
+    if len(arms) < len(split) or any("=" not in text for text in args.leave_out):
+        raise Bad("schema", "--arm takes NAME=RUN..., each name once, and --leave-out takes RUN=REASON")
     broken = [p for run in [*runs, *baseline, *sum(arms.values(), [])] for p in check_run(run)]
     if runs[0].script is None:
         broken.append(("script", f"{runs[0].name} holds no train_gpt.py, and a record needs the script that ran"))
     if broken:
-        print(*(f"FAIL {name} {code}: {text}" for code, text in broken), sep="\n")
+        print(*(f"FAIL {name} {code}: {safe(text)}" for code, text in broken), "nothing was added", sep="\n")
         return 1
-    meta, part = make_meta(args, name, runs, baseline, arms, tracks[args.track]), RECORDS / ".part" / name
+    meta = make_meta(args, name, runs, baseline, arms, tracks[args.track])
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=RECORDS)) / name
     try:
         for label, own in dict(runs=runs, baseline=baseline, **{f"arms/{a}": own for a, own in arms.items()}).items():
             for run, file in ((run, file) for run in own for file in RUN_FILES):
@@ -368,11 +351,14 @@ def add(args) -> int:
         doubled = check_duplicates([*map(read_record, folders()), record])
         problems = [*check_record(record, tracks), *(problem for where, *problem in doubled if where == name)]
         for code, sentence in problems:
-            print(f"FAIL {name} {code}: {sentence}")
-        if not problems:
-            part.rename(RECORDS / name)
-            print(f"records/{name} is made. Say in its README.md what changed and why, then: records.py list --write")
-        return 1 if problems else 0
+            print(f"FAIL {name} {code}: {safe(sentence)}")
+        if problems:
+            print("nothing was added")
+            return 1
+        part.rename(RECORDS / name)
+        print(f"records/{name} is made. Say in its README.md, below the table, what changed and why.")
+        write_list()
+        return 0
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
 
@@ -391,41 +377,57 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for names, options in arguments:
             sub.add_argument(*names.split(), **options)
-    several, switch = dict(nargs="+", default=[]), dict(action="store_true")
-    command("list", "records by track, best first", ("track", dict(nargs="?")), ("--write", switch))
-    command("verify", "recompute everything from raw logs", ("names", dict(nargs="*")))
-    command("add", "pack run folders into a record", ("runs", dict(nargs="+")), ("--name", dict(required=True)),
-            ("--track", dict(required=True)), ("--claim", dict(required=True, choices=CLAIMS)),
-            ("--author", dict(required=True)), ("--summary", dict(required=True)), ("--parent", {}),
-            ("--baseline", several), ("--arm", dict(nargs="+", action="append", default=[], metavar="NAME=RUN")),
-            ("--leave-out", dict(several, metavar="RUN=REASON")), ("--private", switch))
-    command("rerun", "run a record's own script again", ("name", {}), ("--yes", switch), ("--data", {}),
-            ("--nproc", dict(type=int, default=0)), ("--venv", switch), ("--seed", dict(type=int)))
-    command("compare", "two sets of runs", ("a", {}), ("b", {}))
-    command("plot", "loss against time, tokens and steps", ("sets", dict(nargs="+")),
-            ("--out", dict(default="plot.png")))
+    several, need = dict(nargs="+", default=[]), dict(required=True)
+    switch = lambda text: dict(action="store_true", help=text)
+    a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas")
+    command("list", "records by track, best first", ("track", dict(nargs="?")),
+            ("--write", switch("put the tables between the marks of README.md")))
+    command("verify", "recompute everything from raw logs; a line a problem", ("names", dict(nargs="*")))
+    command("add", "pack run folders into a record, if verify would pass it",
+            ("runs", dict(nargs="+", help="folders of logs/, or their names")),
+            ("--name", need | dict(help="1 to 40 letters and digits; today's date comes before it")), ("--track", need),
+            ("--claim", need | dict(choices=CLAIMS)), ("--author", need),
+            ("--summary", need | dict(help="at most 120 characters")),
+            ("--parent", dict(help="the record that this one starts from")),
+            ("--baseline", several | dict(metavar="RUN", help="runs of the parent's script, in turns with these")),
+            ("--arm", dict(nargs="+", action="append", default=[], metavar="NAME=RUN", help="runs with other knobs")),
+            ("--leave-out", several | dict(metavar="RUN=REASON", help="runs of this script and knobs, and why")),
+            ("--private", switch("the text cannot be passed on")))
+    command("rerun", "run a record's own script again, and compare", ("name", {}),
+            ("--yes", switch("do not ask")), ("--venv", switch("install the recorded versions, in .cache/rerun/")),
+            ("--data", dict(help="folder with the record's shards; default: looked for in data/")),
+            ("--nproc", dict(type=int, default=0, help="ranks; default: as recorded")),
+            ("--seed", dict(type=int, help="a recorded one, to compare with that run; default: the next unused")))
+    command("compare", "two sets of runs", ("a", a_set), ("b", a_set))
+    command("plot", "loss against time, tokens and steps", ("sets", a_set | dict(nargs="+")),
+            ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
     command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")))
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
-            ("a", {}), ("b", {}), ("--runs", dict(type=int, default=3)))
+            ("a", dict(help="a script")), ("b", dict(help="a script")),
+            ("--runs", dict(type=int, default=3, help="of each, with the seeds 1, 2, ...")))
     return top
 
 def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training under way is ended too
     args, rest = parser().parse_known_args(argv)
     if rest and args.command != "trial":
         parser().error(f"unknown: {safe(' '.join(rest))}")
-    commands = {"list": list_records, "verify": lambda args: verify(args.names), "add": add,
-                "rerun": lambda args: trials.rerun(args, verify), "compare": trials.compare, "plot": trials.plot,
-                "import": trials.import_logs, "trial": lambda args: trials.trial(args, rest)}
+    commands = {"list": sets.list_records, "verify": lambda args: verify(args.names), "add": add,
+                "rerun": lambda args: trials.rerun(args, verify), "compare": sets.compare, "plot": sets.plot,
+                "import": sets.import_logs, "trial": lambda args: trials.trial(args, rest)}
     try:
         return commands[args.command](args)
     except Undecided as undecided:
         print(undecided)
         return 3
     except Bad as bad:
-        print(f"records.py: {bad} ({bad.code})", file=sys.stderr)
+        print(f"records.py: {safe(bad)} ({bad.code})", file=sys.stderr)
+        return 2
+    except (OSError, UnicodeError) as error:
+        print(f"records.py: {safe(error, 300)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
-        print("records.py: stopped; the same command goes on", file=sys.stderr)
+        print("records.py: stopped", file=sys.stderr)
         return 3
 
 if __name__ == "__main__":

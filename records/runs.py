@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +21,8 @@ from pathlib import Path
 RECORDS = Path(__file__).resolve().parent
 RUN_FILES = ("log.txt", "metrics.jsonl")
 KIB = 1024
-LIMITS = {"log.txt": 128 * KIB, "metrics.jsonl": 128 * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
-          "README.md": 128 * KIB}  # bytes of one file; a picture has PICTURES
+LIMITS = {"log.txt": 8 * KIB * KIB, "metrics.jsonl": 8 * KIB * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
+          "README.md": 128 * KIB}  # bytes of one file; those of a record are limited together
 RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * KIB, 8 * KIB * KIB
 # Knobs that say where files lie: never compared. Those of the script's dataclass that are marked `place`.
 PLACES = ("data_dir", "bpe_file", "resume", "save", "weights")
@@ -115,15 +116,16 @@ def fit(value, spec, where: str) -> None:
 
 ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
 NAME, DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}_[A-Za-z0-9]{1,40}"), re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
-TRACK_NAME, ARM, PICTURE = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_.-]{1,40}"), re.compile(
-    "[A-Za-z0-9_-]{1,40}[.]png")
-TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf", "-inf")
+TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
+UTC = re.compile("[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z")
+TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
+REASON = re.compile(r".*\w.*", re.S)
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
 EVENTS = dict(
-    start=dict(format=1, run_id=ID, script_sha256=SHA, utc=re.compile("[0-9-]{10}T[0-9:]{8}Z"), argv=[str], knobs=KNOBS,
+    start=dict(format=1, run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS,
                changed=KNOBS, seed=int, device=str, gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT,
                **SOFTWARE, world_size=int, grad_accum=int, fp8=dict(on=bool, reason=str), attention=str, data=DATA),
     step=dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK),
@@ -138,7 +140,7 @@ RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=
 META = dict(
     format=1, name=NAME, track=TRACK_NAME, claim=CLAIMS, date=DAY, author=str, parent=(NAME, None), summary=str,
     script_sha256=SHA, changed=KNOBS, data=dict(DATA, public=bool), hardware=HARDWARE, software=SOFTWARE,
-    world_size=int, runs=[RUN_META], baseline=[RUN_META], left_out=[dict(run_id=ID, reason=str)],
+    world_size=int, runs=[RUN_META], baseline=[RUN_META], left_out=[dict(run_id=ID, reason=REASON)],
     arms=[dict(name=ARM, changed=KNOBS, patch_sha256=(SHA, None), runs=[RUN_META])],
     result=dict(n=int, val_loss_mean=float, val_loss_sd=(float, None), p=(float, None), train_time_ms_median=float,
                 train_time_ms_sd=(float, None), gain_ms=(float, None), gain_ci_ms=([float], None)))
@@ -222,6 +224,9 @@ def read_run(folder: Path) -> Run:
     for key in ("steps", "sequences_per_step", "train_seq_len", "val_every", "val_tokens", "epochs"):
         if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (key != "val_every"):
             raise Bad("schema", f"metrics.jsonl: the knob {key} is missing, or not a count")
+    n, score = start["knobs"]["steps"], start["knobs"]["val_every"]
+    if n > 10**7 or score and n // score > 10**4:
+        raise Bad("size", f"metrics.jsonl: {n} steps with a validation every {score} are more than can be checked")
     if start["run_id"] != folder.name:
         raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
     own = folder / "train_gpt.py"
@@ -246,13 +251,13 @@ def log_lines(run: Run) -> list[str]:
     lines = ["train_gpt log 1"] + [f"{key}: {digits(head[key])}" for key in (
         "run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 attention "
         "data_val data_train").split()]
-    pace = end["mfu"] * end["train_ms"] / end["tokens"] if end.get("mfu") and end["tokens"] else None
+    pace = end["mfu"] * end["train_ms"] / end["tokens"] if end.get("mfu") and end["tokens"] > 0 else None
     for row in run.events:
         kind, ms, done = row["event"], row.get("train_ms", 0.0), row.get("step")
         time = f"train_time:{ms:.0f}ms step_avg:{ms / done if done else math.nan:.2f}ms"
         if kind == "step":
             shown = "" if row["train_loss"] is None else f"train_loss:{digits(row['train_loss'], '.4f')} "
-            rate = row["tokens"] / ms if ms else None
+            rate = row["tokens"] / ms if ms > 1e-6 else None
             mfu = digits(pace and rate and pace * rate, ".3f")
             speed = f"tokens_per_s:{digits(rate and round(rate * 1e3))} mfu:{mfu}"
             lines.append(f"step:{done}/{run.total} {shown}{time} {speed}")
@@ -271,9 +276,8 @@ def log_lines(run: Run) -> list[str]:
 def same_line(a: str, b: str) -> bool:
     """Equal, but for the last digit of an MFU, which the events hold at the end only."""
     (head, _, mfu), (other, _, wanted) = a.partition(" mfu:"), b.partition(" mfu:")
-    number = re.compile(r"[0-9]\.[0-9]{3}")
-    close = number.fullmatch(mfu) and number.fullmatch(wanted) and abs(float(mfu) - float(wanted)) < 0.0015
-    return a == b or bool(head == other and close)
+    numbers = all(re.fullmatch(r"[0-9]\.[0-9]{3}", text) for text in (mfu, wanted))
+    return a == b or head == other and numbers and abs(float(mfu) - float(wanted)) < 0.0015
 
 def check_log(run: Run) -> Iterator[Problem]:
     found, wanted = run.log[:-1].split("\n"), log_lines(run)
@@ -290,11 +294,12 @@ def check_log(run: Run) -> Iterator[Problem]:
 
 def check_clock(run: Run) -> Iterator[Problem]:
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
-    ticking, before = False, None
+    ticking, before, idle = False, None, False  # idle: stopped, and nothing validated or saved since
     for row in run.events[1:]:
         here = f"{run.name}: at the '{row['event']}' {row.get('wall_s', 0):.3f} s from its start,"
         if row["event"] in ("val", "checkpoint", "end", "step") and ticking != (row["event"] == "step"):
             yield "clock", f"{here} the clock {'runs' if ticking else 'stands'}, and should not"
+        idle = idle and row["event"] not in ("val", "checkpoint")
         if "train_ms" not in row:
             continue
         if before is None:
@@ -311,14 +316,27 @@ def check_clock(run: Run) -> Iterator[Problem]:
         if row["event"] == "clock":
             if (row["mark"] == "start") == ticking:
                 yield "clock", f"{here} the mark '{row['mark']}' comes twice"
-            ticking = row["mark"] == "start"
+            if row["mark"] == "start" and idle:
+                yield "clock", f"{here} the clock had stopped, and nothing was validated or saved"
+            ticking, idle = row["mark"] == "start", row["mark"] == "stop"
         before = row
 
 def differing(name: str, rows) -> Iterator[Problem]:
     """Problems among (code, what, found, wanted)."""
     for code, what, found, wanted in rows:
         if found != wanted:
-            yield code, f"{name}: {what} is {safe(found, 160)}, and should be {safe(wanted, 160)}"
+            yield code, f"{name}: {safe(what, 200)} is {safe(found, 160)}, and should be {safe(wanted, 160)}"
+
+def says(argument: str, knobs: dict) -> bool:
+    """May a run with these knobs have had this command-line argument?"""
+    name, _, text = argument.removeprefix("--").partition("=")
+    value = knobs.get(name)
+    if name not in knobs or name in PLACES or isinstance(value, list):
+        return name in (*knobs, "preset")
+    try:
+        return text == str(value) or type(value) in (int, float) and float(text) == value
+    except (ValueError, OverflowError):
+        return False
 
 def check_run(run: Run) -> Iterator[Problem]:
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
@@ -327,8 +345,16 @@ def check_run(run: Run) -> Iterator[Problem]:
     read, stream = n * per_step, knobs["epochs"] * sum(f["tokens"] for f in data["train"])
     score = knobs["val_every"] or n
     expected = sorted({1, n, *range(every, n, every)}), sorted({0, n, *range(score, n, score)})
+    order, utc = [r["step"] for r in run.events if "step" in r], re.sub("[-:Z]", "", start["utc"]).replace("T", "-")
+    clock = lambda text: int(text[9:11]) * 3600 + int(text[11:13]) * 60 + int(text[13:15])  # of YYYYMMDD-HHMMSS
     rows = [("truncated", "the end", end and (end["status"], end["code"], end["steps"]), ("complete", 0, n)),
+            ("truncated", "the list of ends", [r["event"] for r in run.events if r["event"] == "end"], ["end"]),
             ("truncated", "the last event", run.events[-1]["event"], "end"),
+            ("truncated", "the order of steps", order, sorted(order)),
+            ("path", f"a run id within a minute of utc {start['utc']}", (clock(utc) - clock(run.name)) % 86400 < 60
+             and (utc[:8] == run.name[:8] or clock(utc) < 60), True),
+            ("data", "gpu_count", start["gpu_count"], start["world_size"] if start["gpu_count"] else 0),
+            ("knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []),
             ("seeds", "the knob seed", knobs.get("seed"), run.seed),
             ("tokens", "ranks x accumulation", start["world_size"] * start["grad_accum"], knobs["sequences_per_step"]),
             ("tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True),
@@ -342,7 +368,7 @@ def check_run(run: Run) -> Iterator[Problem]:
         if "val_tokens" in row:
             rows.append(("data", f"val_tokens of step {done}", row["val_tokens"], data["val_tokens"]))
     if end:
-        rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] else None
+        rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] > 1e-6 else None
         rows.append(("tokens", "tokens_per_s", end["tokens_per_s"], rate))
     if run.script is not None:
         rows.append(("script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256))
@@ -355,8 +381,8 @@ def check_run(run: Run) -> Iterator[Problem]:
 
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and nvidia-smi, then the steps
 
-STEP = re.compile(r"step:(\d+)/(\d+) (?:(train_loss|val_loss):(\d+\.\d+|nan|inf) )?train_time:(\d+)(ms|s) "
-                  r"step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*", re.ASCII)
+STEP = re.compile(r"step:(\d{1,9})/(\d{1,9}) (?:(train_loss|val_loss):(\d{1,9}\.\d{1,20}|nan|inf) )?"
+                  r"train_time:(\d{1,12})(ms|s) step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*", re.ASCII)
 
 def read_speedrun(path: Path) -> Run:
     """Lines of the source may look like steps: reading starts behind the rule. `step_avg:nan` marks an untimed step."""
@@ -369,7 +395,7 @@ def read_speedrun(path: Path) -> Run:
     for m in rows:
         if m[3]:
             curves[m[3]].append((int(m[1]), None, float(m[4]), float(m[5]) * (1 if m[6] == "ms" else 1000)))
-    if not curves["val_loss"] or len({m[2] for m in rows}) > 1:
+    if not curves["val_loss"] or len({m[2] for m in rows}) > 1 or int(rows[0][2]) == 0:
         raise Bad("schema", f"{safe(path.name)} has no validation loss behind its first rule, or two lengths of run")
     rest = "\n".join(lines[rule:])
     peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", rest, re.A | re.M)
@@ -379,16 +405,12 @@ def read_speedrun(path: Path) -> Run:
 
 # ---- A record
 
-PATHS = re.compile(rf"train_gpt[.]py|meta[.]json|README[.]md|{PICTURE.pattern}|arms|"
-                   rf"(runs|baseline|arms/{ARM.pattern})(/{ID.pattern}(/(log[.]txt|metrics[.]jsonl))?)?")
+SETS = f"(runs|baseline|arms/{ARM.pattern})"
+FILES = re.compile(rf"train_gpt[.]py|meta[.]json|README[.]md|[A-Za-z0-9_-]{{1,40}}[.]png|"
+                   rf"{SETS}/{ID.pattern}/(log[.]txt|metrics[.]jsonl)")
+FOLDERS = re.compile(rf"arms|{SETS}(/{ID.pattern})?")
 
-@dataclass
-class Record:
-    folder: Path
-    meta: dict
-    script: bytes
-    readme: str
-    sets: dict[str, list[Run]]  # runs, baseline, arms/<name>
+Record = namedtuple("Record", "folder meta script readme sets")  # sets: runs of runs, baseline, arms/<name>
 
 def entries(meta: dict) -> dict[str, list[dict]]:
     """What meta.json says of the runs, by the folder they lie in."""
@@ -401,10 +423,11 @@ def read_record(folder: Path) -> Record:
     sizes = {}
     for root, folders, files in os.walk(folder):
         for path in (Path(root) / name for name in folders + files):
-            inside = path.relative_to(folder).as_posix()
-            if path.is_symlink() or not PATHS.fullmatch(inside):
+            inside, found = path.relative_to(folder).as_posix(), path.lstat()
+            kind = stat.S_ISREG if FILES.fullmatch(inside) else stat.S_ISDIR if FOLDERS.fullmatch(inside) else None
+            if kind is None or not kind(found.st_mode):
                 raise Bad("path", f"{safe(inside)} is a link, or has no place in a record")
-            sizes[inside] = path.lstat().st_size if path.is_file() else 0
+            sizes[inside] = found.st_size if kind is stat.S_ISREG else 0
     pictures = sum(size for name, size in sizes.items() if name.endswith(".png"))
     most = ARMS_BYTES if "arms" in sizes else RECORD_BYTES
     for what, size, limit in (("the record", sum(sizes.values()), most), ("its pictures", pictures, PICTURES)):
@@ -413,6 +436,9 @@ def read_record(folder: Path) -> Record:
     script, meta, readme = (read_bytes(folder / n, LIMITS[n]) for n in ("train_gpt.py", "meta.json", "README.md"))
     meta = strict_json(decode(meta, "meta.json", "utf-8"), "meta.json")
     fit(meta, META, "meta.json")
+    arms = sorted(arm["name"] for arm in meta["arms"])
+    if arms != sorted({path.name for path in (folder / "arms").glob("*")}):
+        raise Bad("path", f"arms/ does not hold the arms that meta.json lists, each once: {safe(arms, 160)}")
     for label, listed in entries(meta).items():
         found, wanted = sorted(path.name for path in (folder / label).glob("*")), sorted(e["run_id"] for e in listed)
         if found != wanted:

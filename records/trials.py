@@ -1,9 +1,9 @@
-"""Sets of runs: their statistics, comparing and drawing them, importing the public speedrun's logs, and running more.
+"""Running scripts: `rerun` a record, and `trial`, two scripts in turn. No other command executes anything.
 
-`rerun` and `trial` are the only commands that execute anything: what `./run.sh script --knob=value` would start.
+Both start what `./run.sh script --knob=value` would start.
 """
 
-import difflib
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -11,255 +11,69 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from runs import (
-    ID,
-    PLACES,
-    RECORDS,
-    SPEEDRUN_LOG,
-    Bad,
-    Run,
-    check_run,
-    read_bytes,
-    read_record,
-    read_run,
-    read_speedrun,
-    read_tracks,
-    safe,
-)
+from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, read_run, safe
+from sets import LOGS, ROOT, Set, Undecided, compare_sets, describe, diff, distributions, find_record, prediction, welch
 
-ROOT, LOGS = RECORDS.parent, RECORDS.parent / "logs"
+# ---- Starting a script, and finding its run
 
-class Undecided(Exception):
-    """Exit code 3: more runs, or scipy, are needed."""
+def runs_of(sha: str, knobs: list[str], seed: int, only: set[Path] | None = None) -> list[Run]:
+    """Complete runs in logs/ of this script, seed and arguments, what run.sh adds aside; oldest first."""
+    places, split = {f"--{name}" for name in PLACES}, [knob.partition("=") for knob in knobs]
+    wanted = {f"{name}={Path(value).name if name in places else value}" for name, _, value in split}
+    added, found = ("--preset=", "--data_dir=", "--bpe_file=", "--save=", "--seed="), []
+    for folder in sorted(LOGS.glob("*") if only is None else only):
+        with contextlib.suppress(Bad):  # died, or another process still writes it
+            run = read_run(folder)
+            given = set(run.start["argv"])
+            if (run.complete and (run.script_sha256, run.seed) == (sha, seed) and wanted <= given
+                    and all(argument.startswith(added) for argument in given - wanted)):
+                found.append(run)
+    return found
 
-# ---- Statistics
-
-def distributions():
-    try:
-        from scipy import stats
-    except ImportError:
-        raise Undecided("unchecked: scipy missing") from None
-    return stats
-
-def p_below(losses: list[float], target: float) -> float | None:
-    """One-sided t-test: how likely a mean this far below `target` is if the true mean lies at it."""
-    if len(set(losses)) < 2:
-        return None
-    return float(distributions().ttest_1samp(losses, target, alternative="less").pvalue)
-
-def welch(a: list[float], b: list[float]) -> tuple[float, float, float, float] | None:
-    """(mean b - mean a, low, high, p): the 95 % interval and two-sided p of Welch's t-test; None below two each."""
-    if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
-        return None
-    test = distributions().ttest_ind(b, a, equal_var=False)
-    interval = test.confidence_interval(0.95)
-    return statistics.fmean(b) - statistics.fmean(a), float(interval.low), float(interval.high), float(test.pvalue)
-
-def prediction(losses: list[float]) -> tuple[float, float]:
-    """(mean, half width) of the interval that holds the loss of one new run with 95 %."""
-    if len(losses) < 2:
-        raise Undecided("an interval needs 2 runs at least, and there is 1")
-    t = float(distributions().t.ppf(0.975, len(losses) - 1))
-    return statistics.fmean(losses), t * statistics.stdev(losses) * math.sqrt(1 + 1 / len(losses))
-
-def runs_needed(a: list[float], b: list[float]) -> int:
-    """Runs of each at which this difference, if it is true, would be two standard errors; at least 2."""
-    difference, variance = statistics.fmean(b) - statistics.fmean(a), statistics.variance(a) + statistics.variance(b)
-    return max(2, math.ceil(4 * variance / difference**2)) if difference else 10**6
-
-def spread(values: list[float], digits: str = ".4f") -> str:
-    sd = f"sd {statistics.stdev(values):{digits}}, " if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{digits}} ({sd}n = {len(values)})"
-
-# ---- Sets
-
-@dataclass
-class Set:
-    """Runs of one recipe that differ by their seed alone."""
-    label: str
-    runs: list[Run]
-    script: bytes | None
-
-    losses = property(lambda self: [run.val_loss for run in self.runs])
-    times = property(lambda self: [run.train_ms for run in self.runs])
-
-def runs_at(path: Path) -> list[Run]:
-    """All runs of a record, a run folder, a folder of either kind of run, or one log of the public speedrun."""
-    if (path / "meta.json").exists():
-        return read_record(path).sets["runs"]
-    if path.is_file():
-        return [read_speedrun(path)]
-    if (path / "metrics.jsonl").exists():
-        return [read_run(path)]
-    inside = sorted(path.glob("*"))
-    ours, others = [p for p in inside if ID.fullmatch(p.name)], [p for p in inside if p.suffix == ".txt"]
-    return [*map(read_run, ours), *map(read_speedrun, others)]
-
-def load(text: str) -> Set:
-    """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe."""
-    found, script = [], None
-    for name in text.split(","):
-        path = next((p for p in (Path(name), RECORDS / name, LOGS / name, ROOT / "peers" / name) if p.exists()), None)
-        if path is None:
-            raise Bad("path", f"there is no record, run or log {safe(name)}")
-        found += runs_at(path)
-        if (path / "train_gpt.py").exists():
-            script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
-    runs = [run for run in found if run.complete]
-    recipes = {run.recipe for run in runs}
-    if len(recipes) != 1:
-        raise Bad("knobs", f"{safe(text)} holds {len(found)} runs, {len(runs)} of them complete, of {len(recipes)} "
-                           "recipes (script and knobs): name the runs of one")
-    for problem in (p for run in runs if run.start for p in check_run(run)):
-        raise Bad(*problem)
-    return Set(safe(text.rstrip("/").rpartition("/")[2], 40), runs, runs[0].script or script)
-
-def diff(a: bytes | None, b: bytes | None, names: tuple[str, str], limit: int = 300) -> list[str]:
-    texts = [(script or b"").decode("utf-8", "replace").split("\n") for script in (a, b)]
-    lines = [safe(line) for line in difflib.unified_diff(*texts, *names, lineterm="", n=2)]
-    more = [f"... and {len(lines) - limit} lines more"] if len(lines) > limit else []
-    return lines[:limit] + more or ["scripts: the same"]
-
-def describe(s: Set) -> str:
-    peaks, pace = [run.peak_mib for run in s.runs if run.peak_mib], [run.train_ms / run.total for run in s.runs]
-    seconds = [t / 1e3 for t in s.times]
-    return (f"{s.label}: loss {spread(s.losses)}; {s.runs[0].total} steps in {spread(seconds, '.2f')} s, "
-            f"{spread(pace, '.2f')} ms a step; peak {max(peaks) if peaks else 'n/a'} MiB; "
-            f"{s.runs[0].gpu_count or ''} {safe(s.runs[0].gpu or 'CPU')}")
-
-def compare_sets(a: Set, b: Set) -> tuple[list[str], int]:
-    """(report, exit code): 0 where a difference of the losses is established, 3 where more runs are needed."""
-    first, other, lines = a.runs[0], b.runs[0], []
-    if None in (first.val_sha256, other.val_sha256):
-        lines.append("note: public logs do not name their validation tokens; losses compare only if they were the same")
-    elif first.val_sha256 != other.val_sha256:
-        raise Bad("data", f"{a.label} was validated on the tokens {first.val_sha256[:12]} and {b.label} on "
-                          f"{other.val_sha256[:12]}: their losses cannot be compared")
-    knobs = [json.loads(run.recipe[1]) for run in (first, other)]
-    moved = [f"{k} {knobs[0].get(k)} -> {knobs[1].get(k)}" for k in sorted(knobs[0].keys() | knobs[1].keys())
-             if knobs[0].get(k) != knobs[1].get(k)]
-    lines += [f"changed knobs: {safe(', '.join(moved)) or 'none'}", describe(a), describe(b)]
-    machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
-    if len(machines) > 1:
-        lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
-    gap, pace = welch(a.losses, b.losses), statistics.median(b.times) / statistics.median(a.times)
-    if gap is None:
-        return [*lines, "not decidable: an interval needs at least 2 runs of each, with distinct seeds"], 3
-    lines.append(f"loss, {b.label} - {a.label}: {gap[0]:+.4f}, 95 % interval {gap[1]:+.4f} to {gap[2]:+.4f} (Welch), "
-                 f"p = {gap[3]:.2g}")
-    if not gap[1] <= 0 <= gap[2]:
-        return [*lines, f"no time at equal loss, since the losses at the ends differ; the schedules have {first.total} "
-                        f"and {other.total} steps ({other.total - first.total:+d}), and the time is x {pace:.3f}"], 0
-    need = runs_needed(a.losses, b.losses)
-    return [*lines, f"time at equal loss, between ends of complete schedules: x {pace:.3f}",
-            f"the losses are not separated: if {abs(gap[0]):.4f} is the true difference, 2 standard errors take {need} "
-            f"runs of each, {max(0, need - min(len(a.runs), len(b.runs)))} more"], 3
-
-def compare(args) -> int:
-    a, b = load(args.a), load(args.b)
-    lines, code = compare_sets(a, b)
-    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
-    return code
-
-def draw(axis, column: int, scale: float, s: Set, color: str, lift: int, dense: bool) -> list[float]:
-    """One set on one axis; returns the means that the axis must show."""
-    points = [run.steps if dense else run.vals for run in s.runs]
-    xs, ys = ([[p[i] / k if p[i] is not None else math.nan for p in curve] for curve in points]
-              for i, k in ((column, scale), (2, 1)))
-    for x, y in zip(xs, ys):
-        axis.plot(x, y, color=color, lw=0.4, alpha=0.6)
-    x, columns = [statistics.fmean(v) for v in zip(*xs)], list(zip(*ys))
-    mean, sd = [statistics.fmean(v) for v in columns], [statistics.pstdev(v) for v in columns]
-    axis.plot(x, mean, color=color, lw=1.4)
-    axis.fill_between(x, *([m + k * d for m, d in zip(mean, sd)] for k in (-1, 1)), color=color, alpha=0.25, lw=0)
-    ends = [(run.vals[-1][column] or 0) / scale for run in s.runs]
-    axis.plot(ends, s.losses, "o", color=color, ms=3, mfc="none")
-    axis.annotate(f"{s.label}\n{spread(s.losses)}", (min(ends), max(s.losses)), xytext=(-8, 30 + lift), fontsize=7,
-                  ha="right", color=color, textcoords="offset points",
-                  arrowprops=dict(arrowstyle="-", lw=0.5, color=color))
-    return [*mean[math.ceil(len(mean) / 8) :], *s.losses]
-
-def plot(args) -> int:
-    """Loss against training time, tokens and steps: thin lines are runs, thick ones means, bands one sd."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    sets = [load(name) for name in args.sets]
-    dense = all(s.runs[0].steps and len(s.runs[0].vals) < 8 for s in sets)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
-    hashes = {run.val_sha256 for s in sets for run in s.runs} - {None}
-    targets = {t["target_loss"] for t in read_tracks().values() if t["val_sha256"] in hashes} - {None}
-    columns = (3, 1e3, "training time, s"), (1, 1e6, "tokens, millions"), (0, 1, "steps")
-    for axis, (column, scale, label) in zip(axes, columns):
-        seen = [v for i, s in enumerate(sets) for v in draw(axis, column, scale, s, f"C{i}", 28 * i, dense)]
-        low, high = min([*seen, *targets]), max(seen)
-        for target in targets:
-            axis.axhline(target, color="gray", lw=0.7, ls="--")
-            axis.annotate(f"target {target}", (0.02, target), xycoords=("axes fraction", "data"), fontsize=7)
-        axis.set(xlabel=label, ylim=(low - 0.06 * (high - low), high), xlim=(0, None))
-        axis.grid(alpha=0.2)
-    axes[0].set_ylabel("training loss (circles: validation)" if dense else "validation loss")
-    figure.savefig(args.out, dpi=80)
-    print(f"{safe(args.out)}: {Path(args.out).stat().st_size} bytes")
-    return 0
-
-def import_logs(args) -> int:
-    """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`."""
-    groups = {}
-    for path in (p for n in args.paths for p in (sorted(Path(n).rglob("*.txt")) if Path(n).is_dir() else [Path(n)])):
-        try:
-            run = read_speedrun(path)
-            groups.setdefault(run.script_sha256, []).append(run)
-        except Bad as bad:
-            print(f"skipped: {bad}")
-    for sha, found in groups.items():
-        folder = ROOT / "peers" / sha[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "train_gpt.py").write_bytes(found[0].script)
-        for run in found:
-            data = read_bytes(run.folder, SPEEDRUN_LOG)
-            (folder / f"{hashlib.sha256(data).hexdigest()[:12]}.txt").write_bytes(data)
-        whole = [run for run in found if run.complete]
-        print(f"peers/{sha[:12]}: {len(found)} logs, {len(whole)} complete")
-        if whole:
-            print("  " + describe(Set(sha[:12], whole, None)))
-    return 0 if groups else 2
-
-# ---- Running scripts
-
-def launch(script: Path, knobs: list[str], title: str, nproc: int = 0, python: str = "") -> Run:
-    """Start what `./run.sh script knobs` starts, show its validations, and return its complete run."""
+def launch(script: Path, knobs: list[str], seed: int, title: str, nproc: int = 0, python: str = "") -> Run:
+    """Start `./run.sh script knobs --seed`, show its validations, and return its complete run."""
     python = python or os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
     env = os.environ | dict(PYTHON=python) | (dict(NPROC=str(nproc)) if nproc else {})
     before, tail, live = set(LOGS.glob("*")), deque(maxlen=25), sys.stdout.isatty()
     print(title, flush=True)
-    command = ["sh", str(ROOT / "run.sh"), str(script), *knobs]
+    command = ["sh", str(ROOT / "run.sh"), str(script), *knobs, f"--seed={seed}"]
     text = dict(encoding="utf-8", errors="replace")
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, **text) as child:
-        for line in map(str.strip, child.stdout):
-            tail.append(line)
-            if "train_loss:" in line:
-                print(f"\r  {safe(line, 70)}  ", end="", flush=True) if live else None
-            elif re.match("run.sh: |step:|warning: ", line):
-                print("\r" * live + f"  {safe(line, 110)}", flush=True)
+        try:
+            for line in map(str.strip, child.stdout):
+                tail.append(line)
+                if "train_loss:" in line:
+                    print(f"\r  {safe(line, 70)}  ", end="", flush=True) if live else None
+                elif re.match("run.sh: |step:|warning: ", line):
+                    print("\r" * live + f"  {safe(line, 110)}", flush=True)
+        except BaseException as error:  # an interrupt ends the training too: it must not go on without us
+            with contextlib.suppress(BaseException):
+                child.send_signal(signal.SIGINT)
+                deque(child.stdout, 0)  # to its end: else its last words would break its pipe
+            child.kill()
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+    if child.returncode in (75, 130, -signal.SIGINT, -signal.SIGKILL):
+        raise Undecided("stopped in this run, which will start again; finished runs are kept: give the same command")
     sha = hashlib.sha256(script.read_bytes()).hexdigest()
-    new = [read_run(p) for p in sorted(LOGS.glob("*")) if p not in before and (p / "metrics.jsonl").exists()]
-    done = [run for run in new if run.complete and run.script_sha256 == sha]
-    if child.returncode in (75, 130, -2):
-        raise Undecided("interrupted: the same command goes on")
-    if child.returncode or not done:
-        print(*(safe(line) for line in tail), sep="\n")
-        raise Bad("truncated", f"{safe(script.name)} ended with exit code {child.returncode}, without a complete run")
-    return done[-1]
+    new = runs_of(sha, knobs, seed, set(LOGS.glob("*")) - before)
+    if child.returncode or not new:
+        if child.returncode != 2:  # which comes with one sentence, on the standard error
+            print(*map(safe, tail), sep="\n")
+        why = " (its loss is not finite)" if child.returncode == 3 else ""
+        raise Bad("truncated", f"{safe(script.name)} ended with exit code {child.returncode}{why}: no complete run")
+    return new[-1]
+
+# ---- rerun
 
 def stream_hash(paths: list[Path], tokens: int | None = None) -> str | None:
     """SHA-256 of the first `tokens` (default all) of shards without headers, hex. None if they hold fewer."""
@@ -280,9 +94,9 @@ def find_data(data: dict, given: str | None) -> Path:
         subprocess.run([python, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", embedded], check=False)
     for folder in [Path(given)] if given else sorted((ROOT / "data").glob("*/")):
         train, val = (sorted(folder.glob(f"*{name}*.bin")) for name in ("train", "val"))
-        if stream_hash(val, data["val_tokens"] + 1) == data["val_sha256"] and len(train) == len(data["train"]):
-            if all(f["sha256"] in (None, stream_hash([path])) for f, path in zip(data["train"], train)):
-                return folder
+        if stream_hash(val, data["val_tokens"] + 1) == data["val_sha256"] and len(train) >= len(data["train"]):
+            if all(f["sha256"] is None or f["sha256"] == stream_hash([p]) for f, p in zip(data["train"], train)):
+                return folder  # further shards come after those that were read
     where = f"{safe(given, 100)} does not hold" if given else "no folder in data/ holds"
     shards = ", ".join(f"{f['tokens']} tokens {(f['sha256'] or 'of any hash')[:12]}" for f in data["train"])
     raise Bad("data", f"{where} the record's data: val_sha256 {data['val_sha256']} over the first {data['val_tokens']} "
@@ -291,7 +105,7 @@ def find_data(data: dict, given: str | None) -> Path:
 PROBE = """import json, platform, torch
 gpu = torch.cuda.is_available()
 print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
-                      gpu=torch.cuda.get_device_name() if gpu else None)))"""
+                      gpu=torch.cuda.get_device_name() if gpu else None, count=torch.cuda.device_count())))"""
 
 def differences(meta: dict, python: str) -> list[str]:
     """What is not now as it was then."""
@@ -308,24 +122,29 @@ def isolated(meta: dict) -> str:
     """The interpreter of a virtual environment with the recorded versions, made at the first call."""
     folder = ROOT / ".cache" / "rerun" / meta["name"]
     python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)])
         wanted = [f"{name}=={version}" for name, version in meta["software"]["packages"].items()]
         odd = [w for w in wanted if not re.fullmatch("[A-Za-z0-9_.-]+==[A-Za-z0-9_.+!-]+", w)]
         if odd or subprocess.run([str(python), "-m", "pip", "install", *wanted]).returncode:
-            shutil.rmtree(folder)
             raise Bad("path", f"the recorded versions could not be installed: {safe(odd or wanted, 200)}")
+        (folder / "complete").touch()
     return str(python)
 
 def flags(knobs: dict) -> list[str]:
-    return [f"--{name}={value}".replace(" ", "") for name, value in knobs.items()]
+    """Arguments that give these values; a list loses its spaces, a path keeps them."""
+    shown = lambda value: str(value).replace(" ", "") if isinstance(value, list) else str(value)
+    return [f"--{name}={shown(value)}" for name, value in knobs.items()]
 
 def rerun(args, verify: Callable) -> int:
     """Run a record's own script as it was, after asking; then compare the new run with the recorded ones."""
-    if verify([args.name]):
-        return 1
-    record = read_record(RECORDS / args.name)
+    code = verify([args.name])
+    if code:
+        return code
+    record = read_record(find_record(args.name))
     meta, runs = record.meta, record.sets["runs"]
+    losses, times = [run.val_loss for run in runs], [run.train_ms for run in runs]
+    (mean, half), sd, nproc = prediction(losses), statistics.stdev(losses), args.nproc or meta["world_size"]
     if meta["parent"] and (RECORDS / meta["parent"]).is_dir():
         parent = read_record(RECORDS / meta["parent"])
         print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
@@ -335,105 +154,128 @@ def rerun(args, verify: Callable) -> int:
     seed = args.seed if args.seed is not None else next(s for s in range(1, 10**6) if s not in taken)
     python = os.environ.get("PYTHON") or sys.executable
     odd = [f"  versions: as recorded, in {ROOT.name}/.cache/rerun"] if args.venv else differences(meta, python)
-    print("differences:", *(odd or ["  none"]), sep="\n")
+    print("then and now (Python, torch, CUDA, GPU, driver):", *(odd or ["  the same"]), sep="\n")
     minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
-    print(f"data: {safe(data.name)}, the same; seed {seed}; a recorded run took {minutes:.1f} minutes")
-    if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
+    print(f"data: {safe(data.name)}, the same; seed {seed}; {nproc} processes; a recorded run took "
+          f"{minutes:.1f} minutes on its machine")
+    try:
+        if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
+            raise EOFError
+    except EOFError:
+        print("not run")
         return 2
     python = isolated(meta) if args.venv else python
+    recorded = {k: v for k, v in runs[0].start["knobs"].items() if k not in (*PLACES, "seed") and v != ""}
     keep = dict(save=False) if "save" in runs[0].start["knobs"] else {}
-    knobs = flags(meta["changed"] | dict(seed=seed, preset="80gb", data_dir=data.resolve(), **keep))
-    title, nproc = f"rerun of {args.name}, seed {seed}", args.nproc or meta["world_size"]
-    new = launch(record.folder / "train_gpt.py", knobs, title, nproc, python)
-    kept = LOGS / "reruns" / args.name / new.name  # not among the runs that a record could have left out
+    knobs = flags(recorded | keep | dict(preset="80gb", data_dir=data.resolve()))
+    title = f"rerun of {record.folder.name}, seed {seed}"
+    new = launch(record.folder / "train_gpt.py", knobs, seed, title, nproc, python)
+    kept = LOGS / "reruns" / record.folder.name / new.name  # not among the runs that a record could have left out
     kept.parent.mkdir(parents=True, exist_ok=True)
     new.folder.rename(kept)
-    losses, times = [run.val_loss for run in runs], [run.train_ms for run in runs]
-    (mean, half), sd = prediction(losses), statistics.stdev(losses)
     if seed in taken:
         mean, half = taken[seed].val_loss, 3 * sd
     inside = abs(new.val_loss - mean) <= half
     what = f"3 sd of run {taken[seed].name}" if seed in taken else f"the 95 % prediction interval of {len(runs)} runs"
     print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
-    print(f"training time {new.train_ms:.0f} ms, x {new.train_ms / statistics.median(times):.3f} of the recorded median; "
-          f"kept in {kept.relative_to(ROOT)}")
+    other = "" if new.hardware() == runs[0].hardware() else " (other hardware: not to be compared)"
+    print(f"training time {new.train_ms:.0f} ms, x {new.train_ms / statistics.median(times):.3f} of the recorded median"
+          f"{other}; kept in {kept.relative_to(ROOT)}")
     return 0 if inside else 1
 
-def already(sha: str, knobs: list[str], seed: int) -> Run | None:
-    """A complete run in logs/ of this script with these arguments, what run.sh adds aside."""
-    places = {f"--{name}" for name in PLACES}
-    split = [knob.partition("=") for knob in knobs]
-    wanted = {f"{name}={Path(value).name if name in places else value}" for name, _, value in split}
-    added = ("--preset=", "--data_dir=", "--bpe_file=", "--save=", "--seed=")
-    for folder in sorted(LOGS.glob("*"), reverse=True):
-        try:
-            run = read_run(folder)
-        except Bad:
-            continue
-        extra = set(run.start["argv"]) - wanted
-        if (run.complete and (run.script_sha256, run.seed) == (sha, seed) and wanted <= set(run.start["argv"])
-                and all(knob.startswith(added) for knob in extra)):
-            return run
-    return None
+# ---- trial
 
 def sentence(a: Set, b: Set) -> str:
     """Whether B helped, by how much, and how sure."""
-    gap, pace = welch(a.losses, b.losses), welch(a.times, b.times)
-    time_ = f"; its training time is x {statistics.fmean(b.times) / statistics.fmean(a.times):.3f}" + (
-        f" (95 % interval x {1 + pace[1] / statistics.fmean(a.times):.3f} to "
-        f"{1 + pace[2] / statistics.fmean(a.times):.3f})" if pace else "")
+    gap, pace, mean = welch(a.losses, b.losses), welch(a.times, b.times), statistics.fmean(a.times)
     if gap is None:
-        return "One run of each says nothing about a difference: take --runs 3 or more" + time_ + "."
+        return "One run of each says nothing about a difference: take --runs 3 or more."
+    time_ = f"its training time is x {statistics.fmean(b.times) / mean:.3f}" if mean else "no time was measured"
+    if pace and mean and (pace[2] - pace[1]) / mean < 0.4:
+        time_ += f" (95 % interval x {1 + pace[1] / mean:.3f} to {1 + pace[2] / mean:.3f})"
+    elif pace and mean:
+        time_ += ", but the times scatter too much to say (did other programs run?)"
     sure = f"95 % interval {gap[1]:+.4f} to {gap[2]:+.4f}, n = {len(a.runs)} and {len(b.runs)}, p = {gap[3]:.2g}"
     if gap[1] <= 0 <= gap[2]:
-        return (f"{b.label} shows no effect on the loss that could be told from noise: {gap[0]:+.4f} ({sure}); "
-                f"{runs_needed(a.losses, b.losses)} runs of each would tell if that were its true size{time_}.")
-    return f"{b.label} {'helped' if gap[0] < 0 else 'hurt'}: its loss is {gap[0]:+.4f} ({sure}){time_}."
+        return f"{b.label}: no effect on the loss that could be told from noise, {gap[0]:+.4f} ({sure}); {time_}."
+    return f"{b.label} {'helped' if gap[0] < 0 else 'hurt'}: its loss is {gap[0]:+.4f} ({sure}); {time_}."
 
 def noise_floor(a: Set, b: Set) -> str:
-    pooled, times = math.sqrt((statistics.variance(a.losses) + statistics.variance(b.losses)) / 2), a.times + b.times
-    gap, noise = statistics.fmean(b.losses) - statistics.fmean(a.losses), 2 * pooled * math.sqrt(2 / len(a.runs))
-    return (f"Noise floor: one recipe differs from itself by {gap:+.4f}; a run's loss has sd {pooled:.4f}, its time sd "
-            f"{100 * statistics.stdev(times) / statistics.fmean(times):.2f} %. With {len(a.runs)} runs of each, two "
-            f"standard errors of a loss difference are {noise:.4f}: what is smaller cannot be told from noise.")
+    gap, times = statistics.fmean(b.losses) - statistics.fmean(a.losses), a.times + b.times
+    pooled = math.sqrt((statistics.variance(a.losses) + statistics.variance(b.losses)) / 2)
+    noise, jitter = 2 * pooled * math.sqrt(2 / len(a.runs)), 100 * statistics.stdev(times) / statistics.fmean(times)
+    return (f"Noise floor: with {len(a.runs)} runs of each, loss differences below {noise:.4f} (two standard errors) "
+            f"are within the noise. A run's loss has sd {pooled:.4f}, its time {jitter:.2f} %; these two sets of one "
+            f"recipe differ by {gap:+.4f}.")
+
+def context(run: Run) -> str:
+    """What all runs of a trial share: the machine, versions, data, and what run.sh chose."""
+    preset = sorted(argument for argument in run.start["argv"] if argument.startswith("--preset="))
+    return json.dumps([run.hardware(), run.software(), run.start["data"], run.start["world_size"], preset])
+
+def freeze(name: str) -> tuple[Path, bytes]:
+    """A copy of the script as it is now: it may be edited while the trial runs."""
+    path = Path(name).resolve()
+    if path.suffix != ".py":
+        raise Bad("path", f"{safe(name, 80)} is no script: its name does not end in .py")
+    source = read_bytes(path, LIMITS["train_gpt.py"])
+    try:
+        compile(source, path.name, "exec")  # which runs nothing
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Bad("script", f"{safe(path.name, 80)} is no Python that can be compiled: {error}") from None
+    copy = ROOT / ".cache" / "trial" / hashlib.sha256(source).hexdigest()[:12] / path.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(source)
+    return copy, source
+
+def arms_of(args, knobs: list[str]) -> list[list[str]]:
+    """The knobs of both arms."""
+    for knob in knobs:
+        if not re.fullmatch(r"--([ab]\.)?\w+=.*", knob, re.A | re.S):
+            raise Bad("knobs", f"{safe(knob, 80)} is not --runs N, nor --knob=value for both scripts, --a.knob=value "
+                               "or --b.knob=value for one")
+        if re.match(r"--([ab]\.)?seed=", knob):
+            raise Bad("knobs", f"{safe(knob, 80)}: trial chooses the seeds itself, 1 to --runs")
+    if args.runs < 1:
+        raise Bad("knobs", f"--runs {args.runs} is not 1 or more")
+    common = [k for k in knobs if not re.match(r"--[ab]\.", k)]
+    return [common + [f"--{k[4:]}" for k in knobs if k.startswith(f"--{arm}.")] for arm in "ab"]
 
 def trial(args, knobs: list[str]) -> int:
     """Both arms in turn with the same seeds, on this machine and data; what logs/ already holds is not run again."""
     distributions()  # before hours of training, not after
-    scripts, own = [Path(args.a).resolve(), Path(args.b).resolve()], []
-    for script in scripts:
-        if not script.is_file() or script.suffix != ".py":
-            raise Bad("path", f"there is no script {safe(script.name)}")
-    for arm in ("a", "b"):
-        mine = [f"--{k[4:]}" for k in knobs if k.startswith(f"--{arm}.")]
-        own.append([k for k in knobs if not re.match(r"--[ab]\.", k)] + mine)
-    odd = [k for k in knobs if not re.fullmatch(r"--([ab]\.)?\w+=.*", k, re.A | re.S) or k.startswith("--seed=")]
-    if odd or args.runs < 1:
-        raise Bad("knobs", f"{safe(odd[0]) if odd else '--runs'} cannot be used: knobs are --knob=value for both arms, "
-                           "--a.knob=value or --b.knob=value for one; the seeds are 1 to --runs, 1 at least")
-    sources = [hashlib.sha256(script.read_bytes()).hexdigest() for script in scripts]
+    own, scripts = arms_of(args, knobs), [freeze(args.a), freeze(args.b)]
+    sources = [hashlib.sha256(source).hexdigest() for _, source in scripts]
     floor = sources[0] == sources[1] and sorted(own[0]) == sorted(own[1])
-    plan = [(arm, seed + floor * arm * args.runs) for seed in range(1, args.runs + 1) for arm in (0, 1)]
-    labels = [" ".join([script.name, *(k for k in own[i] if k not in own[1 - i])]) for i, script in enumerate(scripts)]
+    # B A A B: an error in B shows first, and a drift of the machine hits both alike
+    turns = [(arm, seed) for seed in range(1, args.runs + 1) for arm in ((1, 0) if seed % 2 else (0, 1))]
+    plan = [(arm, seed + args.runs if floor and arm else seed) for arm, seed in turns]  # A A: other seeds, else B is A
+    labels = [" ".join([path.name, *(k for k in own[i] if k not in own[1 - i])]) for i, (path, _) in enumerate(scripts)]
     if labels[0] == labels[1]:
         labels = [label + tag for label, tag in zip(labels, (" (A)", " (B)"))]
-    done = {(arm, seed): already(sources[arm], own[arm], seed) for arm, seed in plan}
-    spent, todo = [], [key for key, run in done.items() if run is None]
+    done = {key: found[-1] for key in plan if (found := runs_of(sources[key[0]], own[key[0]], key[1]))}
+    newest, spent = max(done.values(), key=lambda run: run.name, default=None), []
+    done = {key: run for key, run in done.items() if context(run) == context(newest)}
     for (arm, seed), run in done.items():
-        if run:
-            print(f"already in logs/: {labels[arm]}, seed {seed}: {run.name}")
-    for count, (arm, seed) in enumerate(todo):
-        left = f", about {statistics.fmean(spent) * (len(todo) - count) / 60:.1f} minutes left" if spent else ""
+        print(f"already in logs/: {labels[arm]}, seed {seed}: {run.name}")
+    while todo := [key for key in plan if key not in done]:
+        arm, seed = todo[0]
+        left = f", about {statistics.fmean(spent) * len(todo) / 60:.1f} minutes left" if spent else ""
         began, save = time.monotonic(), [] if any(k.startswith("--save=") for k in own[arm]) else ["--save=False"]
-        title = f"run {len(plan) - len(todo) + count + 1} of {len(plan)}: {labels[arm]}, seed {seed}{left}"
-        done[arm, seed] = launch(scripts[arm], [*own[arm], *save, f"--seed={seed}"], title)
+        title = f"run {len(plan) - len(todo) + 1} of {len(plan)}: {labels[arm]}, seed {seed}{left}"
+        new = launch(scripts[arm][0], [*own[arm], *save], seed, title)
+        for key, run in [*done.items()]:
+            if context(run) != context(new):
+                print(f"not counted, since machine, data, versions or preset differ now: {run.name}")
+                del done[key]
+        done[arm, seed] = new
         spent.append(time.monotonic() - began)
-    sets = [[run for (arm, _), run in done.items() if arm == i] for i in (0, 1)]
-    a, b = (Set(label, runs, script.read_bytes()) for label, runs, script in zip(labels, sets, scripts))
+    a, b = (Set(labels[i], [done[key] for key in sorted(plan) if key[0] == i], scripts[i][1]) for i in (0, 1))
+    if any(len({run.recipe for run in s.runs}) > 1 for s in (a, b)):
+        raise Bad("knobs", "the runs of an arm differ in more than their seeds: give --preset and --steps by name")
+    if floor and args.runs > 1:
+        print(describe(a), describe(b), noise_floor(a, b), sep="\n")
+        return 0
     lines, code = compare_sets(a, b)
-    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
-    if floor:
-        print(noise_floor(a, b) if args.runs > 1 else sentence(a, b))
-        return 0 if args.runs > 1 else 3
-    print(sentence(a, b))
+    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sentence(a, b), sep="\n")
     return code

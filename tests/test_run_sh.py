@@ -57,7 +57,8 @@ class Machine:
             path.mkdir(parents=True)
         for name in ("run.sh", "requirements.txt", "requirements.lock"):
             shutil.copy(ROOT / name, self.root / name)
-        (self.root / "train_gpt.py").touch()
+        presets = [f'    "{name}": dict(),' for name in ("80gb", "40gb", "24gb", "tiny", "cpu")]
+        (self.root / "train_gpt.py").write_text("\n".join(presets))
         for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
         self.put("python3", INTERPRETER)
@@ -356,6 +357,19 @@ def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
 def test_python_3_10_gets_the_ranges(machine):
     machine.run(VERSION="3.10")
     assert (machine.kept / "constraints.txt").read_text() == "" and "starts at Python 3.11" in machine.out
+
+
+def test_the_count_of_processes_can_be_given(machine):
+    machine.gpu(4, 81000).fineweb()
+    assert machine.as_is(NPROC="1")[-1].startswith("train_gpt.py ") and "processes: 1" in machine.out
+    assert "--nproc_per_node=8 " in machine.as_is("--preset=cpu", "--data_dir=here", NPROC="8")[-1]
+    for wrong in ("0", "two", "-1"):
+        machine.as_is(code=2, NPROC=wrong)
+        assert f"NPROC={wrong} is no count" in machine.err
+
+
+def test_a_misspelt_preset_fetches_nothing(machine):
+    assert machine.gpu(1, 81000).as_is("--preset=80bg") == ["train_gpt.py --preset=80bg"]
 
 
 def test_nvidia_smi_spares_the_start_of_torch_unless_that_is_for_cpus(machine):

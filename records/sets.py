@@ -1,0 +1,336 @@
+"""The list of records, and sets of runs that differ by their seed alone: statistics, comparing, drawing, importing."""
+
+import difflib
+import hashlib
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from runs import (
+    ID,
+    RECORDS,
+    SPEEDRUN_LOG,
+    TABLE,
+    Bad,
+    Run,
+    check_run,
+    entries,
+    read_bytes,
+    read_record,
+    read_run,
+    read_speedrun,
+    read_tracks,
+    safe,
+)
+
+ROOT, LOGS = RECORDS.parent, RECORDS.parent / "logs"
+LIST_MARKS = "<!-- records: written by records.py list --write -->", "<!-- end of records -->"
+
+class Undecided(Exception):
+    """Exit code 3: more runs, or a library, are needed."""
+
+# ---- The list
+
+def folders() -> list[Path]:
+    return sorted(path for path in RECORDS.glob("[0-9]*") if path.is_dir() or path.is_symlink())
+
+def find_record(name: str) -> Path:
+    """A record by its name, the part behind the date, or its path."""
+    wanted = Path(name).name
+    found = [path for path in folders() if wanted in (path.name, path.name.partition("_")[2])]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in folders())
+        raise Bad("path", f"there is no record, run or log {safe(name, 80)}; the records are {names or 'none'}")
+    return found[0]
+
+def listing(only: str | None) -> str:
+    """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
+    tracks, metas, out = read_tracks(), [read_record(folder).meta for folder in folders()], [LIST_MARKS[0]]
+    if only and only not in tracks:
+        raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
+    for name, track in tracks.items():
+        timed, goal = track["hardware"]["count"] > 0, track["target_loss"]
+        own = [meta for meta in metas if meta["track"] == name]
+        if only not in (None, name):
+            continue
+        out += ["", f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}. {safe(track['clock'])}"]
+        out += [] if own else ["No record: nobody has run ours there."]
+        machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
+        key = "train_time_ms_median" if timed else "val_loss_mean"
+        for kind in sorted({machine(meta) for meta in own}):
+            title = f"{kind[0]} x {safe(kind[1], 60)}" if timed else "CPU"
+            out += ["", f"| {title} | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
+            missed = {m["name"]: timed and not (m["result"]["p"] or 1) < track["p"] for m in own}
+            rank = lambda m, missed=missed, key=key: (missed[m["name"]], m["result"][key])  # a target missed ranks last
+            out += [row(m, timed) for m in sorted(own, key=rank) if machine(m) == kind]
+    return "\n".join([*out, LIST_MARKS[1]])
+
+def row(meta: dict, timed: bool) -> str:
+    r, show = meta["result"], lambda value, spec: "n/a" if value is None else format(value, spec)
+    gain = r["gain_ms"] / 1e3 if timed and r["gain_ci_ms"] else None  # only from interleaved runs
+    time = f"{r['train_time_ms_median'] / 1e3:.1f}" if timed else "not ranked"
+    cells = [f"[{meta['name']}](records/{meta['name']})", meta["claim"], time, f"{r['val_loss_mean']:.4f}",
+             show(r["val_loss_sd"], ".4f"), str(r["n"]), show(r["p"], ".2g"), meta["parent"] or "none",
+             show(gain, ".2f")]
+    return f"| {' | '.join(cells)} |"
+
+def write_list() -> None:
+    path = ROOT / "README.md"
+    readme = path.read_text(encoding="utf-8")
+    (before, _, rest), whole = readme.partition(LIST_MARKS[0]), listing(None)
+    if LIST_MARKS[1] not in rest:
+        raise Bad("readme", f"README.md lacks the lines '{LIST_MARKS[0]}' and '{LIST_MARKS[1]}'")
+    path.write_text(before + whole + rest.partition(LIST_MARKS[1])[2], encoding="utf-8", newline="\n")
+
+def list_records(args) -> int:
+    print("\n".join(listing(args.track).split("\n")[1:-1]).strip())
+    if args.write:
+        write_list()
+    return 0
+
+def tables(meta: dict) -> str:
+    """The generated part of a record's README.md."""
+    r, h, s = meta["result"], meta["hardware"], meta["software"]
+    show = lambda value, spec: "n/a" if value is None else format(value, spec)
+    rows = [f"Track `{meta['track']}`, claim `{meta['claim']}`, parent `{meta['parent'] or 'none'}`, by "
+            f"{meta['author']}.", "",
+            "| set | run | seed | validation loss | training time, ms | steps | peak MiB, training / validation |",
+            "|-|-|-|-|-|-|-|"]
+    rows += [f"| {label} | {e['run_id']} | {e['seed']} | {e['val_loss']:.6f} | {e['train_time_ms']:.0f} | {e['steps']} "
+             f"| {show(e['peak_train_mib'], 'd')} / {show(e['peak_val_mib'], 'd')} |"
+             for label, listed in entries(meta).items() for e in listed]
+    rows += ["", f"- loss {r['val_loss_mean']:.6f} (sd {show(r['val_loss_sd'], '.6f')}, n = {r['n']}), p against the "
+             f"target {show(r['p'], '.3g')}", f"- training time, median {r['train_time_ms_median']:.0f} ms (sd "
+             f"{show(r['train_time_ms_sd'], '.0f')}), gain over the baseline {show(r['gain_ms'], '.0f')} ms",
+             f"- changed knobs: `{json.dumps(meta['changed'])}`",
+             *(f"- arm {a['name']}: `{json.dumps(a['changed'])}`" for a in meta["arms"]),
+             f"- hardware: {h['count']} x {h['gpu']}, driver {h['driver']}" if h["gpu"] else "- hardware: CPU",
+             f"- software: Python {s['python']}, torch {s['torch']}",
+             f"- data: {meta['data']['encoding']}, val_sha256 {meta['data']['val_sha256']}",
+             *(f"- left out: {x['run_id']}, {x['reason']}" for x in meta["left_out"])]
+    return "\n".join([TABLE[0], *(safe(row, 10**4) for row in rows), TABLE[1]])
+
+# ---- Statistics
+
+def distributions():
+    try:
+        from scipy import stats
+    except ImportError:
+        raise Undecided("unchecked: scipy missing (./run.sh test installs it)") from None
+    return stats
+
+def p_below(losses: list[float], target: float) -> float | None:
+    """One-sided t-test: how likely a mean this far below `target` is if the true mean lies at it."""
+    if len(set(losses)) < 2:
+        return None
+    return float(distributions().ttest_1samp(losses, target, alternative="less").pvalue)
+
+def welch(a: list[float], b: list[float]) -> tuple[float, float, float, float] | None:
+    """(mean b - mean a, low, high, p): the 95 % interval and two-sided p of Welch's t-test; None below two each."""
+    if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
+        return None
+    test = distributions().ttest_ind(b, a, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return statistics.fmean(b) - statistics.fmean(a), float(interval.low), float(interval.high), float(test.pvalue)
+
+def prediction(losses: list[float]) -> tuple[float, float]:
+    """(mean, half width) of the interval that holds the loss of one new run with 95 %."""
+    if len(losses) < 2:
+        raise Undecided("an interval needs 2 runs at least, and there is 1")
+    t = float(distributions().t.ppf(0.975, len(losses) - 1))
+    return statistics.fmean(losses), t * statistics.stdev(losses) * math.sqrt(1 + 1 / len(losses))
+
+def runs_needed(a: list[float], b: list[float]) -> int:
+    """Runs of each at which this difference, if it is true, would be two standard errors; more than there are, since
+    these do not separate it. 0: there is no difference."""
+    difference, variance = statistics.fmean(b) - statistics.fmean(a), statistics.variance(a) + statistics.variance(b)
+    return max(min(len(a), len(b)) + 1, math.ceil(4 * variance / difference**2)) if difference else 0
+
+def spread(values: list[float], digits: str = ".4f") -> str:
+    sd = f"sd {statistics.stdev(values):{digits}}, " if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{digits}} ({sd}n = {len(values)})"
+
+# ---- Sets
+
+@dataclass
+class Set:
+    """Runs of one recipe that differ by their seed alone."""
+    label: str
+    runs: list[Run]
+    script: bytes | None
+    track: str | None = None
+
+    losses = property(lambda self: [run.val_loss for run in self.runs])
+    times = property(lambda self: [run.train_ms for run in self.runs])
+
+def runs_at(path: Path) -> list[Run]:
+    """All runs of a record, a run folder, a folder of either kind of run, or one log of the public speedrun."""
+    if (path / "meta.json").exists():
+        return read_record(path).sets["runs"]
+    if path.is_file():
+        return [read_speedrun(path)]
+    if (path / "metrics.jsonl").exists():
+        return [read_run(path)]
+    inside = sorted(path.glob("*"))
+    ours, others = [p for p in inside if ID.fullmatch(p.name)], [p for p in inside if p.suffix == ".txt"]
+    return [*map(read_run, ours), *map(read_speedrun, others)]
+
+def load(text: str) -> Set:
+    """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe."""
+    found, script, track = [], None, None
+    for name in text.split(","):
+        path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
+        path = path or find_record(name)
+        found += runs_at(path)
+        if (path / "meta.json").exists():
+            track = read_record(path).meta["track"]
+        if (path / "train_gpt.py").exists():
+            script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
+    runs = [run for run in found if run.complete]
+    recipes = {run.recipe for run in runs}
+    if len(recipes) != 1:
+        for sha, knobs in sorted(recipes):
+            own = [run for run in runs if run.recipe == (sha, knobs)]
+            print(f"script {sha[:12]}, {safe(own[0].start.get('changed', ''), 200)}:", *(safe(r.name) for r in own))
+        raise Bad("knobs", f"{safe(text, 200)} holds {len(runs)} complete runs, {len(found)} in all, of {len(recipes)} "
+                           "recipes (script and knobs): name the runs of one, with commas between")
+    for what in ("name", "seed"):
+        values = [value for run in runs if (value := getattr(run, what)) is not None]
+        if len(set(values)) < len(values):
+            raise Bad("seeds", f"{safe(text, 200)} has a {what} twice, in {sorted(map(str, values))}")
+    if len(runs) < len(found):
+        print(f"note: {safe(text, 60)} has {len(found) - len(runs)} runs that are not complete; they do not count")
+    for problem in (p for run in runs if run.start for p in check_run(run)):
+        raise Bad(*problem)
+    names = [Path(name).name for name in text.split(",")]
+    label = safe(names[0], 40) + (f" and {len(names) - 1} more" if names[1:] else "")
+    return Set(label, runs, runs[0].script or script, track)
+
+def diff(a: bytes | None, b: bytes | None, names: tuple[str, str], limit: int = 120) -> list[str]:
+    texts = [(script or b"").decode("utf-8", "replace").split("\n") for script in (a, b)]
+    lines = [safe(line) for line in difflib.unified_diff(*texts, *names, lineterm="", n=2)]
+    more = [f"... and {len(lines) - limit} lines more"] if len(lines) > limit else []
+    return lines[:limit] + more or ["scripts: the same"]
+
+def machine(run: Run) -> str:
+    return f"{run.gpu_count} x {safe(run.gpu, 60)}" if run.gpu else "CPU" if run.start else "GPU unknown"
+
+def describe(s: Set) -> str:
+    peaks, pace = [run.peak_mib for run in s.runs if run.peak_mib], [run.train_ms / run.total for run in s.runs]
+    seconds = [t / 1e3 for t in s.times]
+    return (f"{s.label}: loss {spread(s.losses)}; {s.runs[0].total} steps in {spread(seconds, '.2f')} s, "
+            f"{spread(pace, '.2f')} ms a step; {f'peak {max(peaks)} MiB; ' if peaks else ''}{machine(s.runs[0])}")
+
+def compare_sets(a: Set, b: Set) -> tuple[list[str], int]:
+    """(report, exit code): 0 where a difference of the losses is established, 3 where more runs are needed."""
+    first, other, lines = a.runs[0], b.runs[0], []
+    if None in (first.val_sha256, other.val_sha256):
+        lines.append("note: public logs do not name their validation tokens; losses compare only if they were the same")
+    elif first.val_sha256 != other.val_sha256:
+        raise Bad("data", f"{a.label} was validated on the tokens {first.val_sha256[:12]} and {b.label} on "
+                          f"{other.val_sha256[:12]}: their losses cannot be compared")
+    knobs = [json.loads(run.recipe[1]) for run in (first, other)]
+    moved = [f"{k} {knobs[0].get(k)} -> {knobs[1].get(k)}" for k in sorted(knobs[0].keys() | knobs[1].keys())
+             if knobs[0].get(k) != knobs[1].get(k)]
+    known = all(run.start for run in (first, other))
+    lines += [f"changed knobs: {(safe(', '.join(moved)) or 'none') if known else 'not known of public logs'}",
+              describe(a), describe(b)]
+    machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
+    if len(machines) > 1:
+        lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
+    gap, pace = welch(a.losses, b.losses), statistics.fmean(b.times) / (statistics.fmean(a.times) or math.nan)
+    if gap is None:
+        return [*lines, "not decidable: an interval needs at least 2 runs of each, with distinct seeds"], 3
+    lines.append(f"loss, {b.label} - {a.label}: {gap[0]:+.4f}, 95 % interval {gap[1]:+.4f} to {gap[2]:+.4f} (Welch), "
+                 f"p = {gap[3]:.2g}")
+    if not gap[1] <= 0 <= gap[2]:
+        return [*lines, f"no time at equal loss, since the losses at the ends differ; the schedules have {first.total} "
+                        f"and {other.total} steps ({other.total - first.total:+d}), and the time is x {pace:.3f}"], 0
+    need = runs_needed(a.losses, b.losses)
+    more = (f"if {abs(gap[0]):.4f} is the true difference, {need} runs of each, {need - min(len(a.runs), len(b.runs))} "
+            "more, would put it at 2 standard errors") if need else "there is no difference to resolve"
+    return [*lines, f"time to equal loss (complete schedules whose ends these runs cannot tell apart): {b.label} takes "
+            f"x {pace:.3f} of {a.label}'s", f"the losses are not separated: {more}"], 3
+
+def compare(args) -> int:
+    a, b = load(args.a), load(args.b)
+    lines, code = compare_sets(a, b)
+    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
+    return code
+
+def draw(axis, column: int, scale: float, s: Set, color: str, lift: int, dense: bool) -> list[float]:
+    """One set on one axis; returns the means that the axis must show."""
+    if any(p[column] is None for run in s.runs for p in run.vals):
+        return []  # a public log says nothing of tokens
+    points = [[p for p in (run.steps if dense else run.vals) if p[2] is not None] for run in s.runs]
+    xs, ys = ([[p[i] / k if p[i] is not None else math.nan for p in curve] for curve in points]
+              for i, k in ((column, scale), (2, 1)))
+    for x, y in zip(xs, ys):
+        axis.plot(x, y, color=color, lw=0.4, alpha=0.6)
+    x, columns = [statistics.fmean(v) for v in zip(*xs)], list(zip(*ys))
+    mean, sd = [statistics.fmean(v) for v in columns], [statistics.pstdev(v) for v in columns]
+    axis.plot(x, mean, color=color, lw=1.4)
+    axis.fill_between(x, *([m + k * d for m, d in zip(mean, sd)] for k in (-1, 1)), color=color, alpha=0.25, lw=0)
+    ends = [(run.vals[-1][column] or 0) / scale for run in s.runs]
+    axis.plot(ends, s.losses, "o", color=color, ms=3, mfc="none")
+    if column == 3:
+        axis.annotate(f"{s.label}\n{spread(s.losses)}", (min(ends), max(s.losses)), xytext=(-8, 50 + lift), fontsize=7,
+                      ha="right", color=color, textcoords="offset points",
+                      arrowprops=dict(arrowstyle="-", lw=0.5, color=color))
+    return [*mean[math.ceil(len(mean) / 8) :], *s.losses]
+
+def plot(args) -> int:
+    """Loss against training time, tokens and steps: thin lines are runs, thick ones means, bands one sd."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise Undecided("not drawn: matplotlib missing") from None
+    if not args.out.endswith(".png"):
+        raise Bad("path", f"--out={safe(args.out, 80)} does not end in .png")
+    sets = [load(name) for name in args.sets]
+    dense = all(s.runs[0].steps and len(s.runs[0].vals) < 5 for s in sets)
+    if not all(math.isfinite(p[2] or 0) for s in sets for run in s.runs for p in run.vals + run.steps):
+        raise Bad("nan", "a loss on the way is not finite: name the other runs")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    if len({run.val_sha256 for s in sets for run in s.runs} - {None}) > 1:
+        raise Bad("data", "the sets were validated on other tokens: their losses do not belong into one picture")
+    targets = {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}
+    columns = (3, 1e3, "training time, s"), (1, 1e6, "tokens, millions"), (0, 1, "steps")
+    for axis, (column, scale, label) in zip(axes, columns):
+        seen = [v for i, s in enumerate(sets) for v in draw(axis, column, scale, s, f"C{i}", 28 * i, dense)]
+        low, high = min([*seen, *targets], default=0), max(seen, default=1)
+        for target in targets:
+            axis.axhline(target, color="gray", lw=0.7, ls="--")
+            axis.annotate(f"target {target}", (0.02, target), xycoords=("axes fraction", "data"), fontsize=7)
+        axis.set(xlabel=label, ylim=(low - 0.06 * (high - low), high), xlim=(0, None))
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("training loss (circles: validation)" if dense else "validation loss")
+    figure.savefig(args.out, dpi=80)
+    print(f"{safe(args.out)}: {Path(args.out).stat().st_size} bytes")
+    return 0
+
+def import_logs(args) -> int:
+    """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`."""
+    groups = {}
+    for path in (p for n in args.paths for p in (sorted(Path(n).rglob("*.txt")) if Path(n).is_dir() else [Path(n)])):
+        try:
+            run = read_speedrun(path)
+            groups.setdefault(run.script_sha256, []).append(run)
+        except Bad as bad:
+            print(f"skipped: {bad}")
+    for sha, found in groups.items():
+        folder = ROOT / "peers" / sha[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train_gpt.py").write_bytes(found[0].script)
+        for data in {read_bytes(run.folder, SPEEDRUN_LOG) for run in found}:
+            (folder / f"{hashlib.sha256(data).hexdigest()[:12]}.txt").write_bytes(data)
+        whole = [run for run in found if run.complete]
+        print(f"peers/{sha[:12]}: {len(found)} logs, {len(whole)} complete")
+        if whole:
+            print("  " + describe(Set(sha[:12], whole, None)))
+    return 0 if groups else 2
+
