@@ -5,13 +5,18 @@ import dataclasses
 import importlib.util
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
 
 import train_gpt as t
 
+sys.path.insert(0, str(ROOT / "records"))
+import records  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RULES = (ROOT / "records/README.md").read_text(encoding="utf-8")
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 KNOBS = {f.name for f in dataclasses.fields(t.Hyperparameters)}
 LAUNCHER = {"standalone", "nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port"}
@@ -19,6 +24,7 @@ FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 SNIPPETS = [body for language, body in FENCES if language == "python"]
 LINES = [line for language, body in FENCES if not language for line in body.splitlines()]
 LINES += re.findall(r"`((?:\./run\.sh|cp|\.venv/bin/python) [^`]*)`", README)  # and those inside a sentence
+LINES += re.findall(r"^(python records/.*)$", RULES, re.M)
 COMMANDS = sorted({part.strip() for line in LINES for part in line.split(" #")[0].split(";")})
 
 
@@ -95,7 +101,11 @@ def check_command(command):
         assert (ROOT / name).is_file(), command
         if name.startswith("data/"):
             return script(name[5:-3]).parse(words)
-        assert name in ("train_gpt.py", "tests/bench_recipe.py"), command
+        if name == "records/records.py":
+            args, words = records.parser().parse_known_args(words)
+            words = [re.sub("^--[ab][.]", "--", word) for word in words] if args.command == "trial" else words
+            assert args.command == "trial" or not words, command
+        assert name in ("train_gpt.py", "tests/bench_recipe.py", "records/records.py"), command
     if words != ["--help"]:
         t.check(t.parse_overrides(words), world)
 
@@ -106,7 +116,8 @@ def test_commands_are_legal(command):
 
 
 @pytest.mark.parametrize("command", ["./run.sh --step=3", "./run.sh my.py --preset=8gb", "./train.sh",
-                                     "python data/fetch.py", "python train_gpt.py --train_seq_len=1000"])
+                                     "python data/fetch.py", "python train_gpt.py --train_seq_len=1000",
+                                     "python records/records.py trial a.py b.py --b.muonlr=1"])
 def test_a_wrong_command_is_found(command):
     with pytest.raises((AssertionError, t.Refused)):
         check_command(command)
@@ -114,9 +125,11 @@ def test_a_wrong_command_is_found(command):
 
 def test_every_knob_and_path_named_exists():
     sources = "".join((ROOT / "data" / name).read_text(encoding="utf-8") for name in ("fineweb.py", "tokenize_text.py"))
-    known = KNOBS | LAUNCHER | {"preset", "help", "index-url", "name"} | set(re.findall(r'"--([a-z_-]+)"', sources))
+    known = KNOBS | LAUNCHER | {"preset", "help", "index-url", "name", "runs", "write", "b"}  # --b.knob, of trial
+    known |= set(re.findall(r'"--([a-z_-]+)"', sources))
     assert set(re.findall(r"(?<![\w-])--([a-z]\w*(?:-\w+)*)", README)) <= known
-    for path in re.findall(r"(?<![\w/])(?:\./run\.sh|(?:data|tests)/\w+\.py|train_gpt\.py|requirements\.\w+)", README):
+    files = r"(?<![\w/])(?:\./run\.sh|(?:data|tests|records)/\w+\.(?:py|md)|train_gpt\.py|requirements\.\w+)"
+    for path in re.findall(files, README):
         assert (ROOT / path).exists(), path
     layout = next(body for language, body in FENCES if language == "text" and body.startswith("train_gpt.py"))
     for path in (line.split()[0] for line in layout.splitlines()):
