@@ -31,6 +31,7 @@ import trials
 from runs import (
     CLAIMS,
     LIMITS,
+    META,
     NAME,
     PRIVATE,
     RECORDS,
@@ -44,6 +45,7 @@ from runs import (
     decode,
     differing,
     entries,
+    fit,
     read_bytes,
     read_record,
     read_run,
@@ -142,10 +144,10 @@ def check_meta(record: Record) -> Iterator[Problem]:
             ("schema", f"a date from {max(run.name for run in every)[:8]}, its last run, on",
              meta["date"].replace("-", "") >= max(run.name for run in every)[:8], True),
             ("schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True),
-            ("headline", "changed", meta["changed"], changed_knobs(first)),
-            ("headline", "world_size", meta["world_size"], first.start["world_size"])]
+            ("headline", "changed", meta["changed"], changed_knobs(first))]
     for run in every:
         rows += [("data", f"data of {run.name}", run.start["data"], public),
+                 ("headline", f"world_size of {run.name}", run.start["world_size"], meta["world_size"]),
                  ("headline", f"hardware of {run.name}", run.hardware(), meta["hardware"]),
                  ("headline", f"software of {run.name}", run.software(), meta["software"])]
     known = defaults(record.script)
@@ -168,11 +170,15 @@ def check_parent(record: Record) -> Iterator[Problem]:
     if not (meta["parent"] or baseline or meta["claim"] in ("record", "systems", "reproduction")):
         return
     path = RECORDS / str(meta["parent"])
-    found = path.is_dir() and path.name != meta["name"] and read_record(path).meta
+    parent = read_record(path) if path.is_dir() and path.name != meta["name"] else None
+    found = parent and parent.meta
     rows = [("script", f"the parent {meta['parent']}, as an older record of this track,",
              bool(found and found["track"] == meta["track"] and found["date"] <= meta["date"]), True)]
     if found:
         rows += [("script", f"script of baseline {r.name}", r.script_sha256, found["script_sha256"]) for r in baseline]
+        alike = baseline + record.sets["runs"] if meta["claim"] == "reproduction" else baseline
+        knobs = json.loads(parent.sets["runs"][0].recipe[1]) if parent.sets["runs"] else None
+        rows += [("knobs", f"knobs of {r.name}, the parent's,", json.loads(r.recipe[1]), knobs) for r in alike]
         if meta["claim"] == "reproduction":
             rows.append(("script", "script_sha256, the parent's,", meta["script_sha256"], found["script_sha256"]))
     yield from differing(record.folder.name, rows)
@@ -192,7 +198,7 @@ def check_track(record: Record, track: dict) -> Iterator[Problem]:
             ("track", "the number of GPUs", hardware["count"], track["hardware"]["count"]),
             ("track", f"reading {epochs:.3f} epochs where {most} are allowed", epochs <= most, True),
             ("track", "the list of resumed runs", [run.name for run in runs if run.resumed], [])]
-    text = record.script.decode("utf-8", "replace")
+    text = record.script.decode("utf-8", "replace").lower()  # os.environ spells such flags in capitals
     rows += [("forbidden", f"'{word}' in train_gpt.py", word in text, False) for word in track["forbidden_text"]]
     yield from differing(record.folder.name, rows)
 
@@ -338,6 +344,7 @@ def add(args) -> int:
         print(*(f"FAIL {name} {code}: {safe(text)}" for code, text in broken), "nothing was added", sep="\n")
         return 1
     meta = make_meta(args, name, runs, baseline, arms, tracks[args.track])
+    fit(meta, META, "meta.json")  # before files are written under names that it gives
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=RECORDS)) / name
     try:
         for label, own in dict(runs=runs, baseline=baseline, **{f"arms/{a}": own for a, own in arms.items()}).items():

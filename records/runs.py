@@ -191,7 +191,7 @@ class Run:
     def recipe(self) -> tuple:
         """What runs that differ by their seed alone share: script and knobs."""
         knobs = {k: v for k, v in self.start.get("knobs", {}).items() if k not in (*PLACES, "seed")}
-        return self.script_sha256, json.dumps(knobs, sort_keys=True)
+        return self.script_sha256, json.dumps(knobs or dict(steps=self.total), sort_keys=True)
 
     def hardware(self) -> dict:
         keys = dict(gpu="gpu", count="gpu_count", memory_mib="gpu_memory_mib", driver="driver")
@@ -325,6 +325,9 @@ def differing(name: str, rows) -> Iterator[Problem]:
     """Problems among (code, what, found, wanted)."""
     for code, what, found, wanted in rows:
         if found != wanted:
+            if isinstance(found, dict) and isinstance(wanted, dict):  # only what differs fits into a sentence
+                found, wanted = ({k: v for k, v in a.items() if k not in b or b[k] != v}
+                                 for a, b in ((found, wanted), (wanted, found)))
             yield code, f"{name}: {safe(what, 200)} is {safe(found, 160)}, and should be {safe(wanted, 160)}"
 
 def says(argument: str, knobs: dict) -> bool:

@@ -1,0 +1,352 @@
+"""A scratch checkout with real tiny runs and two records in it, and the tools of a forger who knows records.py by
+heart: he rewrites events, has the log follow, and computes all hashes, headlines and tables anew."""
+
+import contextlib
+import datetime
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+from tiny import environment, make_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+KNOBS = ("--train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 --steps=20 "
+         "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --window_min=128 "
+         "--window_max=128").split()
+COLD = "--b.head_lr=0.0001"  # the other arm learns next to nothing, so that few runs tell it from the first
+TARGET, TRACK, README = 5.0, "toy-cpu", "# A toy\n\n{}\nold\n{}\n\nThe end.\n"
+# Answers run.sh's question for the GPUs without torch, whose import is a third of such a run.
+PYTHON = f"""#!/bin/sh
+case $2 in *'print(n, min('*) echo 0 0 ;; *) exec "{sys.executable}" "$@" ;; esac
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def load(folder):
+    """The modules of a records/ folder, their paths its own; the import system forgets them again."""
+    names, kept, bare = ("runs", "sets", "trials", "records"), sys.path[:], sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = False  # compiled once, and copied with the checkout
+    try:
+        importlib.invalidate_caches()
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path[:], sys.dont_write_bytecode = kept, bare
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+class Checkout:
+    """A scratch checkout, its records.py loaded into this process."""
+
+    def __init__(self, root):
+        self.root, self.logs = root, root / "logs"
+        self.runs, self.sets, self.trials, self.records = load(root / "records")
+        self.environment = environment() | dict(PYTHON=str(root / "python"), CUDA_VISIBLE_DEVICES="")
+
+    def main(self, *argv, answer=""):
+        """`python records/records.py argv` in this process."""
+        out, err, stdin, where = io.StringIO(), io.StringIO(), sys.stdin, Path.cwd()
+        handler = signal.getsignal(signal.SIGTERM)
+        self.records.complete_runs.cache_clear()
+        try:
+            sys.stdin = io.StringIO(answer)
+            os.chdir(self.root)
+            env = mock.patch.dict(os.environ, self.environment)
+            with env, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = self.records.main([*map(str, argv)])
+        except SystemExit as error:  # argparse
+            code = error.code
+        finally:
+            sys.stdin = stdin
+            os.chdir(where)
+            signal.signal(signal.SIGTERM, handler)
+        return Done(code, out.getvalue(), err.getvalue())
+
+    def process(self, *argv, **more):
+        """The same as a process of its own."""
+        done = subprocess.run([sys.executable, "records/records.py", *map(str, argv)], cwd=self.root,
+                              env=self.environment | more, capture_output=True, encoding="utf-8", timeout=300)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def tree(self):
+        """Every file but compiled ones, with its bytes."""
+        files = (path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return {path: path.read_bytes() for path in files}
+
+    def record(self, name):
+        return next((self.root / "records").glob(f"2*_{name}"), None)
+
+    def arms(self):
+        """The run folders of logs/, by seed: (those of the recipe, those of the cold arm)."""
+        found = [self.runs.read_run(folder) for folder in self.logs.glob("2*")]
+        found.sort(key=lambda run: run.seed)
+        return [[run.folder for run in found if ("head_lr" in run.start["changed"]) == cold] for cold in (False, True)]
+
+    def events(self, folder):
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    def rewrite(self, folder, rows):
+        """Make `rows` the events of a run, and its log what they imply."""
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), newline="\n")
+        if not (folder / "log.txt").exists():
+            (folder / "log.txt").write_text("\n")
+        log = "\n".join(self.runs.log_lines(self.runs.read_run(folder))) + "\n"
+        (folder / "log.txt").write_text(log, newline="\n")
+
+    def reseal(self, record, hashes_alone=False, **claims):
+        """Compute all that meta.json and README.md say anew, then put `claims` over it."""
+        meta, sets = json.loads((record / "meta.json").read_text()), {}
+        meta["script_sha256"] = hashlib.sha256((record / "train_gpt.py").read_bytes()).hexdigest()
+        for label, listed in self.runs.entries(meta).items():
+            for entry in listed:
+                folder = record / label / entry["run_id"]
+                for name in ("log.txt", "metrics.jsonl"):
+                    entry["sha256"][name.split(".")[0]] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if not hashes_alone:
+                with contextlib.suppress(self.runs.Bad):
+                    sets[label] = [self.runs.read_run(record / label / entry["run_id"]) for entry in listed]
+                    for entry, run in zip(listed, sets[label]):
+                        entry.update(run.meta())
+        if "runs" in sets:
+            meta["result"] |= self.records.plain_result(sets["runs"], sets["baseline"])
+            track = self.runs.read_tracks()[meta["track"]]
+            meta["result"] |= self.records.tested_result(sets["runs"], sets["baseline"], track)
+        for key, value in claims.items():
+            meta[key] = meta[key] | value if key == "result" else value
+        self.write(record, meta)
+
+    def write(self, record, meta):
+        (record / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        with contextlib.suppress(TypeError, ValueError):  # numbers that are none make no table
+            text, (start, end) = (record / "README.md").read_text(encoding="utf-8"), self.runs.TABLE
+            text = text.partition(start)[0] + self.records.tables(meta) + text.partition(end)[2]
+            (record / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def later(run_id, seconds):
+    """A run id `seconds` after another, and its start as the log writes it."""
+    when = datetime.datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S") + datetime.timedelta(seconds=seconds)
+    return f"{when:%Y%m%d-%H%M%S}-{hashlib.sha256(f'{when}'.encode()).hexdigest()[:6]}", f"{when:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def at(rows, kind, step=None):
+    """The event of this kind at this step; with no step the last of its kind."""
+    return [row for row in rows if row["event"] == kind and step in (None, row.get("step"))][-1]
+
+
+def lower(rows, by=0.125):
+    """The final loss made lower wherever metrics.jsonl writes it."""
+    loss = at(rows, "val")["val_loss"] - by
+    at(rows, "val")["val_loss"] = at(rows, "end")["val_loss"] = loss
+    return loss
+
+
+def swap(rows, mark, kind):
+    """Where to insert a stop mark, taken from the front of step 10's validation or its step, on the other side."""
+    place = next(i for i, row in enumerate(rows) if row["event"] == kind and row["step"] == 10)
+    stop = rows.pop(place + (1 if kind == "step" else -1))
+    assert stop["event"] == mark and stop["mark"] == "stop"
+    return place, stop
+
+
+def rate(rows):
+    """Have the end's rate of tokens follow from its time."""
+    rows[-1]["tokens_per_s"] = round(rows[-1]["tokens"] / rows[-1]["train_ms"] * 1e3)
+
+
+def shift(rows, by):
+    """Add `by` to all losses."""
+    for row in rows:
+        row |= {key: row[key] + by for key in ("train_loss", "val_loss") if key in row}
+
+
+def retime(rows, pace):
+    """Multiply the training time by `pace`, and have the wall follow."""
+    saved, before = 0.0, 0.0
+    for row in (row for row in rows if "train_ms" in row):
+        saved += (row["train_ms"] - before) * (1 - pace)
+        before = row["train_ms"]
+        row |= dict(train_ms=before * pace, wall_s=row["wall_s"] - saved / 1e3)
+    rate(rows)
+
+
+def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, **knobs):
+    """A run that never took place, with no contradiction in it: another's, renamed, reseeded, retimed, its losses
+    shifted. Nothing in its files can betray it."""
+    rows, (run_id, utc) = checkout.events(source), later(source.name, seconds)
+    start = rows[0]
+    start |= dict(run_id=run_id, utc=utc, seed=seed)
+    moved = knobs | dict(seed=seed)
+    start["argv"] = [a for a in start["argv"] if a[2:].partition("=")[0] not in moved]
+    start["argv"] += [f"--{key}={value}" for key, value in moved.items()]
+    start["knobs"] |= moved
+    start["changed"] |= moved
+    if seed == 1:
+        del start["changed"]["seed"]
+    shift(rows, by)
+    retime(rows, pace)
+    (folder / run_id).mkdir(parents=True)
+    shutil.copy(source / "train_gpt.py", folder / run_id)
+    checkout.rewrite(folder / run_id, rows)
+    return folder / run_id
+
+
+def build(root):
+    """The checkout: runs by trial and run.sh, a record of them, and a faster one whose runs are all clones."""
+    for folder in ("data", "records"):
+        (root / folder).mkdir(parents=True)
+        for path in (ROOT / folder).glob("*.py"):
+            shutil.copy(path, root / folder)
+    for name in ("train_gpt.py", "run.sh", "requirements.txt", "requirements.lock"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "records" / "tracks", root / "records" / "tracks")
+    data = make_corpus(root / "data" / "embedded", train=(4000, 3000))
+    content = {path: path.read_bytes()[1024:] for path in sorted(data.glob("*.bin"))}
+    shards = [hashlib.sha256(body).hexdigest() for path, body in content.items() if "train" in path.name]
+    val = hashlib.sha256(content[data / "val_000000.bin"][: 2 * 601]).hexdigest()
+    track = json.loads((ROOT / "records" / "tracks" / "tiny-cpu.json").read_text())
+    track |= dict(target_loss=TARGET, min_runs=3, val_sha256=val, val_tokens=600,
+                  train=dict(max_epochs=1, sha256=hashlib.sha256("".join(shards).encode()).hexdigest()))
+    (root / "records" / "tracks" / f"{TRACK}.json").write_text(json.dumps(track))
+    (root / "python").write_text(PYTHON)
+    (root / "python").chmod(0o755)
+    checkout = Checkout(root)
+    (root / "README.md").write_text(README.format(*checkout.records.LIST_MARKS))
+    done = checkout.process("trial", "train_gpt.py", "train_gpt.py", "--runs=2", COLD, *KNOBS)
+    assert done.code == 0, done
+    (root / "trial.txt").write_text(done.out)
+    subprocess.run(["./run.sh", *KNOBS, "--save=False", "--seed=3"], cwd=root, check=True, capture_output=True,
+                   env=checkout.environment)
+    base, cold = checkout.arms()
+    common = ["--track", TRACK, "--author", "a tester"]
+    done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
+                         "--arm", f"cold={cold[0]}", cold[1])
+    assert done.code == 0, done
+    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 1e-4 * i, mlp_ratio=3)
+            for i in (1, 2, 3)]
+    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 1e-4 * i + 5e-5) for i in (1, 2, 3)]
+    done = checkout.main("add", *fast, "--name", "Fast", "--claim", "record", "--summary", "a faster toy", *common,
+                         "--parent", checkout.record("Toy").name, "--baseline", *slow)
+    assert done.code == 0, done
+    assert checkout.main("list", "--write").code == 0
+
+
+def overlay(value, change):
+    """`change` put over the keys of `value`, or of the first of a list."""
+    if isinstance(value, list):
+        return [value[0] | change, *value[1:]]
+    return value | change if isinstance(value, dict) and set(change) != {"steps"} else change
+
+
+def made(tmp_path_factory):
+    """The checkout, built once for all tests."""
+    if os.name != "posix":
+        pytest.skip("needs a POSIX shell")
+    root = tmp_path_factory.getbasetemp() / "checkout"
+    if not root.exists():
+        part = root.with_name("checkout.part")
+        build(part)
+        part.rename(root)
+    return Checkout(root)
+
+
+def today():
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+class Box(Checkout):
+    """A checkout to spoil; `victim` is the record that the forger works on, `claims` what he writes over meta.json."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.victim, self.claims = self.record("Fast") or self.record("Toy"), {}
+
+    def run(self, i=1, label="runs"):
+        return sorted((self.victim / label).iterdir())[i]
+
+    def edit(self, change, i=1, label="runs"):
+        """Have change(events) made in run `i` of a set, its log following; returns what `change` does."""
+        rows = self.events(self.run(i, label))
+        answer = change(rows)
+        self.rewrite(self.run(i, label), rows)
+        return answer
+
+    def edit_all(self, change, *labels):
+        for label in labels or self.runs.entries(self.meta()):
+            for i in range(len(list((self.victim / label).glob("*")))):
+                self.edit(change, i, label)
+
+    def meta(self):
+        return json.loads((self.victim / "meta.json").read_text())
+
+    def extend_script(self, text, *labels):
+        """Have the runs, of all sets or of some, made by a script that ends in `text`."""
+        script = (self.victim / "train_gpt.py").read_bytes() + text.encode()
+        self.edit_all(lambda rows: rows[0].update(script_sha256=hashlib.sha256(script).hexdigest()), *labels)
+        return script
+
+    def replace(self, path, old, new):
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding="utf-8", newline="\n")
+
+    def move(self, name):
+        """Give the record another name, everywhere."""
+        self.victim = self.victim.rename(self.victim.with_name(name))
+        self.write(self.victim, self.meta() | dict(name=name, date=name[:10]))
+
+    def remove(self, i=1, label="runs"):
+        """A run that the record never had."""
+        shutil.rmtree(self.run(i, label))
+        meta = self.meta()
+        del meta[label][i]
+        self.write(self.victim, meta)
+
+    def delay(self, label, seconds, first=0):
+        """Have the runs of a set, from the `first` on, start `seconds` later, everywhere."""
+        meta = self.meta()
+        for entry in meta[label][first:]:
+            folder = self.victim / label / entry["run_id"]
+            entry["run_id"], utc = later(folder.name, seconds)
+            rows, folder = self.events(folder), folder.rename(folder.with_name(entry["run_id"]))
+            rows[0].update(run_id=folder.name, utc=utc)
+            self.rewrite(folder, rows)
+        self.write(self.victim, meta)
+
+    def problems(self):
+        """[[code, sentence]] of verify, which must fail, without a traceback, and end with its count."""
+        done = self.main("verify")
+        lines = done.out.splitlines()
+        assert done.code == 1 and done.err == "" and lines.pop().endswith(" failed"), done
+        return [line.partition(" ")[2].partition(" ")[2].split(": ", 1) for line in lines]
+
+
+def without(folder, *packages):
+    """A PYTHONPATH on which these packages cannot be imported."""
+    for name in packages:
+        (folder / "missing" / name).mkdir(parents=True)
+        (folder / "missing" / name / "__init__.py").write_text("raise ImportError('it is not here')")
+    return str(folder / "missing")
+
+
+def box(tmp_path_factory, folder, *left_out):
+    """A copy of the checkout without the files and folders of these patterns."""
+    root, ignore = made(tmp_path_factory).root, shutil.ignore_patterns(*left_out)
+    return Box(Path(shutil.copytree(root, folder / "checkout", symlinks=True, ignore=ignore)))

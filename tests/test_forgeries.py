@@ -1,0 +1,393 @@
+"""Forged records, each caught by the check that is meant. What the forger sealed afterwards is said of each: nothing,
+the hashes, or all that meta.json and README.md say, so that neither hash nor headline can do the work of a check."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import forge
+import pytest
+from forge import at, lower, overlay, swap
+
+FORGERIES, ON_BASELINES = [], []
+
+
+@pytest.fixture
+def box(tmp_path_factory, tmp_path):
+    return forge.box(tmp_path_factory, tmp_path, "*_Fast", "made", "embedded")
+
+
+@pytest.fixture
+def fast_box(tmp_path_factory, tmp_path):
+    """With the record that claims to be faster than its baseline."""
+    return forge.box(tmp_path_factory, tmp_path, "made", "embedded")
+
+
+def forgery(sealed, among=FORGERIES):
+    """Adds a forger: make(box) spoils a record, and returns the code and the words of the sentence to expect."""
+    return lambda make: among.append(pytest.param(make, sealed, id=make.__name__)) or make
+
+
+# ---- One edit of the events of one run, with a log that follows, and everything sealed
+
+EVENTS = dict(
+    loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "log-metrics", "[4.0]"),
+    loss_of_the_end_alone=(lambda rows: at(rows, "end").update(val_loss=4.0), "log-metrics", "says 4.0"),
+    knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5", "0.008"),
+    knob_of_one_run=(lambda rows: [rows[0][key].update(head_lr=0.5) for key in ("knobs", "changed")], "knobs",
+                     "recipes", "is 2", "be 1"),
+    seed_against_its_knob=(lambda rows: rows[0].update(seed=9), "seeds", "is 2", "be 9"),
+    seed_twice=(lambda rows: [rows[0].update(seed=1), rows[0]["knobs"].update(seed=1), rows[0]["changed"].pop("seed")],
+                "seeds", "[1]"),
+    tokens_doubled_at_a_step=(lambda rows: at(rows, "step", 10).update(tokens=5120), "tokens", "5120", "2560"),
+    tokens_doubled_at_the_end=(lambda rows: at(rows, "end").update(tokens=10240), "tokens", "10240", "5120"),
+    more_tokens_than_the_stream_has=(lambda rows: [shard.update(tokens=1000) for shard in rows[0]["data"]["train"]],
+                                     "tokens", "5120", "2000"),
+    rate_of_tokens=(lambda rows: at(rows, "end").update(tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
+    ranks_against_accumulation=(lambda rows: rows[0].update(grad_accum=3), "tokens", "is 3", "be 2"),
+    other_validation_in_one_run=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
+    fewer_tokens_validated=(lambda rows: at(rows, "val").update(val_tokens=300), "data", "is 300", "be 600"),
+    loss_that_is_nan=(lambda rows: at(rows, "step", 10).update(train_loss="nan"), "nan", "nan", "[]"),
+    step_missing=(lambda rows: rows.remove(at(rows, "step", 7)), "truncated", "6, 8", "6, 7, 8"),
+    validation_missing=(lambda rows: rows.remove(at(rows, "val", 10)), "truncated", "[0, 20]", "[0, 10, 20]"),
+    no_end=(lambda rows: rows.pop(), "truncated", "{}", "('complete', 0, 20)"),
+    end_before_the_last_step=(lambda rows: at(rows, "end").update(steps=19), "truncated", "19", "20"),
+    stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75), "truncated", "75", "complete"),
+    resumed=(lambda rows: rows.insert(1, dict(event="resume", step=5, from_run_id="20200101-000000-abcdef")), "track",
+             "resumed", "[]"),
+    ranks_of_one_run=(lambda rows: rows[0].update(world_size=2, grad_accum=1), "headline", "world_size", "2", "1"),
+    another_day_than_its_name=(lambda rows: rows[0].update(utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
+    clock_runs_during_validation=(lambda rows: rows.insert(*swap(rows, "clock", "val")), "clock", "the clock runs"),
+    wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[
+        rows.index(at(rows, "val", 10)) + 1 :] if "wall_s" in row], "clock", "gone back by"),
+    step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
+)
+
+
+# ---- One thing in meta.json, or the same in the events of all runs, and everything else sealed
+
+GPU = "NVIDIA H100 80GB HBM3"
+META = dict(
+    rounded_loss=(dict(result=dict(val_loss_mean=4.66)), "headline", "val_loss_mean is 4.66", "be 4.661"),
+    better_p=(dict(result=dict(p=1e-12)), "headline", "result.p is 1e-12"),
+    more_runs=(dict(result=dict(n=30)), "headline", "is 30", "be 3"),
+    gain_of_no_baseline=(dict(result=dict(gain_ms=500.0)), "headline", "is 500.0", "be None"),
+    knob_that_was_not_changed=(dict(changed=dict(steps=10)), "headline", "'steps': 10", "'steps': 20"),
+    other_hardware=(dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1")), "headline", GPU, "None"),
+    other_validation_stream_in_meta=(dict(data=dict(val_sha256="a" * 64)), "data", "a" * 64),
+    private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2", "**Data: private.**"),
+    arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001", "0.5"),
+    unknown_key=(dict(extra=1), "schema", "extra", "unknown"),
+    unknown_track=(dict(track="nowhere"), "track", "False", "True"),
+    switch_for_a_count=(dict(world_size=True), "schema", "world_size is True", "int"),
+    text_for_a_number=(dict(result=dict(val_loss_mean="4.6")), "schema", "'4.6'", "float"),
+    count_without_end=(dict(world_size=2**70), "schema", str(2**70)),
+    long_summary=(dict(summary="s" * 121), "schema", "120 characters"),
+    date_of_another_day=(dict(date="2020-01-01"), "schema", "2020-01-01"),
+)
+
+
+DATA = dict(
+    more_epochs_than_allowed=(lambda rows: [rows[0]["knobs"].update(epochs=3), *(
+        shard.update(tokens=1000) for shard in rows[0]["data"]["train"])], "track", "2.560 epochs", "1 are allowed"),
+    other_validation_stream=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
+    other_training_shard=(lambda rows: rows[0]["data"]["train"][0].update(sha256="a" * 64), "data",
+                          "SHA-256 over the training shards"),
+)
+
+
+def one_edit(change, *expected):
+    def make(box):
+        box.edit(change)
+        return expected
+    return make
+
+
+def one_claim(change, *expected):
+    def make(box):
+        meta = box.meta()
+        box.claims = {k: overlay(meta.get(k), v) if isinstance(v, dict) else v for k, v in change.items()}
+        return expected
+    return make
+
+
+def in_all_runs(change, *expected):
+    def make(box):
+        box.edit_all(change)
+        box.claims = dict(data=dict(box.events(box.run())[0]["data"], public=True))
+        return expected
+    return make
+
+
+FORGERIES += [pytest.param(in_all_runs(*row), "all", id=name) for name, row in DATA.items()]
+FORGERIES += [pytest.param(one_edit(*row), "all", id=name) for name, row in EVENTS.items()]
+FORGERIES += [pytest.param(one_claim(*row), "all", id=name) for name, row in META.items()]
+
+# ---- Losses and runs
+
+
+@forgery("nothing")
+def loss_in_log_and_metrics(box):
+    before = hashlib.sha256((box.run() / "metrics.jsonl").read_bytes()).hexdigest()
+    box.edit(lower)
+    return "seal", hashlib.sha256((box.run() / "metrics.jsonl").read_bytes()).hexdigest(), before
+
+
+@forgery("hashes")
+def loss_in_log_and_metrics_under_an_old_headline(box):
+    before = box.meta()["runs"][1]["val_loss"]
+    return "headline", box.edit(lower), before
+
+
+@forgery("all")
+def loss_in_the_log_alone(box):
+    box.replace(box.run() / "log.txt", "step:20/20 val_loss:4.6", "step:20/20 val_loss:4.5")
+    return "log-metrics", "'step:20/20 val_loss:4.5", "'step:20/20 val_loss:4.6"
+
+
+@forgery("all")
+def loss_in_metrics_alone(box):
+    log = (box.run() / "log.txt").read_bytes()
+    box.edit(lower)
+    (box.run() / "log.txt").write_bytes(log)
+    return "log-metrics", "'step:20/20 val_loss:4.6", "'step:20/20 val_loss:4.5"
+
+
+@forgery("all")
+def line_more_in_the_log(box):
+    box.replace(box.run() / "log.txt", "exit: 0 complete\n", "exit: 0 complete\nreviewed: fine\n")
+    return "log-metrics", "56 lines", "55"
+
+
+@forgery("all")
+def folders_of_two_runs_exchanged(box):
+    first, second = box.run(0), box.run(1)
+    for old, new in ((first, first.with_name("spare")), (second, first), (first.with_name("spare"), second)):
+        old.rename(new)
+    return "path", f"the folder {first.name}", f"the run {second.name}"
+
+
+@forgery("all")
+def run_of_the_other_arm_put_in_its_place(box):
+    rows, place = box.events(box.run(1, "arms/cold")), box.run()
+    rows[0].update(run_id=place.name)
+    box.rewrite(place, rows)
+    return "knobs", "is 2", "be 1"
+
+
+@forgery("all")
+def run_left_out(box):
+    rows = box.events(box.run())
+    box.remove()
+    return "left-out", f"logs/{rows[0]['run_id']}", "seed 2", f"{rows[-1]['val_loss']:.6f}"
+
+
+@forgery("all")
+def run_left_out_of_a_record_that_is_dated_before_it(box):
+    box.remove()
+    box.move("2020-01-01_Toy")
+    return "schema", "2020-01-01", box.run(0).name[:4]
+
+
+def curve_twice(pace, what):
+    def make(box):
+        rows, mine = box.events(box.run(0)), box.events(box.run())[0]
+        forge.retime(rows, pace)
+        box.rewrite(box.run(), [mine, *rows[1:]])
+        return "duplicate", box.run().name, what, box.run(0).name
+    return make
+
+
+for name, pace, what in ("curve_twice", 1, "training times"), ("curve_twice_with_other_times", 0.9, "losses"):
+    FORGERIES.append(pytest.param(curve_twice(pace, what), "all", id=name))
+
+
+@forgery("all")
+def run_in_two_records(box):
+    other = box.victim
+    box.victim = Path(shutil.copytree(other, other.with_name(f"{other.name}Two")))
+    box.move(box.victim.name)
+    return "duplicate", "run id", f"{other.name}/runs/{box.run().name}", f"{other.name}Two/runs/{box.run().name}"
+
+
+# ---- Times and tokens
+
+
+@forgery("all")
+def time_between_the_marks(box):
+    def shave(rows):
+        for row in rows[rows.index(at(rows, "step", 5)) :]:
+            if "train_ms" in row:
+                row["train_ms"] -= 5
+        forge.rate(rows)
+        before, after = at(rows, "step", 4), at(rows, "step", 5)
+        return after["train_ms"] - before["train_ms"], (after["wall_s"] - before["wall_s"]) * 1e3
+    grew, wall = box.edit(shave)
+    return "clock", f"{grew:.3f} ms", f"{wall:.3f} ms"
+
+
+def a_little_time_at_every_step(box):  # as much as the tolerance of 1 ms + 0.1 % hides
+    def shave(rows):
+        for i, row in enumerate(rows):
+            if "train_ms" in row:
+                row["train_ms"] -= 0.9 * sum(r["event"] == "step" for r in rows[: i + 1])
+        forge.rate(rows)
+    box.edit(shave)
+
+
+@forgery("all")
+def clock_stopped_where_nothing_is_validated(box):
+    def stop(rows):
+        place = rows.index(at(rows, "step", 5))
+        moment = {key: rows[place][key] for key in ("train_ms", "wall_s")}
+        for row in rows[place + 1 :]:
+            if "train_ms" in row:
+                row["train_ms"] -= 5
+        forge.rate(rows)
+        marks = [dict(event="clock", mark=mark, **moment) for mark in ("stop", "start")]
+        marks[1]["wall_s"] += 5e-3
+        rows[place + 1 : place + 1] = marks
+    box.edit(stop)
+    return "clock", "start"
+
+
+@forgery("all")
+def gpu_on_a_track_for_cpus(box):
+    box.edit_all(lambda rows: rows[0].update(gpu=GPU, gpu_count=1, gpu_memory_mib=81559, driver="1"))
+    box.claims = dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1"))
+    return "track", GPU
+
+
+# ---- Scripts and claims
+
+
+@forgery("all")
+def script_that_did_not_run(box):
+    (box.victim / "train_gpt.py").write_bytes(b"print('fast')\n")
+    return "script", box.meta()["script_sha256"], hashlib.sha256(b"print('fast')\n").hexdigest()
+
+
+def flag(text, word):
+    def make(box):
+        (box.victim / "train_gpt.py").write_bytes(box.extend_script(text))
+        return "forbidden", f"'{word}' in train_gpt.py"
+    return make
+
+
+for name, line, word in (("compile_flag", "config.coordinate_descent_tuning = True\n", "coordinate_descent_tuning"),
+                         ("compile_variable", "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'\n", "max_autotune")):
+    FORGERIES.append(pytest.param(flag(line, word), "all", id=name))
+
+
+@forgery("all", ON_BASELINES)
+def claim_that_two_runs_cannot_carry(box):
+    box.remove()
+    return "target", "n >= 3", "n = 2"
+
+
+@forgery("all", ON_BASELINES)
+def loss_above_the_target(box):
+    box.edit_all(lambda rows: lower(rows, -1), "runs")
+    return "target", "below 5.0", "it is 5.6"
+
+
+@forgery("all", ON_BASELINES)
+def baseline_that_was_as_fast(box):
+    box.edit_all(lambda rows: forge.retime(rows, 0.82), "baseline")
+    return "gain", "interleaved baseline"
+
+
+@forgery("all", ON_BASELINES)
+def baseline_of_another_hour(box):
+    box.delay("baseline", 600)
+    return "gain", "(p is None)"
+
+
+@forgery("all", ON_BASELINES)
+def baseline_in_one_piece_between_the_runs(box):
+    box.delay("runs", 600, first=1)
+    return "gain", "(p is None)"
+
+
+@forgery("all", ON_BASELINES)
+def baseline_with_other_knobs_than_the_parent(box):
+    box.edit_all(lambda rows: [rows[0][key].update(muon_lr=0.5) for key in ("knobs", "changed")], "baseline")
+    return "knobs", "muon_lr", "0.5", "0.05"
+
+
+@forgery("all", ON_BASELINES)
+def baseline_of_another_script_than_the_parent(box):
+    sha = hashlib.sha256(b"slow").hexdigest()
+    box.edit_all(lambda rows: rows[0].update(script_sha256=sha), "baseline")
+    return "script", sha, box.meta()["script_sha256"]
+
+
+@forgery("all", ON_BASELINES)
+def system_that_moves_the_loss(box):
+    box.claims = dict(claim="systems")
+    box.edit_all(lambda rows: lower(rows, 0.01), "runs")
+    return "target", "+-0.003", "(0.009"
+
+
+@forgery("all", ON_BASELINES)
+def reproduction_by_another_script(box):
+    box.claims, before = dict(claim="reproduction"), box.meta()["script_sha256"]
+    script = box.extend_script("# mine\n", "runs")
+    (box.victim / "train_gpt.py").write_bytes(script)
+    return "script", before, hashlib.sha256(script).hexdigest()
+
+
+ON_BASELINES += [pytest.param(one_claim(*row), "all", id=name) for name, row in dict(
+    parent_that_is_not_there=(dict(parent="2020-01-01_Nowhere"), "script", "2020-01-01_Nowhere"),
+    gain_left_open=(dict(result=dict(gain_ms=None)), "headline", "gain_ms is None"),
+    reproduction_with_other_knobs=(dict(claim="reproduction"), "knobs", "mlp_ratio"),
+).items()]
+
+
+def check(box, make, sealed):
+    code, *words = make(box)
+    if sealed != "nothing":
+        box.reseal(box.victim, sealed == "hashes", **box.claims)
+    found = box.problems()
+    assert any(problem[0] == code and all(str(word) in problem[1] for word in words) for problem in found), found
+    others = {problem[0] for problem in found} - {code}
+    assert not others & {"nothing": set(), "hashes": {"seal"}, "all": {"seal", "headline", "readme"}}[sealed], found
+
+
+@pytest.mark.parametrize("make, sealed", FORGERIES)
+def test_forgery(box, make, sealed):
+    check(box, make, sealed)
+
+
+@pytest.mark.parametrize("make, sealed", ON_BASELINES)
+def test_forgery_on_a_baseline(fast_box, make, sealed):
+    check(fast_box, make, sealed)
+
+
+def test_a_forger_without_a_forgery_passes(fast_box):
+    """Else what the tests above catch might be the sealing."""
+    for name in ("Toy", "Fast"):
+        fast_box.reseal(fast_box.record(name))
+    assert fast_box.main("verify") == (0, "2 records, 0 failed\n", "")
+
+
+# ---- What verify cannot show: forgeries without a contradiction, as the record Fast is one from end to end
+
+
+def exchange_the_script(box):
+    (box.victim / "train_gpt.py").write_bytes(box.extend_script("print('another')\n"))
+
+
+INVENTED = dict(
+    losses=in_all_runs(lambda rows: forge.shift(rows, -0.1)), times=in_all_runs(lambda rows: forge.retime(rows, 0.5)),
+    # shards are known by the hashes of the track, not by their lengths
+    tokens_to_read=in_all_runs(lambda rows: rows[0]["data"]["train"][0].update(tokens=10**9)),
+    script=exchange_the_script, tolerance=a_little_time_at_every_step)
+
+
+@pytest.mark.parametrize("make", INVENTED.values(), ids=INVENTED)
+def test_forgeries_without_a_contradiction_pass(box, make):
+    make(box)
+    box.reseal(box.victim, **box.claims)
+    assert box.main("list", "--write").code == 0
+    assert box.main("verify") == (0, "1 records, 0 failed\n", "")

@@ -1,0 +1,290 @@
+"""What strangers write: logs of the public speedrun, made here with all their quirks, and bytes that make no record."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import forge
+import pytest
+
+RULE = "=" * 100
+# Its lines look like rules and steps without being any.
+SOURCE = f'''import os
+"""
+step:1770/1770 val_loss:1.0000 train_time:1ms step_avg:1.00ms
+{"=" * 99}
+{"=" * 101}
+"""
+print0("=" * 100)
+print0(f"step:{{step}}/{{train_steps}} val_loss:{{val_loss:.4f}} train_time:{{ms:.0f}}ms step_avg:{{ms / step:.2f}}ms")
+# triton_kernels.py, glued behind the script
+peak memory allocated: 1 MiB
+'''
+SMI = """+-----------------------------------------------------------------------------------------+
+| NVIDIA-SMI 550.127.05             Driver Version: 550.127.05     CUDA Version: 12.6     |
+|-----------------------------------------+------------------------+----------------------+
+""" + "".join(f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:{i}9:00.0 Off |                    0 |\n"
+              for i in range(8))
+PUBLISHED = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2769, 3.2775, 3.2806, 3.2779, 3.2816]
+
+
+def steps_of(loss, steps=1770, ms=142000, unit="ms"):
+    time = lambda step: f"{ms * step // steps // (1 if unit == 'ms' else 1000)}{unit}"
+    lines = [f"step:0/{steps} val_loss:10.8258 train_time:0{unit} step_avg:nanms"]
+    lines += [f"step:{i}/{steps} train_time:{time(i)} step_avg:nanms" for i in range(1, 11)]
+    lines += [f"step:11/{steps} train_loss:7.5 train_time:{time(11)} step_avg:80.21ms lr:0.05 window:3"]
+    lines += [f"step:{steps // 2}/{steps} val_loss:3.6 train_time:{time(steps // 2)} step_avg:80.23ms"]
+    lines += [f"step:{steps}/{steps} val_loss:{loss:.4f} train_time:{time(steps)} step_avg:80.23ms"]
+    return "\n".join(lines) + "\n"
+
+
+def write_log(path, body, source=SOURCE, end="peak memory allocated: 39491 MiB reserved: 50528 MiB\n", newline="\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{source}\n{RULE}\nRunning Python 3.12.7\nRunning PyTorch 2.6.0\n{SMI}\n{RULE}\n{body}{end}"
+    path.write_text(text, encoding="utf-8", newline=newline)
+    return path
+
+
+def write_set(folder, values, **body):
+    for i, loss in enumerate(values):
+        write_log(folder / f"{i:02d}.txt", steps_of(loss, **body))
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path_factory):
+    return forge.made(tmp_path_factory)
+
+
+@pytest.fixture
+def box(tmp_path_factory, tmp_path):
+    return forge.box(tmp_path_factory, tmp_path, "*_Fast", "made", "embedded")
+
+
+# ---- Logs of the public speedrun
+
+
+@pytest.mark.parametrize("unit, newline, end", [
+    ("ms", "\n", "peak memory allocated: 39491 MiB reserved: 50528 MiB\n"),
+    ("ms", "\r\n", "peak memory consumption: 39491 MiB"), ("s", "\n", "peak memory: 39491 MiB\n")])
+def test_reading_a_log(toy, tmp_path, unit, newline, end):
+    body = steps_of(3.2791, unit=unit)
+    run = toy.runs.read_speedrun(write_log(tmp_path / "a log.txt", body, end=end, newline=newline))
+    assert run.vals == [(0, None, 10.8258, 0), (885, None, 3.6, 71000), (1770, None, 3.2791, 142000)]
+    assert run.steps == [(11, None, 7.5, 882 if unit == "ms" else 0)] and run.total == 1770 and run.complete
+    assert run.script == SOURCE.encode() and run.script_sha256 == hashlib.sha256(SOURCE.encode()).hexdigest()
+    assert (run.gpu, run.gpu_count, run.peak_mib) == ("NVIDIA H100 80GB HBM3", 8, 39491)
+    assert run.name == "a log" and run.start == {} and run.val_sha256 is None and not run.resumed
+
+
+@pytest.mark.parametrize("body, complete", [
+    (steps_of(3.28).replace("step:1770/1770", "step:1769/1770"), False),
+    (steps_of(3.28).replace("val_loss:3.2800", "val_loss:nan"), False),
+    (steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n", True)])
+def test_a_run_that_did_not_finish_is_not_complete(toy, tmp_path, body, complete):
+    assert toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body)).complete == complete
+
+
+@pytest.mark.parametrize("body, source", [
+    ("", SOURCE), (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE),
+    (steps_of(3.28) + steps_of(3.28, steps=1390), SOURCE),
+    (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), "")])
+def test_what_is_no_log_of_a_run_is_refused(toy, tmp_path, body, source):
+    with pytest.raises(toy.runs.Bad) as caught:
+        toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body, source))
+    assert caught.value.code == "schema" and "log.txt" in str(caught.value)
+
+
+def test_links_and_large_or_other_files_are_refused_before_reading(toy, tmp_path):
+    log, link, large = write_log(tmp_path / "log.txt", steps_of(3.28)), tmp_path / "link.txt", tmp_path / "large.txt"
+    link.symlink_to(log)
+    with open(large, "wb") as file:
+        file.truncate(9 << 20)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "short.txt").write_text(log.read_text().replace(f"\n{RULE}\n", f"\n{RULE[1:]}\n"))
+    for name, code, word in (("link", "path", "link"), ("large", "size", "9437184"), ("pipe", "path", "plain"),
+                             ("short", "schema", "100 '='"), ("none", "path", "No such file")):
+        with pytest.raises(toy.runs.Bad) as caught:
+            toy.runs.read_speedrun(tmp_path / f"{name}.txt")
+        assert caught.value.code == code and word in str(caught.value)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("/1770 ", f"/{'9' * 5000} "), ("train_time:142000ms", f"train_time:{'9' * 400}ms"), ("/1770 ", "/0 "),
+    ("train_time:142000ms", "train_time:0ms"), ("10.8258", "nan")],
+    ids=["count_without_end", "time_without_end", "no_steps", "no_time", "first_loss_nan"])
+def test_absurd_numbers_in_a_log_are_refused_or_borne(box, old, new):
+    body = steps_of(3.28).replace(" train_loss:7.5", "").replace(old, new).replace("step:1770/0", "step:0/0")
+    logs = [write_log(box.root / "odd" / f"{x}.txt", body.replace("3.2800", x)) for x in ("3.2810", "3.2790")]
+    for argv in (("import", *logs), ("compare", *logs), ("plot", *logs), ("plot", logs[0])):
+        done = box.main(*argv)
+        assert done.code in (0, 2, 3) and "Traceback" not in done.err
+
+
+def test_import_groups_logs_by_the_hash_of_their_source(box):
+    logs, sha = box.root / "logs of others", hashlib.sha256(SOURCE.encode()).hexdigest()[:12]
+    write_set(logs / "a", PUBLISHED[:3])
+    write_log(logs / "b" / "crlf.txt", steps_of(3.28), newline="\r\n")
+    write_log(logs / "b" / "died.txt", steps_of(3.28).replace("step:1770/1770", "step:1769/1770"))
+    write_log(logs / "b" / "other.txt", steps_of(3.27), SOURCE + "# other\n")
+    (logs / "b" / "not\x1b[31m.txt").write_text("hello")
+    (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
+    done = box.main("import", logs / "a", logs / "b", logs / "link.txt", logs / "a" / "00.txt")
+    other = hashlib.sha256(f"{SOURCE}# other\n".encode()).hexdigest()[:12]
+    skipped = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
+    assert done.code == 0 and len(skipped) == 2 and "link.txt is a link" in skipped[1] and "\x1b" not in done.out
+    assert f"peers/{other}: 1 logs, 1 complete" in done.out and f"  {sha}: loss 3.27" in done.out
+    for folder, count, source in ((sha, 5, SOURCE), (other, 1, f"{SOURCE}# other\n")):
+        assert (box.root / "peers" / folder / "train_gpt.py").read_text() == source
+        assert len(list((box.root / "peers" / folder).glob("*.txt"))) == count
+    assert "/peers/" in (forge.ROOT / ".gitignore").read_text().splitlines()
+    assert box.main("compare", sha, other).code == 3  # there is one run of the other source
+    assert box.main("import", logs / "b" / "not\x1b[31m.txt").code == 2
+
+
+def test_compare_of_two_public_sets(toy, tmp_path):
+    write_set(tmp_path / "old", PUBLISHED)
+    write_set(tmp_path / "new", [loss - 0.01 for loss in PUBLISHED], steps=1600, ms=120000)
+    done = toy.main("compare", tmp_path / "old", tmp_path / "new")
+    assert done.code == 0 and "new - old: -0.0100, 95 % interval " in done.out and "losses compare only if" in done.out
+    assert "1770 and 1600 steps (-170), and the time is x 0.845" in done.out and "not one kind" not in done.out
+    assert "old: loss 3.2784 (sd 0.0014, n = 13); 1770 steps in 142.00 (" in done.out
+    assert "peak 39491 MiB; 8 x NVIDIA H100" in done.out
+    write_set(tmp_path / "quick", PUBLISHED[::-1], ms=71000)
+    done = toy.main("compare", tmp_path / "old", tmp_path / "quick")
+    assert done.code == 3 and "quick takes x 0.500 of old's" in done.out
+
+
+def test_a_set_of_two_lengths_is_no_set(toy, tmp_path):
+    write_set(tmp_path / "set", PUBLISHED[:2])
+    write_log(tmp_path / "set" / "short.txt", steps_of(3.28, steps=1390))
+    done = toy.main("compare", tmp_path / "set", toy.record("Toy").name)
+    assert done.code == 2 and "of 2 recipes" in done.err
+
+
+def test_a_public_set_against_ours(toy, tmp_path):
+    write_set(tmp_path / "public", PUBLISHED)
+    done = toy.main("compare", tmp_path / "public", toy.record("Toy").name)
+    assert done.code == 0 and "note: public logs do not name their validation tokens" in done.out
+    assert "note: not one kind of machine" in done.out and "1770 and 20 steps (-1750)" in done.out
+    assert "--- public\n" in done.out and "lines more\n" in done.out
+    for sets in ([tmp_path / "public"], [tmp_path / "public", toy.record("Toy").name], [tmp_path / "public"] * 2):
+        out = tmp_path / f"{len(sets)}.png"
+        assert toy.main("plot", *sets, "--out", out).code == 0
+        assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and out.stat().st_size <= 100 * 1024
+
+
+# ---- Bytes that are no JSON of the format, no file of a record, or no table of its numbers
+
+
+LOSS = '"event": "step", "step": 20, "tokens": 5120, "train_loss": '
+METRICS = "runs/*/metrics.jsonl"
+RAW = dict(
+    nan_as_a_number=(METRICS, LOSS, LOSS + "NaN, \"x\": ", "nan", "NaN"),
+    infinity_as_a_number=(METRICS, LOSS, LOSS + "-Infinity, \"x\": ", "nan", "-Infinity"),
+    number_beyond_all_floats=(METRICS, LOSS, LOSS + "1e999, \"x\": ", "nan", "1e999"),
+    number_beyond_all_floats_in_meta=("meta.json", '"n": 3', '"n": 1e999', "nan", "1e999"),
+    unknown_key_in_an_event=(METRICS, LOSS, '"note": 1, ' + LOSS, "schema", "note is unknown"),
+    key_twice_in_an_event=(METRICS, LOSS, LOSS + "4.0, \"train_loss\": ", "schema", "key twice"),
+    key_twice_in_meta=("meta.json", '"n": 3', '"n": 3, "n": 30', "schema", "key twice"),
+    switch_for_a_step=(METRICS, '"step": 1,', '"step": true,', "schema", "step is True"),
+    digits_of_another_script=("meta.json", '"n": 3', '"n": \u0663', "schema", "not JSON"),
+    digits_of_another_script_in_an_event=(METRICS, '"step": 1,', '"step": \u0661,', "schema", "not ascii"),
+    event_of_no_kind=(METRICS, '"event": "val"', '"event": "vale"', "schema", "vale"),
+    deep_json=("meta.json", '"summary": "a toy"', '"summary": ' + "[" * 50000 + "]" * 50000, "schema", "not JSON"),
+    table_in_its_readme=("README.md", "n = 3)", "n = 30)", "readme", "n = 30)", "n = 3)"),
+    no_table_in_its_readme=("README.md", "| set | run |", "", "readme", "| set | run |"),
+    list_in_the_top_readme=("../../README.md", "| 3 |", "| 30 |", "readme", "list --write"),
+)
+
+
+@pytest.mark.parametrize("name, old, new, code, words", [(*row[:4], row[4:]) for row in RAW.values()], ids=RAW)
+def test_bytes(box, name, old, new, code, words):
+    box.replace(next(box.victim.glob(name)), old, new)
+    if "metrics" in name:
+        box.reseal(box.victim, hashes_alone=True)
+    found = box.problems()
+    assert any(problem[0] == code and all(word in problem[1] for word in words) for problem in found), found
+    assert "seal" not in {problem[0] for problem in found}
+
+
+def linked(path):
+    """The same content behind a link."""
+    aside = path.rename(path.parents[3] / "aside" if "runs" in path.parts else path.parents[1] / "aside")
+    path.symlink_to(aside)
+
+
+def arm_twice(box):
+    meta = box.meta()
+    lie = dict(meta["arms"][0], runs=[dict(run, val_loss=1.0) for run in meta["arms"][0]["runs"]])
+    box.write(box.victim, meta | dict(arms=[lie, *meta["arms"]]))
+
+
+def write(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def stray_run(folder):
+    return lambda box: write(box.victim / folder / "20200101-000000-abcdef" / "log.txt")
+
+
+FILES = dict(
+    log_that_is_a_link=(lambda box: linked(box.run() / "log.txt"), "path", "log.txt is a link"),
+    run_that_is_a_link=(lambda box: linked(box.run()), "path", "is a link"),
+    script_that_is_a_link=(lambda box: linked(box.victim / "train_gpt.py"), "path", "train_gpt.py is a link"),
+    record_that_is_a_link=(lambda box: linked(box.victim), "path", "YYYY-MM-DD"),
+    log_too_large=(lambda box: write(box.run() / "log.txt", b"x" * 1100000), "size", "bytes, and "),
+    pictures_too_large=(lambda box: [write(box.victim / f"{i}.png", b"x" * 60000) for i in "ab"], "size", "120000"),
+    record_too_large=(lambda box: write(box.victim / "a.png", b"x" * (1 << 20)), "size", "1048576"),
+    file_of_no_kind=(lambda box: write(box.victim / "notes.txt"), "path", "notes.txt"),
+    script_within_a_run=(lambda box: write(box.run() / "train_gpt.py"), "path", "train_gpt.py"),
+    run_that_meta_does_not_list=(stray_run("runs"), "path", "20200101-000000-abcdef"),
+    baseline_that_meta_does_not_list=(stray_run("baseline"), "path", "20200101-000000-abcdef"),
+    arm_that_meta_does_not_list=(stray_run("arms/ghost"), "path", "arms/"),
+    run_that_is_not_there=(lambda box: shutil.rmtree(box.run()), "path", "runs/ holds"),
+    no_meta=(lambda box: (box.victim / "meta.json").unlink(), "path", "meta.json"),
+    arm_twice=(arm_twice, "path", "cold', 'cold"),
+    metrics_cut_within_a_line=(lambda box: write(box.run() / "metrics.jsonl", (
+        box.run() / "metrics.jsonl").read_bytes()[:-30]), "truncated", "within a line"),
+)
+
+
+@pytest.mark.parametrize("spoil, code, words", [(*row[:2], row[2:]) for row in FILES.values()], ids=FILES)
+def test_files(box, spoil, code, words):
+    spoil(box)
+    found = box.problems()
+    assert any(problem[0] == code and all(word in problem[1] for word in words) for problem in found), found
+
+
+def test_control_characters_are_printed_escaped(box):
+    """An author who would colour the terminal, turn the direction of writing, or break the line of a table."""
+    box.write(box.victim, box.meta() | dict(author="\x1b[31m \u202e\ud800\n| x |", summary="\x1b[2J"))
+    readme = (box.victim / "README.md").read_text(encoding="utf-8")
+    assert "by \\x1b[31m \\u202e\\ud800\\n| x |." in readme
+    box.replace(box.victim / "README.md", "by \\x1b", "by me \\x1b")
+    for done in (box.main("verify"), box.main("list"), box.main("compare", box.victim.name, box.run().name)):
+        assert done.code in (0, 1, 3) and (done.out + done.err).replace("\n", "").isprintable()
+
+
+def test_a_schedule_too_long_to_list_is_refused_at_once(box):
+    """Steps by the billion, each to be validated, in a process that may take 2 GB."""
+    rows = box.events(box.run())
+    rows[0]["knobs"].update(steps=10**12, val_every=1)
+    (box.run() / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); " \
+            "sys.argv[1:] = ['verify']; runpy.run_path('records/records.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limit], cwd=box.root, env=box.environment, capture_output=True,
+                          encoding="utf-8")
+    assert done.returncode == 1 and done.stderr == "" and " failed" in done.stdout.splitlines()[-1]
+    assert any(f"FAIL {box.victim.name} {code}: " in done.stdout for code in ("size", "truncated"))
+
+
+def test_a_time_too_short_to_divide_by_is_a_problem_of_the_clock(box):
+    rows = box.events(box.run())
+    rows[3]["train_ms"] = 1e-310
+    (box.run() / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "clock" in {problem[0] for problem in box.problems()}
