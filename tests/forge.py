@@ -41,6 +41,7 @@ class Done(NamedTuple):
 def load(folder):
     """The modules of a records/ folder, their paths its own; the import system forgets them again."""
     names, kept, bare = ("runs", "sets", "trials", "records"), sys.path[:], sys.dont_write_bytecode
+    loaded = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # those of another folder
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = False  # compiled once, and copied with the checkout
     try:
@@ -50,6 +51,7 @@ def load(folder):
         sys.path[:], sys.dont_write_bytecode = kept, bare
         for name in names:
             sys.modules.pop(name, None)
+        sys.modules.update(loaded)
 
 
 class Checkout:
