@@ -51,8 +51,23 @@ from runs import (
     read_run,
     read_tracks,
     safe,
+    train_sha256,
 )
-from sets import LIST_MARKS, LOGS, ROOT, Undecided, find_record, folders, listing, p_below, tables, welch, write_list
+from sets import (
+    LIST_MARKS,
+    LOGS,
+    ROOT,
+    Undecided,
+    find_record,
+    folders,
+    listing,
+    losses,
+    p_below,
+    tables,
+    times,
+    welch,
+    write_list,
+)
 
 # ---- Checks of a record
 
@@ -62,12 +77,6 @@ def same(found, wanted, digits: float = 1e-9) -> bool:
         return len(found) == len(wanted) and all(same(f, w, digits) for f, w in zip(found, wanted))
     numbers = isinstance(found, (int, float)) and isinstance(wanted, (int, float))
     return math.isclose(found, wanted, rel_tol=digits, abs_tol=1e-12) if numbers else found == wanted
-
-def losses(runs: list[Run]) -> list[float]:
-    return [run.val_loss for run in runs]
-
-def times(runs: list[Run]) -> list[float]:
-    return [run.train_ms for run in runs]
 
 def interleaved(a: list[Run], b: list[Run]) -> bool:
     """Did these runs alternate, on one kind of machine? Run ids begin with the start time."""
@@ -104,8 +113,11 @@ def defaults(script: bytes) -> dict:
                     found[node.target.id] = list(value) if isinstance(value, tuple) else value
     return found
 
+def all_runs(record: Record) -> list[Run]:
+    return [run for runs in record.sets.values() for run in runs]
+
 def whole(record: Record) -> bool:
-    return all(run.complete for runs in record.sets.values() for run in runs)
+    return all(run.complete for run in all_runs(record))
 
 def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
     """Everything but the duplicates, which need the other records. Undecided if scipy is missing, at the end."""
@@ -136,7 +148,7 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
 
 def check_meta(record: Record) -> Iterator[Problem]:
     """meta.json against the script and the runs."""
-    meta, first, every = record.meta, record.sets["runs"][0], [run for runs in record.sets.values() for run in runs]
+    meta, first, every = record.meta, record.sets["runs"][0], all_runs(record)
     public = {k: v for k, v in meta["data"].items() if k != "public"}
     rows = [("script", "SHA-256 of train_gpt.py", hashlib.sha256(record.script).hexdigest(), meta["script_sha256"]),
             ("schema", "name in meta.json", meta["name"], record.folder.name),
@@ -185,8 +197,7 @@ def check_parent(record: Record) -> Iterator[Problem]:
 
 def check_track(record: Record, track: dict) -> Iterator[Problem]:
     data, hardware = record.meta["data"], record.meta["hardware"]
-    stream = hashlib.sha256("".join(f["sha256"] or "" for f in data["train"]).encode()).hexdigest()
-    runs, most = [run for runs in record.sets.values() for run in runs], track["train"]["max_epochs"]
+    stream, runs, most = train_sha256(data), all_runs(record), track["train"]["max_epochs"]
     read, held = max(run.end.get("tokens", 0) for run in runs), sum(f["tokens"] for f in data["train"])
     epochs = read / max(held, 1)
     allowed = track["hardware"]["gpu"]
@@ -204,7 +215,7 @@ def check_track(record: Record, track: dict) -> Iterator[Problem]:
 
 def check_left_out(record: Record) -> Iterator[Problem]:
     """Complete runs in `logs/` of this script and these knobs. Runs of a later day cannot have been left out."""
-    known = {run.name for runs in record.sets.values() for run in runs} | {r["run_id"] for r in record.meta["left_out"]}
+    known = {run.name for run in all_runs(record)} | {r["run_id"] for r in record.meta["left_out"]}
     recipe, last = record.sets["runs"][0].recipe, record.meta["date"].replace("-", "")
     for run in complete_runs():
         if run.name not in known and run.name[:8] <= last and run.recipe == recipe:
@@ -213,12 +224,8 @@ def check_left_out(record: Record) -> Iterator[Problem]:
 
 @functools.cache
 def complete_runs() -> list[Run]:
-    """Those of `logs/`; the others died, or are not of this format."""
-    found = []
-    for folder in sorted(LOGS.glob("*")):
-        with contextlib.suppress(Bad, OSError):
-            found.append(read_run(folder))
-    return [run for run in found if run.complete]
+    """Those of `logs/`, read once for all records."""
+    return sets.complete_runs(LOGS.glob("*"))
 
 def check_tests(record: Record, track: dict) -> Iterator[Problem]:
     """p, target and gain: what needs scipy, and what the claim asserts."""
@@ -287,7 +294,7 @@ def verify(names: list[str]) -> int:
     failed = {name for name, *_ in problems}
     if not names and not problems:
         text = decode(read_bytes(ROOT / "README.md", LIMITS["README.md"]), "README.md", "utf-8")
-        if listing(None) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS):
+        if listing(None, read) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS):
             problems.append(("README.md", "readme", "its list of records is not what list --write writes"))
     problems = [row for row in problems if not names or row[0] in names]
     for name, code, sentence in problems:
@@ -354,8 +361,8 @@ def add(args) -> int:
         (part / "train_gpt.py").write_bytes(runs[0].script)
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         (part / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
-        record = read_record(part)
-        doubled = check_duplicates([*map(read_record, folders()), record])
+        record, others = read_record(part), [read_record(folder) for folder in folders()]
+        doubled = check_duplicates([*others, record])
         problems = [*check_record(record, tracks), *(problem for where, *problem in doubled if where == name)]
         for code, sentence in problems:
             print(f"FAIL {name} {code}: {safe(sentence)}")
@@ -364,7 +371,7 @@ def add(args) -> int:
             return 1
         part.rename(RECORDS / name)
         print(f"records/{name} is made. Say in its README.md, below the table, what changed and why.")
-        write_list()
+        write_list(sorted([*others, record], key=lambda r: r.folder.name))
         return 0
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
@@ -416,9 +423,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training under way is ended too
-    args, rest = parser().parse_known_args(argv)
+    top = parser()
+    args, rest = top.parse_known_args(argv)
     if rest and args.command != "trial":
-        parser().error(f"unknown: {safe(' '.join(rest))}")
+        top.error(f"unknown: {safe(' '.join(rest))}")
     commands = {"list": sets.list_records, "verify": lambda args: verify(args.names), "add": add,
                 "rerun": lambda args: trials.rerun(args, verify), "compare": sets.compare, "plot": sets.plot,
                 "import": sets.import_logs, "trial": lambda args: trials.trial(args, rest)}

@@ -2,8 +2,7 @@
 
 All of it may come from strangers. Nothing is executed, no link is followed, no file is opened before its size is known,
 JSON is strict, and what is shown of a stranger's text goes through `safe`. A check yields (code, sentence with both
-values); the codes, and what none of them can show, stand in records/README.md. What compares a record with its track
-and with other records is in records.py.
+values); the codes, and what none of them can show, stand in records/README.md.
 """
 
 import hashlib
@@ -24,12 +23,11 @@ KIB = 1024
 LIMITS = {"log.txt": 8 * KIB * KIB, "metrics.jsonl": 8 * KIB * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
           "README.md": 128 * KIB}  # bytes of one file; those of a record are limited together
 RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * KIB, 8 * KIB * KIB
-# Knobs that say where files lie: never compared. Those of the script's dataclass that are marked `place`.
+# Knobs that say where files lie, marked `place` in the script's dataclass: never compared.
 PLACES = ("data_dir", "bpe_file", "resume", "save", "weights")
 CLAIMS = ("reference", "record", "systems", "reproduction", "result", "negative")
 TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
 PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
-
 Problem = tuple[str, str]
 
 class Bad(Exception):
@@ -117,9 +115,8 @@ def fit(value, spec, where: str) -> None:
 ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
 NAME, DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}_[A-Za-z0-9]{1,40}"), re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
-UTC = re.compile("[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
-REASON = re.compile(r".*\w.*", re.S)
+REASON, UTC = re.compile(r".*\w.*", re.S), re.compile("[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z")
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
@@ -239,15 +236,18 @@ def read_run(folder: Path) -> Run:
     return Run(folder.name, folder, script, start["script_sha256"], start["knobs"]["steps"], *curves, start, end,
                events, log, start["gpu"], start["gpu_count"], end.get("peak_train_mib"), hashes)
 
+def train_sha256(data: dict) -> str:
+    """One hash of all training shards, hex: over the hashes of the files, in order."""
+    return hashlib.sha256("".join(f["sha256"] or "" for f in data["train"]).encode()).hexdigest()
+
 def log_lines(run: Run) -> list[str]:
     """log.txt as the events imply it, line by line."""
     digits = lambda value, spec="": "n/a" if value is None else format(float(value) if spec else value, spec)
-    start, end, d = run.start, run.end, run.start["data"]
-    whole = hashlib.sha256("".join(f["sha256"] or "" for f in d["train"]).encode()).hexdigest()
+    start, end, d, shards = run.start, run.end, run.start["data"], run.start["data"]["train"]
     head = dict(start, started=start["utc"], changed=json.dumps(start["changed"]),
                 fp8=f"{'on' if start['fp8']['on'] else 'off'} {start['fp8']['reason']}",
                 data_val=f"{d['val_tokens']} tokens {d['val_sha256'][:12]}",
-                data_train=f"{len(d['train'])} files {sum(f['tokens'] for f in d['train'])} tokens {whole[:12]}")
+                data_train=f"{len(shards)} files {sum(f['tokens'] for f in shards)} tokens {train_sha256(d)[:12]}")
     lines = ["train_gpt log 1"] + [f"{key}: {digits(head[key])}" for key in (
         "run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 attention "
         "data_val data_train").split()]

@@ -1,5 +1,6 @@
 """The list of records, and sets of runs that differ by their seed alone: statistics, comparing, drawing, importing."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -14,6 +15,7 @@ from runs import (
     SPEEDRUN_LOG,
     TABLE,
     Bad,
+    Record,
     Run,
     check_run,
     entries,
@@ -31,7 +33,15 @@ LIST_MARKS = "<!-- records: written by records.py list --write -->", "<!-- end o
 class Undecided(Exception):
     """Exit code 3: more runs, or a library, are needed."""
 
-# ---- The list
+# ---- Runs and records that are here
+
+def complete_runs(folders) -> list[Run]:
+    """Of these run folders, by name; the others died, are still written, or are not of this format."""
+    found = []
+    for folder in sorted(folders):
+        with contextlib.suppress(Bad, OSError):
+            found.append(read_run(folder))
+    return [run for run in found if run.complete]
 
 def folders() -> list[Path]:
     return sorted(path for path in RECORDS.glob("[0-9]*") if path.is_dir() or path.is_symlink())
@@ -45,9 +55,14 @@ def find_record(name: str) -> Path:
         raise Bad("path", f"there is no record, run or log {safe(name, 80)}; the records are {names or 'none'}")
     return found[0]
 
-def listing(only: str | None) -> str:
+# ---- Tables
+
+def show(value, spec: str) -> str:
+    return "n/a" if value is None else format(value, spec)
+
+def listing(only: str | None, records: list[Record]) -> str:
     """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
-    tracks, metas, out = read_tracks(), [read_record(folder).meta for folder in folders()], [LIST_MARKS[0]]
+    tracks, metas, out = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]]
     if only and only not in tracks:
         raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
     for name, track in tracks.items():
@@ -68,7 +83,7 @@ def listing(only: str | None) -> str:
     return "\n".join([*out, LIST_MARKS[1]])
 
 def row(meta: dict, timed: bool) -> str:
-    r, show = meta["result"], lambda value, spec: "n/a" if value is None else format(value, spec)
+    r = meta["result"]
     gain = r["gain_ms"] / 1e3 if timed and r["gain_ci_ms"] else None  # only from interleaved runs
     time = f"{r['train_time_ms_median'] / 1e3:.1f}" if timed else "not ranked"
     cells = [f"[{meta['name']}](records/{meta['name']})", meta["claim"], time, f"{r['val_loss_mean']:.4f}",
@@ -76,24 +91,24 @@ def row(meta: dict, timed: bool) -> str:
              show(gain, ".2f")]
     return f"| {' | '.join(cells)} |"
 
-def write_list() -> None:
+def write_list(records: list[Record]) -> None:
     path = ROOT / "README.md"
     readme = path.read_text(encoding="utf-8")
-    (before, _, rest), whole = readme.partition(LIST_MARKS[0]), listing(None)
+    (before, _, rest), whole = readme.partition(LIST_MARKS[0]), listing(None, records)
     if LIST_MARKS[1] not in rest:
         raise Bad("readme", f"README.md lacks the lines '{LIST_MARKS[0]}' and '{LIST_MARKS[1]}'")
     path.write_text(before + whole + rest.partition(LIST_MARKS[1])[2], encoding="utf-8", newline="\n")
 
 def list_records(args) -> int:
-    print("\n".join(listing(args.track).split("\n")[1:-1]).strip())
+    records = [read_record(folder) for folder in folders()]
+    print("\n".join(listing(args.track, records).split("\n")[1:-1]).strip())
     if args.write:
-        write_list()
+        write_list(records)
     return 0
 
 def tables(meta: dict) -> str:
     """The generated part of a record's README.md."""
     r, h, s = meta["result"], meta["hardware"], meta["software"]
-    show = lambda value, spec: "n/a" if value is None else format(value, spec)
     rows = [f"Track `{meta['track']}`, claim `{meta['claim']}`, parent `{meta['parent'] or 'none'}`, by "
             f"{meta['author']}.", "",
             "| set | run | seed | validation loss | training time, ms | steps | peak MiB, training / validation |",
@@ -154,6 +169,12 @@ def spread(values: list[float], digits: str = ".4f") -> str:
 
 # ---- Sets
 
+def losses(runs: list[Run]) -> list[float]:
+    return [run.val_loss for run in runs]
+
+def times(runs: list[Run]) -> list[float]:
+    return [run.train_ms for run in runs]
+
 @dataclass
 class Set:
     """Runs of one recipe that differ by their seed alone."""
@@ -162,13 +183,11 @@ class Set:
     script: bytes | None
     track: str | None = None
 
-    losses = property(lambda self: [run.val_loss for run in self.runs])
-    times = property(lambda self: [run.train_ms for run in self.runs])
+    losses = property(lambda self: losses(self.runs))
+    times = property(lambda self: times(self.runs))
 
 def runs_at(path: Path) -> list[Run]:
-    """All runs of a record, a run folder, a folder of either kind of run, or one log of the public speedrun."""
-    if (path / "meta.json").exists():
-        return read_record(path).sets["runs"]
+    """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
     if path.is_file():
         return [read_speedrun(path)]
     if (path / "metrics.jsonl").exists():
@@ -183,9 +202,11 @@ def load(text: str) -> Set:
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
-        found += runs_at(path)
         if (path / "meta.json").exists():
-            track = read_record(path).meta["track"]
+            record = read_record(path)
+            found, script, track = found + record.sets["runs"], record.script, record.meta["track"]
+            continue
+        found += runs_at(path)
         if (path / "train_gpt.py").exists():
             script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
     runs = [run for run in found if run.complete]
@@ -265,15 +286,14 @@ def draw(axis, column: int, scale: float, s: Set, color: str, lift: int, dense: 
     if any(p[column] is None for run in s.runs for p in run.vals):
         return []  # a public log says nothing of tokens
     points = [[p for p in (run.steps if dense else run.vals) if p[2] is not None] for run in s.runs]
-    xs, ys = ([[p[i] / k if p[i] is not None else math.nan for p in curve] for curve in points]
-              for i, k in ((column, scale), (2, 1)))
+    xs, ys = ([[p[i] / k for p in curve] for curve in points] for i, k in ((column, scale), (2, 1)))
     for x, y in zip(xs, ys):
         axis.plot(x, y, color=color, lw=0.4, alpha=0.6)
     x, columns = [statistics.fmean(v) for v in zip(*xs)], list(zip(*ys))
     mean, sd = [statistics.fmean(v) for v in columns], [statistics.pstdev(v) for v in columns]
     axis.plot(x, mean, color=color, lw=1.4)
     axis.fill_between(x, *([m + k * d for m, d in zip(mean, sd)] for k in (-1, 1)), color=color, alpha=0.25, lw=0)
-    ends = [(run.vals[-1][column] or 0) / scale for run in s.runs]
+    ends = [run.vals[-1][column] / scale for run in s.runs]
     axis.plot(ends, s.losses, "o", color=color, ms=3, mfc="none")
     if column == 3:
         axis.annotate(f"{s.label}\n{spread(s.losses)}", (min(ends), max(s.losses)), xytext=(-8, 50 + lift), fontsize=7,

@@ -20,24 +20,33 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, read_run, safe
-from sets import LOGS, ROOT, Set, Undecided, compare_sets, describe, diff, distributions, find_record, prediction, welch
+from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, safe
+from sets import (
+    LOGS,
+    ROOT,
+    Set,
+    Undecided,
+    compare_sets,
+    complete_runs,
+    describe,
+    diff,
+    distributions,
+    find_record,
+    losses,
+    prediction,
+    times,
+    welch,
+)
 
 # ---- Starting a script, and finding its run
 
-def runs_of(sha: str, knobs: list[str], seed: int, only: set[Path] | None = None) -> list[Run]:
-    """Complete runs in logs/ of this script, seed and arguments, what run.sh adds aside; oldest first."""
+def runs_of(runs: list[Run], sha: str, knobs: list[str], seed: int) -> list[Run]:
+    """Those of this script, seed and arguments, what run.sh adds aside."""
     places, split = {f"--{name}" for name in PLACES}, [knob.partition("=") for knob in knobs]
     wanted = {f"{name}={Path(value).name if name in places else value}" for name, _, value in split}
-    added, found = ("--preset=", "--data_dir=", "--bpe_file=", "--save=", "--seed="), []
-    for folder in sorted(LOGS.glob("*") if only is None else only):
-        with contextlib.suppress(Bad):  # died, or another process still writes it
-            run = read_run(folder)
-            given = set(run.start["argv"])
-            if (run.complete and (run.script_sha256, run.seed) == (sha, seed) and wanted <= given
-                    and all(argument.startswith(added) for argument in given - wanted)):
-                found.append(run)
-    return found
+    added, given = ("--preset=", "--data_dir=", "--bpe_file=", "--save=", "--seed="), lambda run: set(run.start["argv"])
+    return [run for run in runs if (run.script_sha256, run.seed) == (sha, seed) and wanted <= given(run)
+            and all(argument.startswith(added) for argument in given(run) - wanted)]
 
 def launch(script: Path, knobs: list[str], seed: int, title: str, nproc: int = 0, python: str = "") -> Run:
     """Start `./run.sh script knobs --seed`, show its validations, and return its complete run."""
@@ -65,7 +74,7 @@ def launch(script: Path, knobs: list[str], seed: int, title: str, nproc: int = 0
     if child.returncode in (75, 130, -signal.SIGINT, -signal.SIGKILL):
         raise Undecided("stopped in this run, which will start again; finished runs are kept: give the same command")
     sha = hashlib.sha256(script.read_bytes()).hexdigest()
-    new = runs_of(sha, knobs, seed, set(LOGS.glob("*")) - before)
+    new = runs_of(complete_runs(set(LOGS.glob("*")) - before), sha, knobs, seed)
     if child.returncode or not new:
         if child.returncode != 2:  # which comes with one sentence, on the standard error
             print(*map(safe, tail), sep="\n")
@@ -86,11 +95,10 @@ def stream_hash(paths: list[Path], tokens: int | None = None) -> str | None:
                 left -= len(piece)
     return None if left or not paths else digest.hexdigest()
 
-def find_data(data: dict, given: str | None) -> Path:
+def find_data(data: dict, given: str | None, python: str) -> Path:
     """The folder whose shards are those of a record. Bad, with the hashes needed, if there is none."""
     embedded = ROOT / "data" / "embedded"
     if not given and data["encoding"] == "bytes" and not (embedded / "manifest.json").exists():
-        python = os.environ.get("PYTHON") or sys.executable
         subprocess.run([python, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", embedded], check=False)
     for folder in [Path(given)] if given else sorted((ROOT / "data").glob("*/")):
         train, val = (sorted(folder.glob(f"*{name}*.bin")) for name in ("train", "val"))
@@ -143,16 +151,15 @@ def rerun(args, verify: Callable) -> int:
         return code
     record = read_record(find_record(args.name))
     meta, runs = record.meta, record.sets["runs"]
-    losses, times = [run.val_loss for run in runs], [run.train_ms for run in runs]
-    (mean, half), sd, nproc = prediction(losses), statistics.stdev(losses), args.nproc or meta["world_size"]
+    (mean, half), sd = prediction(losses(runs)), statistics.stdev(losses(runs))
+    nproc, python = args.nproc or meta["world_size"], os.environ.get("PYTHON") or sys.executable
     if meta["parent"] and (RECORDS / meta["parent"]).is_dir():
         parent = read_record(RECORDS / meta["parent"])
         print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
     else:
         print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")
-    data, taken = find_data(meta["data"], args.data), {run.seed: run for run in runs}
+    data, taken = find_data(meta["data"], args.data, python), {run.seed: run for run in runs}
     seed = args.seed if args.seed is not None else next(s for s in range(1, 10**6) if s not in taken)
-    python = os.environ.get("PYTHON") or sys.executable
     odd = [f"  versions: as recorded, in {ROOT.name}/.cache/rerun"] if args.venv else differences(meta, python)
     print("then and now (Python, torch, CUDA, GPU, driver):", *(odd or ["  the same"]), sep="\n")
     minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
@@ -179,8 +186,9 @@ def rerun(args, verify: Callable) -> int:
     what = f"3 sd of run {taken[seed].name}" if seed in taken else f"the 95 % prediction interval of {len(runs)} runs"
     print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
     other = "" if new.hardware() == runs[0].hardware() else " (other hardware: not to be compared)"
-    print(f"training time {new.train_ms:.0f} ms, x {new.train_ms / statistics.median(times):.3f} of the recorded median"
-          f"{other}; kept in {kept.relative_to(ROOT)}")
+    pace = new.train_ms / statistics.median(times(runs))
+    print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median{other}; "
+          f"kept in {kept.relative_to(ROOT)}")
     return 0 if inside else 1
 
 # ---- trial
@@ -253,7 +261,8 @@ def trial(args, knobs: list[str]) -> int:
     labels = [" ".join([path.name, *(k for k in own[i] if k not in own[1 - i])]) for i, (path, _) in enumerate(scripts)]
     if labels[0] == labels[1]:
         labels = [label + tag for label, tag in zip(labels, (" (A)", " (B)"))]
-    done = {key: found[-1] for key in plan if (found := runs_of(sources[key[0]], own[key[0]], key[1]))}
+    logged = complete_runs(LOGS.glob("*"))
+    done = {key: found[-1] for key in plan if (found := runs_of(logged, sources[key[0]], own[key[0]], key[1]))}
     newest, spent = max(done.values(), key=lambda run: run.name, default=None), []
     done = {key: run for key, run in done.items() if context(run) == context(newest)}
     for (arm, seed), run in done.items():

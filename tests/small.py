@@ -1,6 +1,7 @@
 """A small model, its documents and its optimizers in this process, for the tests of the recipe."""
 
 import dataclasses
+import time
 
 import torch
 from reference import EOT
@@ -43,3 +44,15 @@ def documents(hp: tg.Hyperparameters, count: int, seed: int = 0) -> list[tuple[t
 
 def window_tensor(blocks: int = 0) -> torch.Tensor:
     return torch.tensor(blocks, dtype=torch.int32)
+
+
+def join(processes, seconds: float) -> None:
+    """Wait for the ranks to end, at most so long and until one fails; asserts that all exited with 0."""
+    end = time.monotonic() + seconds
+    while any(p.is_alive() for p in processes) and time.monotonic() < end and not any(p.exitcode for p in processes):
+        time.sleep(0.1)
+    codes = [p.exitcode for p in processes]
+    for process in processes:
+        process.kill()
+        process.join(10)
+    assert codes == [0] * len(processes), f"exit codes of the ranks: {codes} (None: still running after {seconds} s)"

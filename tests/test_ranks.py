@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference import relative_error
-from small import documents, small_hp, small_model, window_tensor
+from small import documents, join, small_hp, small_model, window_tensor
 
 import train_gpt as tg
 
@@ -86,14 +86,7 @@ def seen(tmp_path_factory):
     for process in processes:
         process.start()
     alone = {(comm, 1): [scenario(comm)] for comm in ("bf16", "fp8")}
-    end = time.monotonic() + DEADLINE
-    while any(p.is_alive() for p in processes) and time.monotonic() < end and not any(p.exitcode for p in processes):
-        time.sleep(0.1)
-    codes = [p.exitcode for p in processes]
-    for process in processes:
-        process.kill()
-        process.join(10)
-    assert codes == [0] * 4, f"exit codes of the ranks: {codes} (None: still running after {DEADLINE} s)"
+    join(processes, DEADLINE)
     load = {(comm, world): [torch.load(folder / f"{comm}-{world}-{rank}.pt") for rank in range(world)]
             for comm in ("bf16", "fp8") for world in (2, 4)}
     return alone | load

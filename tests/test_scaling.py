@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from reference import relative_error
-from small import documents, small_hp, small_model, window_tensor
+from small import documents, join, small_hp, small_model, window_tensor
 
 import train_gpt as tg
 
@@ -202,14 +202,7 @@ def seen(tmp_path_factory):
         alone = {(comm, 1): scenario(comm, scaling.Wire(None, 0, 1)) for comm in ("bf16", "fp8")}
     finally:
         tg.dist = dist
-    end = time.monotonic() + DEADLINE
-    while any(p.is_alive() for p in processes) and time.monotonic() < end and not any(p.exitcode for p in processes):
-        time.sleep(0.1)
-    codes = [p.exitcode for p in processes]
-    for process in processes:
-        process.kill()
-        process.join(10)
-    assert codes == [0] * RANKS, f"exit codes of the ranks: {codes} (None: still running after {DEADLINE} s)"
+    join(processes, DEADLINE)
     return alone | {comm: [torch.load(folder / f"{comm}-{r}.pt") for r in range(RANKS)] for comm in ("bf16", "fp8")}
 
 
