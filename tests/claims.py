@@ -1,0 +1,164 @@
+"""Probes and pictures of bench_claims.py: gradient norms by depth, what FP8 scales do to the head's tensors, and the
+same weights scored in pieces of two lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+STATS_AT = (2, 4, 8, 16, 32, 48, 64)  # steps after which FP8 statistics are taken
+WATCHED = ("instrumented", "skips_fixed", "skips_none")  # the arms with probes, in their first run
+ROWS = 8192  # tokens of a sequence whose logit gradients are looked at
+EXPONENTS = dict(gradient=range(15, 24), weight=range(6, 13), input=range(-1, 5))  # of the scales tried
+
+
+def block_norms(model) -> torch.Tensor:
+    """L2 norm of each block's gradient, (layers,) fp32."""
+    blocks = (*model.encoder, *model.decoder)
+    grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in blocks]
+    return torch.stack([torch.stack(torch._foreach_norm(g)).norm() for g in grads])
+
+
+def fp8_stats(x: torch.Tensor, scale: float, dtype: torch.dtype) -> dict[str, float]:
+    """Of x * scale in this format: share of values that become 0 though they were not (`lost`), share of all zeros,
+    share beyond the largest value (`clamped`), entropy of the bytes in bits, and the relative error after undoing the
+    scale. The cast saturates, as the recipe's does."""
+    limit = torch.finfo(dtype).max
+    scaled = x.float() * scale
+    values = scaled.clamp(-limit, limit).to(dtype)
+    back = values.float()
+    counts = torch.bincount(values.view(torch.uint8).flatten().int(), minlength=256).double()
+    p = counts[counts > 0] / counts.sum()
+    zero, count = back == 0, x.numel()
+    return dict(zeros=float(zero.sum() / count), lost=float((zero & (scaled != 0)).sum() / count),
+                clamped=float((scaled.abs() > limit).sum() / count), bits=float(-(p * p.log2()).sum()),
+                error=float((back - scaled).norm() / scaled.norm()))
+
+
+def logit_gradient(module, model, x: torch.Tensor, targets: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Gradient of a mean over `tokens` tokens with respect to the head's output for these rows, as backward gets it.
+    x: (n, D) -> (n, V) in the dtype of x."""
+    with torch.no_grad():
+        z = model.lm_head(x)
+    z = z.detach().requires_grad_()
+    stand_in = SimpleNamespace(cap=model.cap, temp=model.temp, last_row=model.last_row, lm_head=lambda z: z)
+    stand_in.logits = functools.partial(module.GPT.logits, stand_in)
+    with torch.enable_grad():
+        (module.GPT.losses(stand_in, z, targets).sum() / tokens).backward()
+    return z.grad
+
+
+def scale_rows(run, module) -> list[dict]:
+    """fp8_stats of the head's three tensors on training tokens, over a range of scales."""
+    hp, model = run.hp, run.model
+    tokens = torch.from_numpy(run.corpus.train.read(0, hp.val_seq_len + 1))
+    count = min(ROWS, hp.train_seq_len)
+    input_ids, targets = tokens[:-1].to(run.device), tokens[1 : count + 1].long().to(run.device)
+    model.eval()
+    with torch.no_grad():
+        x = run.features(input_ids, run.window)[:count].clone()
+    model.train()
+    own = hp.grad_scale, hp.w_scale, hp.x_scale
+    cases = [("gradient", logit_gradient(module, model, x, targets, hp.train_seq_len), torch.float8_e5m2),
+             ("weight", model.lm_head.weight.detach(), torch.float8_e4m3fn), ("input", x, torch.float8_e4m3fn)]
+    # a shorter sequence's mean has larger gradients; the recipe scales by the length, and so does this
+    factor = dict(gradient=hp.train_seq_len / (48 * 1024), weight=1.0, input=1.0)
+    return [dict(probe="scale", tensor=name, exponent=e, own=float(own[i]) == 2.0**e,
+                 **fp8_stats(values, 2.0**e * factor[name], dtype))
+            for i, (name, values, dtype) in enumerate(cases) for e in EXPONENTS[name]]
+
+
+class Watch:
+    """Has every optimizer step of a run note the blocks' gradient norms and, in the arm `instrumented`, at STATS_AT
+    the FP8 statistics. The norms stay on the GPU until `rows`: reading them at once would make it wait."""
+    def __init__(self, run, module, arm: str, seed: int):
+        self.run, self.module, self.arm, self.seed = run, module, arm, seed
+        self.norms, self.scales = [], []
+        self.real = [optimizer.step for optimizer in run.optimizers]
+        run.optimizers[0].step, run.optimizers[-1].step = self.first, self.last
+
+    def first(self) -> None:
+        self.norms.append(block_norms(self.run.model) / self.run.hp.sequences_per_step)
+        self.real[0]()
+
+    def last(self) -> None:
+        self.real[-1]()
+        if self.arm == "instrumented" and len(self.norms) in STATS_AT:
+            self.scales += [dict(row, step=len(self.norms)) for row in scale_rows(self.run, self.module)]
+
+    def rows(self) -> list[dict]:
+        rows = [dict(probe="gradient", step=i, norms=norms.tolist()) for i, norms in enumerate(self.norms, 1)]
+        rows += self.scales + (lengths(self.run) if self.arm == "instrumented" else [])
+        return [dict(arm=self.arm, seed=self.seed, **row) for row in rows]
+
+
+def lengths(run) -> list[dict]:
+    """The validation tokens scored by the weights of the end, in pieces of validation's and of training's length."""
+    rows = []
+    for length in (run.hp.val_seq_len, run.hp.train_seq_len):
+        loss = run.evaluate(run.corpus.val, dataclasses.replace(run.hp, val_seq_len=length))
+        rows.append(dict(probe="length", length=length, val_loss=loss, val_tokens=run.hp.val_tokens))
+    return rows
+
+
+# ---- Pictures
+
+def read_probes(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw(folder: Path, path: Path) -> None:
+    """gradients.png and scales.png from probes.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_probes(path)
+    draw_gradients(plt, [r for r in rows if r["probe"] == "gradient"], folder / "gradients.png")
+    draw_scales(plt, [r for r in rows if r["probe"] == "scale"], folder / "scales.png")
+
+
+def draw_gradients(plt, rows: list[dict], path: Path) -> None:
+    arms = {"instrumented": "learned skips", "skips_fixed": "fixed at 1", "skips_none": "none"}
+    steps = sorted({r["step"] for r in rows})
+    steps = [min(steps, key=lambda s: abs(s - wanted)) for wanted in (2, 8, 32, steps[-1])]
+    figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
+    for axis, step in zip(axes, steps):
+        for arm, label in arms.items():
+            for row in (r for r in rows if (r["arm"], r["step"]) == (arm, step)):
+                axis.plot(range(len(row["norms"])), row["norms"], marker="o", markersize=3, label=label)
+        axis.set(title=f"step {step}", xlabel="layer", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("L2 norm of the layer's gradient")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_scales(plt, rows: list[dict], path: Path) -> None:
+    last, groups = max(r["step"] for r in rows), defaultdict(list)
+    for row in rows:
+        if row["step"] == last:
+            groups[row["tensor"]].append(row)
+    figure, axes = plt.subplots(1, len(groups), figsize=(11, 3.2))
+    for axis, (tensor, found) in zip(axes, groups.items()):
+        found.sort(key=lambda r: r["exponent"])
+        x = [r["exponent"] for r in found]
+        for key, label in dict(zeros="became 0", clamped="clamped", error="relative error").items():
+            axis.plot(x, [max(r[key], 1e-9) for r in found], marker="o", markersize=3, label=label)
+        for row in found:
+            if row["own"]:
+                axis.axvline(row["exponent"], color="gray", linestyle="--", linewidth=1)
+        axis.set(title=f"{tensor}, step {last}", xlabel="log2 of the scale (dashed: the default)", yscale="log",
+                 ylim=(1e-9, 2))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)

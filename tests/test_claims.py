@@ -1,0 +1,147 @@
+"""bench_claims.py and its probes against slow references, and its runs against train_gpt.py's own."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_claims
+import claims
+import pytest
+import torch
+from small import documents, small_hp, small_model, window_tensor
+from tiny import SCRIPT, environment, make_corpus
+
+import train_gpt as tg
+
+sys.path.append(str(SCRIPT.parent / "records"))
+import runs  # noqa: E402
+
+E5M2, E4M3 = torch.float8_e5m2, torch.float8_e4m3fn
+ARMS = ["default", "instrumented", "skips_fixed", "skips_none", "cooldown_1.5", "all_off"]
+
+
+def row(arm: str, seed: int, loss: float) -> dict:
+    return dict(arm=arm, seed=seed, val_loss=loss, run_id=f"{arm}{seed}", train_ms=1000.0, peak_train_mib=None)
+
+
+@pytest.mark.parametrize("arm", bench_claims.ARMS)
+def test_every_patch_fits_the_script_and_every_knob_is_one(arm):
+    source = bench_claims.script(arm)
+    compile(source, arm, "exec")
+    assert (source == SCRIPT.read_bytes()) == (not bench_claims.ARMS[arm].patch)
+    knobs = bench_claims.ARMS[arm].knobs.format(window_max=1792, long=65536).split()
+    tg.check(tg.parse_overrides(["--val_tokens=2097152", *knobs]), 1)
+
+
+def test_a_patch_whose_text_is_gone_is_refused(monkeypatch):
+    monkeypatch.setitem(bench_claims.PATCHES, "skips_none", [("no such text", "")])
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        bench_claims.script("skips_none")
+
+
+def test_an_arm_gets_two_more_runs_only_beyond_2_sd():
+    first = bench_claims.wanted(ARMS, [])
+    assert first[:3] == [("default", seed) for seed in (1, 2, 3)] and ("all_off", 1) in first and len(first) == 8
+    done = [row("default", seed, 4.0 + 0.01 * seed) for seed in (1, 2, 3)]  # mean 4.02, sd 0.01
+    near, far = row("skips_fixed", 1, 4.0399), row("all_off", 1, 3.9999)
+    assert bench_claims.wanted(ARMS, [*done, near, far])[8:] == [("all_off", 2), ("all_off", 3)]
+    assert bench_claims.wanted(ARMS, [*done, row("skips_none", 1, math.nan), row("instrumented", 1, 9.0)])[8:] == []
+
+
+def test_summary_and_packing():
+    done = [row("default", seed, 4.0 + 0.01 * seed) for seed in (1, 2, 3)] + [row("all_off", 1, 5.0)]
+    done += [row("all_off", 2, 5.1), row("instrumented", 1, 4.01), row("skips_none", 1, None)]
+    table = {r["arm"]: r for r in bench_claims.summary(done)}
+    assert table.keys() == {"default", "instrumented", "all_off"}
+    assert table["all_off"]["to default"] == pytest.approx(1.03) and table["all_off"]["low"] < 1.03
+    assert table["instrumented"]["low"] is None
+    text = bench_claims.packing(done)
+    assert text.startswith("records.py add default1 default2 default3 --arm all_off=all_off1 all_off2 --leave-out")
+    assert "skips_none" not in text and "'instrumented1=" in text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which some arms were trained, by a worker as on a GPU."""
+    folder = tmp_path_factory.mktemp("claims")
+    make_corpus(folder / "data", train=(20000, 20000))
+    options = "--data_dir=data", "--tiny", "--steps=5", f"--arms={','.join(ARMS)}"
+    done = subprocess.run([sys.executable, bench_claims.__file__, *options], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "workers ended with [0]" in done.stdout, done.stdout + done.stderr
+    return folder
+
+
+def results(folder: Path) -> dict:
+    lines = (folder / ".cache/claims/results.jsonl").read_text().splitlines()
+    return {(r["arm"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def test_runs_are_whole_and_probes_change_nothing(trained):
+    done = results(trained)
+    assert {arm for arm, _ in done} == set(ARMS)
+    assert done["instrumented", 1]["val_loss"] == done["default", 1]["val_loss"]
+    assert done["skips_none", 1]["val_loss"] != done["skips_fixed", 1]["val_loss"]
+    for result in done.values():
+        run = runs.read_run(trained / "logs" / result["run_id"])
+        assert run.complete and run.val_loss == result["val_loss"] and not [*runs.check_run(run)]
+
+
+@pytest.mark.parametrize("arm", ["all_off", "cooldown_1.5"])
+def test_an_arm_equals_its_script_run_by_itself(trained, arm):
+    """Also where a run before it in the same process lent its model's memory."""
+    done = results(trained)[arm, 1]
+    mine = trained / f"{arm}.py"
+    mine.write_bytes(bench_claims.script(arm))
+    start = json.loads((trained / "logs" / done["run_id"] / "metrics.jsonl").read_text().splitlines()[0])
+    argv = [*start["argv"][1:], f"--data_dir={trained / 'data'}"]
+    alone = subprocess.run([sys.executable, mine, *argv], cwd=trained, env=environment(), capture_output=True,
+                           text=True, timeout=300)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert f"val_loss: {done['val_loss']:.6f}" in alone.stdout
+
+
+def test_pictures(trained):
+    claims.draw(trained, trained / ".cache/claims/probes.jsonl")
+    assert all((trained / name).stat().st_size > 5000 for name in ("gradients.png", "scales.png"))
+
+
+def test_length_probe_scores_the_same_tokens(trained):
+    rows = [r for r in claims.read_probes(trained / ".cache/claims/probes.jsonl") if r["probe"] == "length"]
+    assert [r["length"] for r in rows] == [512, 256]
+    assert rows[0]["val_loss"] == pytest.approx(results(trained)["default", 1]["val_loss"], abs=1e-6)
+
+
+def test_fp8_stats_of_known_values():
+    x = torch.tensor([0.0, 2.0**-40, 1.0, 2.0, 4.0, 1e6, -1e6, -8.0])  # one is lost, two are clamped
+    stats = claims.fp8_stats(x, 1.0, E5M2)
+    assert stats["zeros"] == 2 / 8 and stats["lost"] == 1 / 8 and stats["clamped"] == 2 / 8
+    counts = torch.tensor([2, 1, 1, 1, 1, 1, 1]) / 8  # the two zeros share a byte; the two clamped differ by sign
+    assert stats["bits"] == pytest.approx(float(-(counts * counts.log2()).sum()))
+    assert claims.fp8_stats(x, 2.0**26, E5M2)["lost"] == 0
+    exact = claims.fp8_stats(torch.tensor([1.0, 1.5, -448.0]), 1.0, E4M3)
+    assert exact["error"] == 0 and exact["clamped"] == 0
+
+
+def test_fp8_stats_cast_as_the_recipe_does():
+    x = torch.randn(1000) * 100
+    for scale, dtype in ((2.0**10, E5M2), (4.0, E4M3)):
+        back = tg.to_fp8(x, torch.tensor(scale), dtype).float()
+        assert claims.fp8_stats(x, scale, dtype)["error"] == pytest.approx(
+            float((back - x * scale).norm() / (x * scale).norm()))
+
+
+def test_logit_gradient_is_what_the_head_gets():
+    hp = small_hp()
+    model = small_model(hp, awake=True)
+    (input_ids, targets), caught = documents(hp, 1)[0], []
+    handle = model.lm_head.register_full_backward_hook(lambda module, grads, out: caught.append(out[0]))
+    model(input_ids, targets, window_tensor(2)).backward()
+    handle.remove()
+    with torch.no_grad():
+        x = model.features(input_ids, window_tensor(2))[:64]
+    found = claims.logit_gradient(tg, model, x, targets[:64], hp.train_seq_len)
+    torch.testing.assert_close(found, caught[0][:64], rtol=1e-4, atol=1e-9)
+    expected = [sum(p.grad.square().sum() for p in b.parameters()).sqrt() for b in (*model.encoder, *model.decoder)]
+    torch.testing.assert_close(claims.block_norms(model), torch.stack(expected))
