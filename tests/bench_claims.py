@@ -249,6 +249,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--longest", type=float, default=60.0, help="seconds that a run may take, for --until")
     parser.add_argument("--script", choices=ARMS)
     parser.add_argument("--draw", type=Path)
+    parser.add_argument("--join", action="store_true", help="with other GPUs, while this command runs already")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     args, knobs = parser.parse_known_args(argv)
@@ -271,9 +272,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         return work(args)
     STATE.mkdir(parents=True, exist_ok=True)
-    for claimed in STATE.glob("*.job"):
-        claimed.unlink()
-    (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained(results())))
+    if not args.join:
+        for claimed in STATE.glob("*.job"):
+            claimed.unlink()
+        (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained(results())))
     gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())] or [""]
     command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), f"--worker={args.began}"]
     environment, workers = scaling.environment(len(gpus)), []

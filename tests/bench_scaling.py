@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,7 +61,7 @@ class Bench:
         for tensor in self.tensors if self.world > 1 else ():
             dist.broadcast(tensor, 0)
         self.first = [t.clone() for t in self.tensors]
-        self.window = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.window, self.flag = (torch.zeros((), dtype=torch.int32, device=self.device) for _ in "wf")
         parts = self.model, self.model.features, self.model.losses
         self.forward, self.features, self.losses = [
             torch.compile(part, dynamic=False, fullgraph=True) if self.cuda else part for part in parts]
@@ -125,13 +127,15 @@ class Bench:
         event.record()
         return event
 
-    def timed(self, work, count: int, lead: bool = False) -> list[float]:
-        """ms of each of `count` calls, after one that is not counted. `lead`: keep the GPU busy before each, so that
-        the host is ahead of it, as it is after a step's backward."""
+    def timed(self, work, count: int, lead: int = 0) -> list[float]:
+        """ms of each of `count` calls, after one that is not counted. `lead`: keep the GPUs of so many ranks busy
+        before each, so that the host is ahead as it is after a step's backward, and let them begin together."""
         marks = []
         for _ in range(count + 1):
             if lead and self.cuda:
-                torch.cuda._sleep(40_000_000)  # cycles, about 20 ms
+                torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
+                if lead > 1:  # clocks differ: else the first to wake would count its wait for the others
+                    dist.all_reduce(self.flag, group=self.groups.get(lead))
             marks.append((self.mark(), work(), self.mark()))
         if self.cuda:
             torch.cuda.synchronize()
@@ -145,11 +149,18 @@ class Bench:
                 if self.world > 1:
                     dist.barrier()
                 if self.rank < n:
-                    times[name] += self.timed(work, count if turn else 0, lead)
+                    times[name] += self.timed(work, count if turn else 0, n if lead else 0)
             self.say(f"{what}: round {turn} of {self.args.rounds}" + (" (0 compiles)" if not turn else " " + ", ".join(
                 f"{name} {statistics.median(t):.2f} ms" for name, t in times.items())))
         seen = self.gather({name: statistics.median(t) for name, t in times.items() if t})
         return {name: max(s[name] for s in seen if name in s) for name in arms}
+
+    def meet(self, part: str, failed: bool) -> None:
+        """A rank that failed in a part waits until all are through with it, or ends, and with it the others."""
+        store = dist.distributed_c10d._get_default_store() if self.world > 1 else dist.HashStore()
+        store.set(f"{part} {self.rank}", "over")
+        if failed:
+            store.wait([f"{part} {rank}" for rank in range(self.world)], timedelta(seconds=15))
 
     # Parts
 
@@ -203,6 +214,8 @@ class Bench:
         batch, T, gpus = self.hp.sequences_per_step, self.hp.train_seq_len, self.args.gpus
         arms = {(n, each): (n, functools.partial(self.step, *self.arm(n), self.pairs[:each]))
                 for n in gpus for each in sorted({1, batch // n, batch})}
+        self.gradients()  # all ranks compile at once: else the second begins when the first has its first time
+        self.reset()
         ms = self.compare("speed", arms, self.args.count)
         rate = {(n, each): n * each * T / took * 1e3 for (n, each), took in ms.items()}
         kinds = {f"strong, {batch} a step": lambda n: batch // n, "weak, 1 a GPU": lambda n: 1,
@@ -251,8 +264,8 @@ class Bench:
                                         on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profile:
                 for i in range(TRACED + 1):
                     work()
-                    if i == TRACED:
-                        torch.cuda.synchronize()
+                    if i in (0, TRACED):  # NCCL's barrier too waits for this GPU: no warm-up reaches into the trace
+                        torch.cuda.synchronize() if i else dist.barrier()
                     profile.step()
             return scaling.kernel_spans(json.loads(path.read_text()))
 
@@ -336,16 +349,22 @@ def parse(argv: list[str]):
     return args, [*(TINY if args.tiny else ["--val_tokens=2097152"]), *given, f"--steps={args.steps}"]
 
 def worker(args, knobs: list[str]) -> None:
-    bench = Bench(tg.parse_overrides(knobs), args)
+    bench, failed = Bench(tg.parse_overrides(knobs), args), []
     for part in args.part:
         if part in ("ablate", "exposed", "equal") and bench.world == 1:
             bench.say(f"{part}: needs two ranks, not run")
-        else:
+            continue
+        try:
             bench.reset()
             getattr(bench, part)()
+        except Exception:  # the next part may work
+            traceback.print_exc()
+            failed.append(part)
+        bench.meet(part, part in failed)
     if bench.world > 1:
         dist.barrier()
         dist.destroy_process_group()
+    sys.exit(len(failed))
 
 def main() -> None:
     args, knobs = parse(sys.argv[1:])

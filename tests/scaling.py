@@ -188,7 +188,8 @@ def ungrouped(world: int):
 # ---- Faults: train_gpt.py itself under torchrun
 
 def launch(n: int, script: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *arguments]
+    own = "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={n}"  # the address spares looking a name up
+    return [sys.executable, "-m", "torch.distributed.run", *own, script, *arguments]
 
 def fault_run(n: int, knobs: list[str], folder: str, trigger: int, act=None) -> dict:
     """Train until step `trigger`, then `act(launcher, {rank: pid})`: what was printed, and the seconds it took."""
@@ -202,18 +203,22 @@ def fault_run(n: int, knobs: list[str], folder: str, trigger: int, act=None) -> 
         process.kill()
     timer = threading.Timer(400, end)
     timer.start()
-    for line in process.stdout:
-        if found := re.match(r"rank (\d+) pid (\d+)", line):
-            pids[int(found[1])] = int(found[2])
-        if found := re.match(r"step:(\d+)/\d+ train_loss", line):
-            seen["first"] = seen["first"] or time.perf_counter() - began
-            if act and int(found[1]) >= trigger and seen["acted"] is None:
-                seen["acted"] = time.perf_counter()
-                act(process, pids)
-        if line.startswith(("train_gpt: ", "resumed from")):
-            seen["said" if line.startswith("t") else "resumed"] = line.strip()
-    seen["code"] = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            if found := re.match(r"rank (\d+) pid (\d+)", line):
+                pids[int(found[1])] = int(found[2])
+            if found := re.match(r"step:(\d+)/\d+ train_loss", line):
+                seen["first"] = seen["first"] or time.perf_counter() - began
+                if act and int(found[1]) >= trigger and seen["acted"] is None:
+                    seen["acted"] = time.perf_counter()
+                    act(process, pids)
+            if line.startswith(("train_gpt: ", "resumed from")):
+                seen["said" if line.startswith("t") else "resumed"] = line.strip()
+        seen["code"] = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:  # the bench itself was told to end
+            end()
     return seen | dict(took=time.perf_counter() - (seen["acted"] or began))
 
 def faults(args, knobs: list[str]) -> None:

@@ -68,7 +68,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("claims")
     make_corpus(folder / "data", train=(20000, 20000))
     options = "--data_dir=data", "--tiny", "--steps=5", f"--arms={','.join(ARMS)}"
-    done = subprocess.run([sys.executable, bench_claims.__file__, *options], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, bench_claims.__file__, *options], cwd=folder, env=environment(),
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "workers ended with [0]" in done.stdout, done.stdout + done.stderr
     return folder
 
