@@ -78,7 +78,9 @@ def listing(only: str | None, records: list[Record]) -> str:
             title = f"{kind[0]} x {safe(kind[1], 60)}" if timed else "CPU"
             out += ["", f"| {title} | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
             missed = {m["name"]: timed and not (m["result"]["p"] or 1) < track["p"] for m in own}
-            rank = lambda m, missed=missed, key=key: (missed[m["name"]], m["result"][key])  # a target missed ranks last
+            def rank(meta: dict, missed=missed, key=key) -> tuple:  # a target missed ranks last, by how far
+                late = missed[meta["name"]]
+                return late, late and meta["result"]["val_loss_mean"], meta["result"][key]
             out += [row(m, timed) for m in sorted(own, key=rank) if machine(m) == kind]
     return "\n".join([*out, LIST_MARKS[1]])
 

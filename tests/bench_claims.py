@@ -38,13 +38,12 @@ from sets import welch  # noqa: E402
 
 # patch: whose text replacements make this arm's script of train_gpt.py; knobs: what it changes beside
 Arm = namedtuple("Arm", "knobs patch", defaults=("", ""))
-ALL_OFF = ("--train_seq_len={long} --sequences_per_step=6 --fp8=False --window_min={window_max} --momentum_warmup=0 "
-           "--skip_lr=0")
+ALL_OFF = "--train_seq_len={long} --sequences_per_step=6 --fp8=False --window_min={window_max} --skip_lr=0"
 ARMS = {
     "default": Arm(),
     "instrumented": Arm(),
     "skips_fixed": Arm("--skip_lr=0"),
-    "momentum_warmup_off": Arm("--momentum_warmup=0"),
+    "momentum_warmup": Arm(f"--momentum_warmup={300 / 1770}"),  # off by default since it was measured
     "window_fixed": Arm("--window_min={window_max}"),
     "grad_comm_fp8": Arm("--grad_comm=fp8"),
     **{f"grad_scale_2_{e}": Arm(f"--grad_scale={2.0**e}") for e in (17, 18, 20, 21)},

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,22 +124,29 @@ def draw(folder: Path, path: Path) -> None:
     draw_scales(plt, [r for r in rows if r["probe"] == "scale"], folder / "scales.png")
 
 
+def save(plt, figure, path: Path) -> None:
+    """As a PNG of 64 colours: a record's pictures share 100 KB."""
+    from PIL import Image  # which matplotlib brings
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
 def draw_gradients(plt, rows: list[dict], path: Path) -> None:
-    arms = {"instrumented": "learned skips", "skips_fixed": "fixed at 1", "skips_none": "none"}
+    arms = dict(instrumented=("learned skips", "-"), skips_fixed=("fixed at 1", ":"), skips_none=("no skips", "--"))
     steps = sorted({r["step"] for r in rows})
     steps = [min(steps, key=lambda s: abs(s - wanted)) for wanted in (2, 8, 32, steps[-1])]
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
     for axis, step in zip(axes, steps):
-        for arm, label in arms.items():
+        for arm, (label, line) in arms.items():
             for row in (r for r in rows if (r["arm"], r["step"]) == (arm, step)):
-                axis.plot(range(len(row["norms"])), row["norms"], marker="o", markersize=3, label=label)
-        axis.set(title=f"step {step}", xlabel="layer", yscale="log")
+                axis.plot(range(len(row["norms"])), row["norms"], line, marker="o", markersize=3, label=label)
+        axis.set(title=f"step {step}", xlabel="layer", yscale="log", xticks=range(0, len(rows[0]["norms"]), 2))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("L2 norm of the layer's gradient")
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    save(plt, figure, path)
 
 
 def draw_scales(plt, rows: list[dict], path: Path) -> None:
@@ -150,15 +158,13 @@ def draw_scales(plt, rows: list[dict], path: Path) -> None:
     for axis, (tensor, found) in zip(axes, groups.items()):
         found.sort(key=lambda r: r["exponent"])
         x = [r["exponent"] for r in found]
-        for key, label in dict(zeros="became 0", clamped="clamped", error="relative error").items():
-            axis.plot(x, [max(r[key], 1e-9) for r in found], marker="o", markersize=3, label=label)
+        for key, label in dict(zeros="share of zeros", clamped="share clamped", error="relative error").items():
+            axis.plot(x, [r[key] or math.nan for r in found], marker="o", markersize=3, label=label)
         for row in found:
             if row["own"]:
                 axis.axvline(row["exponent"], color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"{tensor}, step {last}", xlabel="log2 of the scale (dashed: the default)", yscale="log",
-                 ylim=(1e-9, 2))
+        axis.set(title=f"head's {tensor}, step {last}", xlabel="log2 of the scale (dashed: the default)", yscale="log",
+                 ylim=(1e-6, 2))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    axes[-1].legend(fontsize=8)
+    save(plt, figure, path)

@@ -1,5 +1,6 @@
 """The model and its schedules: end points, causality, the loss, the U-Net's wiring, and one batch learned by heart."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -41,7 +42,8 @@ def test_learning_rate_and_momentum_at_their_end_points():
     rates = {step: tg.lr_at(step, hp) for step in (0, 1062, 1063, 1416, 1769, 1770)}
     assert rates[0] == rates[1062] == 1 > rates[1063] and rates[1416] == pytest.approx(0.55)
     assert rates[1770] == pytest.approx(0.1) and 0.1 < rates[1769] < 0.102
-    momenta = {step: tg.momentum_at(step, hp) for step in (0, 150, 300, 1769)}
+    warm = dataclasses.replace(hp, momentum_warmup=300 / 1770)
+    momenta = {step: tg.momentum_at(step, warm) for step in (0, 150, 300, 1769)}
     assert momenta == pytest.approx({0: 0.85, 150: 0.9, 300: 0.95, 1769: 0.95})
     off = small_hp(cooldown=0.0, momentum_warmup=0.0)
     assert {tg.lr_at(step, off) for step in range(21)} == {1.0}
@@ -49,7 +51,8 @@ def test_learning_rate_and_momentum_at_their_end_points():
 
 
 def test_a_short_run_is_a_scaled_run():
-    long, short = tg.Hyperparameters(), tg.Hyperparameters(steps=177)
+    long = tg.Hyperparameters(momentum_warmup=300 / 1770)
+    short = dataclasses.replace(long, steps=177)
     for step in range(178):
         assert tg.lr_at(step, short) == pytest.approx(tg.lr_at(10 * step, long))
         assert tg.momentum_at(step, short) == pytest.approx(tg.momentum_at(10 * step, long))
