@@ -6,14 +6,16 @@
 
 One run of each arm first; two more where it lies beyond 2 sd of the default's three. A worker a GPU takes the next run;
 runs whose scripts are equal share one process and one compilation. Run folders go to logs/, as of any run; what is done
-is listed in .cache/claims/, and the same command goes on after it. `instrumented` is the default with probes on the
-clock (`claims.py`). Without CUDA, or with --tiny, the model is tiny."""
+is listed in .cache/claims/, and the same command goes on after it; a changed script or knob starts anew. `instrumented`
+is the default with probes on the clock (`claims.py`). Without CUDA, or with --tiny, the model is tiny. Exit code 1: a
+run failed or is missing."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -34,7 +36,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import claims  # noqa: E402
 import scaling  # noqa: E402
 from bench_scaling import TINY  # noqa: E402
-from sets import welch  # noqa: E402
+from sets import prediction, welch  # noqa: E402
+
+import train_gpt as tg  # noqa: E402
 
 # patch: whose text replacements make this arm's script of train_gpt.py; knobs: what it changes beside
 Arm = namedtuple("Arm", "knobs patch", defaults=("", ""))
@@ -105,14 +109,35 @@ def tensors(model):
 
 # ---- The list of runs: done ones are lines of results.jsonl, those under way are files
 
-def results() -> list[dict]:
-    """The loss is None where a run failed."""
+def arguments(args, arm: str) -> list[str]:
+    """All knobs of an arm's runs but the seed."""
+    knobs = ARMS[arm].knobs.format(window_max=args.window_max, long=args.long).split()
+    return [*{argument.partition("=")[0]: argument for argument in (*args.base, *knobs)}.values()]  # a later one wins
+
+
+def key(args, arm: str) -> str:
+    """What a run of this arm depends on beside its seed."""
+    return hashlib.sha256(script(arm) + " ".join(sorted(arguments(args, arm))).encode()).hexdigest()[:16]
+
+
+def results(args) -> list[dict]:
+    """Runs of today's scripts and these knobs. The loss is None where one failed."""
     path = STATE / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["arm"] in args.keys and row["key"] == args.keys[row["arm"]]]
+
+
+def note(row: dict) -> None:
+    with open(STATE / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def trained(done: list[dict]) -> list[dict]:
-    return [row for row in done if row["val_loss"] is not None and math.isfinite(row["val_loss"])]
+    return [row for row in done if row["val_loss"] is not None]
+
+
+def job_file(args, arm: str, seed: int) -> Path:
+    return STATE / f"{arm}.{seed}.{args.keys[arm]}.job"
 
 
 def wanted(arms: list[str], done: list[dict]) -> list[tuple[str, int]]:
@@ -132,16 +157,16 @@ def wanted(arms: list[str], done: list[dict]) -> list[tuple[str, int]]:
 def take(args, compiled: set, mine: list) -> tuple[str, int] | None:
     """Claim the next run, one whose program this worker has compiled where there is one. None: nothing left."""
     while time.time() + args.longest < args.end:
-        done = results()
-        finished, under_way = {(r["arm"], r["seed"]) for r in done}, {p.name for p in STATE.glob("*.job")}
-        left = [job for job in wanted(args.arms, done) if job not in finished and job not in mine]
-        free = [job for job in left if "{}.{}.job".format(*job) not in under_way]
+        done = results(args)
+        finished = {(r["arm"], r["seed"]) for r in done} | set(mine)
+        left = [job for job in wanted(args.arms, done) if job not in finished]
+        free = [job for job in left if not job_file(args, *job).exists()]
         free.sort(key=lambda job: job[0] != "default" and program(job[0]) not in compiled)
         for arm, seed in free:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(STATE / f"{arm}.{seed}.job", os.O_CREAT | os.O_EXCL))
+            with contextlib.suppress(FileExistsError), open(job_file(args, arm, seed), "x") as file:
+                file.write(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
                 return arm, seed
-        if not left and not under_way - {"{}.{}.job".format(*job) for job in finished | set(mine)}:
+        if not left:
             return None
         time.sleep(2)  # another worker's result may ask for more runs
     return None
@@ -157,9 +182,7 @@ def program(arm: str) -> tuple:
 
 def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
     """Train one run into a run folder of logs/, and return its line of results.jsonl."""
-    knobs = ARMS[arm].knobs.format(window_max=args.window_max, long=args.long).split()
-    argv = {a.partition("=")[0]: a for a in (*args.base, *knobs, f"--seed={seed}")}  # a later one wins
-    argv = [*argv.values()]
+    argv = [*arguments(args, arm), f"--seed={seed}"]
     hp, cuda = module.parse_overrides(argv), torch.cuda.is_available()
     module.check(hp, 1)
     run = module.Run(hp, 0, 1, torch.device("cuda" if cuda else "cpu"), argv, source)
@@ -170,10 +193,11 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
     except module.Refused as refused:
         run.close(refused.code, str(refused))
     if watch:
-        with open(STATE / "probes.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in watch.rows())
+        rows = (json.dumps(row) + "\n" for row in watch.rows())
+        (STATE / f"probes_{arm}.jsonl").write_text("".join(rows), encoding="utf-8")
     peaks = [v >> 20 for v in (run.clock.peak, run.peak_val)] if cuda else [None, None]
-    return dict(arm=arm, seed=seed, run_id=run.log.run_id, val_loss=run.val_loss, train_ms=run.clock.train_ms,
+    loss = run.val_loss if run.step == hp.steps and math.isfinite(run.val_loss) else None
+    return dict(arm=arm, seed=seed, run_id=run.log.run_id, val_loss=loss, train_ms=run.clock.train_ms,
                 steps=run.step, peak_train_mib=peaks[0], peak_val_mib=peaks[1])
 
 
@@ -193,14 +217,12 @@ def work(args) -> None:
         except Exception:  # the other arms still count
             traceback.print_exc()
             row = dict(arm=arm, seed=seed, val_loss=None, train_ms=0.0)
-        finally:
-            gc.unfreeze()  # Run.warm_up froze the run before
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        note(row | dict(key=args.keys[arm]))
         compiled.add(program(arm))
-        with open(STATE / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        gc.unfreeze()  # Run.warm_up froze the run before
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         print(f"[{time.time() - args.began:5.0f} s] {arm} seed {seed}: loss {row['val_loss']}, "
               f"{row['train_ms'] / 1e3:.1f} s of training, {time.time() - began:.0f} s in all",
               file=sys.stderr, flush=True)
@@ -209,47 +231,54 @@ def work(args) -> None:
 # ---- Tables
 
 def summary(done: list[dict]) -> list[dict]:
-    """A row an arm, with the difference of its mean loss to the default's and Welch's 95 % interval."""
+    """A row an arm, with the difference of its mean loss to the default's: Welch's 95 % interval, and that of the mean
+    over pairs of runs with the same seed, which start from equal weights."""
     sets, rows = defaultdict(list), []
     for row in sorted(trained(done), key=lambda r: r["seed"]):
         sets[row["arm"]].append(row)
-    base = [r["val_loss"] for r in sets["default"]]
+    base, same = [r["val_loss"] for r in sets["default"]], {r["seed"]: r["val_loss"] for r in sets["default"]}
     for arm in filter(sets.get, ARMS):
         found = [r["val_loss"] for r in sets[arm]]
         test = arm != "default" and welch(base, found)
-        rows.append({"arm": arm, "n": len(found), "loss": statistics.fmean(found),
+        pairs = [r["val_loss"] - same[r["seed"]] for r in sets[arm] if r["seed"] in same and arm != "default"]
+        half = prediction(pairs)[1] / math.sqrt(len(pairs) + 1) if len(pairs) > 1 else None  # of their mean
+        rows.append({"arm": arm, "n": len(found), "failed": sum(r["arm"] == arm for r in done) - len(found),
+                     "loss": statistics.fmean(found),
                      "sd": statistics.stdev(found) if len(found) > 1 else None,
                      "to default": statistics.fmean(found) - statistics.fmean(base) if base else None,
                      "low": test[1] if test else None, "high": test[2] if test else None,
-                     "p": test[3] if test else None,
+                     "p": test[3] if test else None, "same seed": statistics.fmean(pairs) if pairs else None,
+                     "+-": half,
                      "training s": statistics.median(r["train_ms"] for r in sets[arm]) / 1e3,
                      "peak MiB": sets[arm][0]["peak_train_mib"]})
     return rows
 
 
 def packing(done: list[dict]) -> str:
-    """The arguments of records.py add."""
+    """The arguments of records.py add; nothing without runs of the default."""
     ids = defaultdict(list)
     for row in trained(done):
         ids[row["arm"]].append(row["run_id"])
     probe = "=instrumented: gradient norms and FP8 statistics were taken on the clock"
     arms = [f"--arm {arm}={' '.join(runs)}" for arm, runs in ids.items() if arm not in ("default", "instrumented")]
-    return " ".join(["records.py add", *ids["default"], *arms,
-                     *(f"--leave-out '{run}{probe}'" for run in ids["instrumented"])])
+    left_out = [f"--leave-out '{run}{probe}'" for run in ids["instrumented"]]
+    return " ".join(["records.py add", *ids["default"], *arms, *left_out]) if ids["default"] else ""
 
 
 def parse(argv: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data_dir", default="data/fineweb10B")
-    parser.add_argument("--arms", default=",".join(ARMS), type=lambda text: text.split(","))
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--data_dir", default="data/fineweb10B", help="folder of shards")
+    parser.add_argument("--arms", default=",".join(ARMS), type=lambda text: text.split(","), metavar="A,B",
+                        help=f"of {', '.join(ARMS)}; the default is always trained")
+    parser.add_argument("--steps", type=int, default=64, help="length of every run")
     parser.add_argument("--gpus", default="", help="numbers of the GPUs to use; empty = all")
     parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no run starts")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds that a run may take, for --until")
-    parser.add_argument("--script", choices=ARMS)
-    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--longest", type=float, default=120.0, help="seconds that a run may take, for --until")
+    parser.add_argument("--script", choices=ARMS, metavar="ARM", help="print this arm's script, and train nothing")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw the probes of the arms "
+                        f"{', '.join(claims.WATCHED)}, trained before")
     parser.add_argument("--join", action="store_true", help="with other GPUs, while this command runs already")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the bench and not the claims")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     args, knobs = parser.parse_known_args(argv)
     tiny = args.tiny or not torch.cuda.is_available()
@@ -259,7 +288,34 @@ def parse(argv: list[str] | None):
     args.end = args.began + args.until
     if missing := [arm for arm in args.arms if arm not in ARMS]:
         parser.error(f"--arms: {', '.join(missing)} are none of {', '.join(ARMS)}")
+    args.keys = {arm: key(args, arm) for arm in {"default", *args.arms}}
     return args
+
+
+def check(args) -> None:
+    """End with the training script's own sentence, and its exit code, where a knob or the data cannot work."""
+    try:
+        hp = tg.parse_overrides([*arguments(args, "default"), "--seed=1"])
+        tg.check(hp, 1)
+        tg.load_corpus(hp, thorough=False)
+    except tg.Refused as refused:
+        print(f"bench_claims: {refused}", file=sys.stderr)
+        sys.exit(refused.code)
+
+
+def watch_over(args, workers: dict) -> list[int]:
+    """Wait for the workers {gpu: process}; the run that one was at when it died is noted as failed."""
+    waiting = dict(workers)
+    while waiting:
+        time.sleep(0.5)
+        for gpu in [gpu for gpu, worker in waiting.items() if worker.poll() is not None]:
+            if waiting.pop(gpu).returncode:
+                finished = {(r["arm"], r["seed"]) for r in results(args)}
+                for arm, seed in {*itertools.product(args.keys, SEEDS)} - finished:
+                    path = job_file(args, arm, seed)
+                    if path.exists() and path.read_text() == gpu:
+                        note(dict(arm=arm, seed=seed, val_loss=None, train_ms=0.0, key=args.keys[arm]))
+    return [worker.returncode for worker in workers.values()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,24 +323,30 @@ def main(argv: list[str] | None = None) -> None:
     if args.script:
         return sys.stdout.write(script(args.script).decode()) and None
     if args.draw:
-        return claims.draw(args.draw, STATE / "probes.jsonl")
+        return claims.draw(args.draw, STATE)
     if args.worker:
         return work(args)
+    check(args)
     STATE.mkdir(parents=True, exist_ok=True)
     if not args.join:
         for claimed in STATE.glob("*.job"):
             claimed.unlink()
-        (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained(results())))
+        rows = trained(results(args))  # those that failed are tried again
+        (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())] or [""]
     command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), f"--worker={args.began}"]
-    environment, workers = scaling.environment(len(gpus)), []
+    environment, workers = scaling.environment(len(gpus)), {}
     for gpu in gpus:
         with open(STATE / f"worker_{gpu}.txt", "w") as output:
-            workers.append(subprocess.Popen(command, env=environment | dict(CUDA_VISIBLE_DEVICES=gpu), stdout=output))
-    codes = [worker.wait() for worker in workers]
+            workers[gpu] = subprocess.Popen(command, env=environment | dict(CUDA_VISIBLE_DEVICES=gpu), stdout=output)
+    codes, done = watch_over(args, workers), results(args)
     print(f"workers ended with {codes} after {time.time() - args.began:.0f} s")
-    print(scaling.table(summary(results())))
-    print(packing(results()))
+    print(scaling.table(summary(done)))
+    print(packing(done))
+    missing = {*wanted(args.arms, done)} - {(r["arm"], r["seed"]) for r in trained(done)}
+    if missing:
+        print("missing:", ", ".join(f"{arm} seed {seed}" for arm, seed in sorted(missing)), file=sys.stderr)
+    sys.exit(bool(missing))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,16 +111,21 @@ def lengths(run) -> list[dict]:
 
 # ---- Pictures
 
-def read_probes(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_probes(state: Path) -> list[dict]:
+    """The rows of every arm's probes."""
+    paths = sorted(state.glob("probes_*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def draw(folder: Path, path: Path) -> None:
-    """gradients.png and scales.png from probes.jsonl."""
+def draw(folder: Path, state: Path) -> None:
+    """gradients.png and scales.png from the probes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_probes(path)
+    rows = read_probes(state)
+    if {row["arm"] for row in rows} != set(WATCHED):
+        sys.exit(f"bench_claims: {state} lacks the probes of some of {', '.join(WATCHED)}: train these arms first")
+    folder.mkdir(parents=True, exist_ok=True)
     draw_gradients(plt, [r for r in rows if r["probe"] == "gradient"], folder / "gradients.png")
     draw_scales(plt, [r for r in rows if r["probe"] == "scale"], folder / "scales.png")
 

@@ -1,7 +1,6 @@
 """bench_claims.py and its probes against slow references, and its runs against train_gpt.py's own."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_an_arm_gets_two_more_runs_only_beyond_2_sd():
     done = [row("default", seed, 4.0 + 0.01 * seed) for seed in (1, 2, 3)]  # mean 4.02, sd 0.01
     near, far = row("skips_fixed", 1, 4.0399), row("all_off", 1, 3.9999)
     assert bench_claims.wanted(ARMS, [*done, near, far])[8:] == [("all_off", 2), ("all_off", 3)]
-    assert bench_claims.wanted(ARMS, [*done, row("skips_none", 1, math.nan), row("instrumented", 1, 9.0)])[8:] == []
+    assert bench_claims.wanted(ARMS, [*done, row("skips_none", 1, None), row("instrumented", 1, 9.0)])[8:] == []
 
 
 def test_summary_and_packing():
@@ -56,10 +55,80 @@ def test_summary_and_packing():
     table = {r["arm"]: r for r in bench_claims.summary(done)}
     assert table.keys() == {"default", "instrumented", "all_off"}
     assert table["all_off"]["to default"] == pytest.approx(1.03) and table["all_off"]["low"] < 1.03
-    assert table["instrumented"]["low"] is None
+    assert table["instrumented"]["low"] is None and table["all_off"]["failed"] == 0
+    pairs = [5.0 - 4.01, 5.1 - 4.02]  # of seeds 1 and 2; sd 0.0636, t of one degree of freedom 12.706
+    assert table["all_off"]["same seed"] == pytest.approx(sum(pairs) / 2)
+    assert table["all_off"]["+-"] == pytest.approx(12.7062 * (pairs[1] - pairs[0]) / 2**0.5 / 2**0.5, rel=1e-4)
     text = bench_claims.packing(done)
     assert text.startswith("records.py add default1 default2 default3 --arm all_off=all_off1 all_off2 --leave-out")
     assert "skips_none" not in text and "'instrumented1=" in text
+    assert bench_claims.packing(done[3:]) == ""
+
+
+def state(monkeypatch, tmp_path, *options):
+    """The bench's arguments in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    bench_claims.STATE.mkdir(parents=True, exist_ok=True)
+    return bench_claims.parse(["--data_dir=data", "--tiny", "--steps=5", f"--arms={','.join(ARMS)}", *options])
+
+
+def test_workers_never_take_the_same_run_and_end_when_none_is_left(monkeypatch, tmp_path):
+    args, taken = state(monkeypatch, tmp_path), []
+    while len(taken) < 8:
+        taken.append(bench_claims.take(args, set(), []))
+    assert sorted(taken) == sorted(bench_claims.wanted(ARMS, [])) and taken[:3] == [("default", s) for s in (1, 2, 3)]
+    for arm, seed in taken:
+        bench_claims.note(row(arm, seed, 4.0 + 0.01 * seed) | dict(key=args.keys[arm]))
+    assert bench_claims.take(args, set(), []) is None
+    late = state(monkeypatch, tmp_path, "--until=50", "--longest=60", "--muon_lr=0.1")
+    assert bench_claims.take(late, set(), []) is None and not list(tmp_path.glob("*.muon_lr*"))
+
+
+def test_a_worker_prefers_what_it_has_compiled(monkeypatch, tmp_path):
+    args = state(monkeypatch, tmp_path)
+    for seed in bench_claims.SEEDS:
+        bench_claims.note(row("default", seed, 4.0 + 0.01 * seed) | dict(key=args.keys["default"]))
+    assert bench_claims.take(args, {bench_claims.program("all_off")}, []) == ("all_off", 1)
+
+
+def test_runs_of_other_knobs_or_scripts_do_not_count(monkeypatch, tmp_path):
+    args = state(monkeypatch, tmp_path)
+    bench_claims.note(row("default", 1, 4.0) | dict(key=args.keys["default"]))
+    assert len(bench_claims.results(args)) == 1
+    assert bench_claims.results(state(monkeypatch, tmp_path, "--steps=6")) == []
+    real = bench_claims.script
+    monkeypatch.setattr(bench_claims, "script", lambda arm: real(arm) + b"#")
+    assert bench_claims.results(state(monkeypatch, tmp_path)) == []
+
+
+def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
+    """Else the other workers would wait for it."""
+    args = state(monkeypatch, tmp_path)
+    for gpu, run in (("0", ("default", 1)), ("1", ("default", 2))):
+        bench_claims.job_file(args, *run).write_text(gpu)
+    workers = {gpu: subprocess.Popen([sys.executable, "-c", f"raise SystemExit({gpu})"]) for gpu in "01"}
+    assert bench_claims.watch_over(args, workers) == [0, 1]
+    assert [(r["arm"], r["seed"], r["val_loss"]) for r in bench_claims.results(args)] == [("default", 2, None)]
+
+
+@pytest.mark.parametrize("options, code, sentence", [
+    (["--data_dir=nowhere"], 2, "bench_claims: --data_dir=nowhere is not a folder"),
+    (["--data_dir=nowhere", "--muonlr=1"], 2, "bench_claims: unknown argument '--muonlr=1'"),
+    (["--arms=defualt"], 2, "--arms: defualt are none of"), (["--draw=pictures"], 1, "lacks the probes of some of")])
+def test_bad_input_gets_a_sentence(tmp_path, options, code, sentence):
+    done = subprocess.run([sys.executable, bench_claims.__file__, "--tiny", *options], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_a_run_that_diverges_fails_alone(tmp_path):
+    make_corpus(tmp_path / "data", train=(20000, 20000))
+    options = "--data_dir=data", "--tiny", "--steps=5", "--arms=default,window_fixed", "--muon_lr=1e29"
+    done = subprocess.run([sys.executable, bench_claims.__file__, *options], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "workers ended with [0]" in done.stdout and "records.py add" not in done.stdout
+    assert "missing: default seed 1, default seed 2, default seed 3, window_fixed seed 1" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +173,12 @@ def test_an_arm_equals_its_script_run_by_itself(trained, arm):
 
 
 def test_pictures(trained):
-    claims.draw(trained, trained / ".cache/claims/probes.jsonl")
+    claims.draw(trained, trained / ".cache/claims")
     assert all((trained / name).stat().st_size > 5000 for name in ("gradients.png", "scales.png"))
 
 
 def test_length_probe_scores_the_same_tokens(trained):
-    rows = [r for r in claims.read_probes(trained / ".cache/claims/probes.jsonl") if r["probe"] == "length"]
+    rows = [r for r in claims.read_probes(trained / ".cache/claims") if r["probe"] == "length"]
     assert [r["length"] for r in rows] == [512, 256]
     assert rows[0]["val_loss"] == pytest.approx(results(trained)["default", 1]["val_loss"], abs=1e-6)
 

@@ -22,7 +22,7 @@ import train_gpt as tg
 RANKS, STEPS, DEADLINE = 8, 2, 150  # seconds, after which the processes are ended
 # every rank has one sequence; 8 square matrices and 3 of each MLP shape: most shares of the latter are padding
 KNOBS = dict(sequences_per_step=RANKS, layer_pattern="L-S", value_pattern="0..", train_seq_len=128, val_seq_len=128,
-             window_max=128, steps=STEPS)
+             window_max=128, steps=STEPS, momentum_warmup=0.17)
 
 
 # ---- Pure functions
