@@ -27,7 +27,6 @@ if __name__ == "__main__":  # as run.sh has it; torch reads it when it is import
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -35,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_recipe  # noqa: E402
 import bench_scaling  # noqa: E402
 import scaling  # noqa: E402
+from claims import emulated_error, multiply, pieces, product_error, quantise  # noqa: E402
 from tiny import make_corpus  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
@@ -71,55 +71,12 @@ def grids(held: list[Tensor]) -> Tensor:
     return seen
 
 def whole_mask(mask) -> list:
-    """In place of tg.dense_chunks: one piece, with a (T, T) bool mask that is made of rows, to need no more memory."""
+    """In place of tg.dense_chunks: one piece, with a (T, T) bool mask filled by rows, to need no more memory."""
     at = torch.arange(mask.seq_lengths[0], device=mask.kv_indices.device)
-    seen = torch.cat([mask.mask_mod(0, 0, rows[:, None], at) for rows in at.split(512)])
+    seen = torch.empty(len(at), len(at), dtype=torch.bool, device=at.device)
+    for rows in at.split(512):
+        seen[rows[0] : rows[-1] + 1] = mask.mask_mod(0, 0, rows[:, None], at)
     return [(slice(0, len(at)), slice(0, len(at)), seen)]
-
-def quantise(x: Tensor, dtype: torch.dtype, tile: tuple[int, int], scale: Tensor | None = None) -> tuple:
-    """x with a scale for each tile (0: all), by default of its largest value: (values, factors that undo it, fp32)."""
-    rows, columns = (n or size for n, size in zip(tile, x.shape))
-    tiles = x.float().view(x.size(0) // rows, rows, x.size(1) // columns, columns)
-    if scale is None:
-        scale = torch.finfo(dtype).max / tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30)
-    values = tg.to_fp8(tiles, scale, dtype).reshape(x.shape).contiguous()
-    return values, scale.reciprocal().view(scale.size(0) if scale.ndim else 1, -1)
-
-def dequantise(values: Tensor, factors: Tensor) -> Tensor:
-    rows, columns = (a // b for a, b in zip(values.shape, factors.shape))
-    tiles = values.float().view(factors.size(0), rows, factors.size(1), columns)
-    return (tiles * factors[:, None, :, None]).view(values.shape)
-
-def multiply(scheme: str, kinds: str, out: torch.dtype, a: Tensor, fa: Tensor, b: Tensor, fb: Tensor) -> Tensor:
-    """A B^T by the kernel of the scheme; operands and factors as `quantise` gives them."""
-    if scheme == "bf16":
-        return a @ b.t()
-    if scheme == "block":
-        by_column, kind = lambda f: f.t().contiguous().t(), F.ScalingType
-        second, how = by_column(fb), kind.BlockWise1x128
-        if kinds[1] == "w":  # cuBLASLt reads four factors at a time
-            second, how = F.pad(fb, (0, -fb.size(1) % 4)).contiguous().t(), kind.BlockWise128x128
-        return F.scaled_mm(a, b.t(), by_column(fa), kind.BlockWise1x128, second, how, output_dtype=out)
-    shapes = ((-1, 1), (1, -1)) if scheme == "row" else ((), ())
-    factors = [f.reshape(shape).contiguous() for f, shape in zip((fa, fb), shapes)]
-    return torch._scaled_mm(a, b.t(), *factors, out_dtype=out, use_fast_accum=kinds == "xw")  # as the recipe
-
-def pieces(total: int, rows: int = 4096) -> list[slice]:
-    return [slice(start, start + rows) for start in range(0, total, rows)]
-
-def product_error(a: Tensor, b: Tensor, out) -> float:
-    """||out - A B^T|| / ||A B^T||, the reference in fp32. out(rows): these rows of the product."""
-    b, sums = b.float(), torch.zeros(2, dtype=torch.float64, device=b.device)
-    for rows in pieces(len(a)):
-        exact = a[rows].float() @ b.t()
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (out(rows).float() - exact, exact)]
-        sums += torch.stack(norms).square()
-    return float((sums[0] / sums[1]).sqrt())
-
-def emulated_error(a: Tensor, b: Tensor, a8: Tensor, fa: Tensor, b8: Tensor, fb: Tensor) -> float:
-    """The same of the rounded operands, multiplied in fp32: what rounding alone costs, whatever the kernel does."""
-    rounded = dequantise(b8, fb).t()
-    return product_error(a, b, lambda rows: dequantise(a8[rows], fa if len(fa) == 1 else fa[rows]) @ rounded)
 
 class Parts(bench_scaling.Bench):
     """The model on one GPU. The weights to begin with lie on the host: peaks are measured."""
@@ -146,7 +103,8 @@ class Parts(bench_scaling.Bench):
         try:
             return work(), "none"
         except Exception as error:
-            traceback.print_exc(file=sys.stdout)
+            if not isinstance(error, NotImplementedError):
+                traceback.print_exc(file=sys.stdout)
             said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]}"
         with contextlib.suppress(RuntimeError):  # of a GPU that does not answer any more
             gc.collect()
@@ -154,9 +112,12 @@ class Parts(bench_scaling.Bench):
         return None, said
 
     def run(self, part: str) -> bool:
-        if not self.trained and part in ("steps", "head", "scaling", "longest"):
-            self.trained, _ = True, self.attempt(self.weights)
-        work = lambda: (self.reset(), getattr(self, part)())
+        def work():
+            if not self.trained and part in ("steps", "head", "scaling", "longest"):
+                self.weights()
+                self.trained = True
+            self.reset()
+            getattr(self, part)()
         said = f"left out after {self.args.seconds:g} s" if self.late() else self.attempt(work)[1]
         self.say(f"part {part}: error {said}")
         return said == "none"
@@ -373,7 +334,8 @@ class Parts(bench_scaling.Bench):
 def main(argv: list[str]) -> int:
     """The count of parts that failed or were left out."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--part", default="all", help=f"of {', '.join(PARTS)}, run as given; default all")
+    parser.add_argument("--part", type=functools.partial(scaling.names, PARTS), default=PARTS,
+                        help=f"of {', '.join(PARTS)}, run as given; default all")
     parser.add_argument("--rounds", type=int, default=3, help="of whole steps; twice or four times as many of the rest")
     parser.add_argument("--seconds", type=float, default=540, help="after which rounds and parts are left out")
     parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
@@ -382,8 +344,8 @@ def main(argv: list[str]) -> int:
     args, given = parser.parse_known_args(argv)
     cuda, args.gpus, real = torch.cuda.is_available(), [1], tg.dist
     args.tiny |= not cuda
-    if not (args.tiny or args.data_dir) or {*args.part.split(",")} - {*PARTS, "all"}:
-        parser.error(f"--data_dir=DIR with shards is needed, and --part of {', '.join(PARTS)}")
+    if not (args.tiny or args.data_dir):
+        parser.error("--data_dir=DIR with shards is needed, or --tiny")
     ceiling = bench_recipe.ceiling() if cuda else None
     print(f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, torch {torch.__version__}, bf16 8192^3: "
           f"{scaling.shown(ceiling)} TFLOP/s", flush=True)
@@ -392,7 +354,9 @@ def main(argv: list[str]) -> int:
             data = args.data_dir or make_corpus(Path(folder, "data"), train=(70_000,))
             sizes = TINY if args.tiny else ["--val_tokens=65536", "--steps=24"]
             bench = Parts(tg.parse_overrides([*sizes, *given, f"--data_dir={data}"]), args, ceiling)
-            return sum(not bench.run(part) for part in args.part.replace("all", ",".join(PARTS)).split(","))
+            return sum(not bench.run(part) for part in args.part)
+    except tg.Refused as refused:  # a knob, or the data
+        parser.exit(refused.code, f"bench_parts: {refused}\n")
     finally:
         tg.dist = real
 

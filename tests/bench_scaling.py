@@ -5,8 +5,7 @@
 equal: N ranks against one that accumulates gradients. speed: tokens/s and efficiency, strong and weak. ablate:
 grouping, overlap and FP8 exchange, each taken away by a patch made here. exposed: NCCL kernels that run while nothing
 computes, and bytes sent. share: each rank's optimizer at 8 ranks, timed on one GPU. faults: SIGKILL, SIGTERM, resume.
-model: step time on paper. Without CUDA, or with --tiny, the model is tiny; without CUDA ranks talk over gloo. The
-environment, NCCL's variables with it, reaches the ranks as it is. --out also appends every table as a JSON line."""
+model: step time on paper. Without CUDA, or with --tiny, the model is tiny. Ranks see the environment as it is."""
 
 from __future__ import annotations
 
@@ -27,6 +26,7 @@ import traceback
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -102,10 +102,10 @@ class Bench:
         """Made once for each kind, and compiled."""
         key, tg.dist = (wire.world, wire.rank, comm, grouped), wire
         if key not in self.made:
-            real = tg.Muon.make_buckets
-            tg.Muon.make_buckets = real if grouped else scaling.ungrouped(wire.world)
-            self.made[key] = tg.build_optimizers(self.model, dataclasses.replace(self.hp, grad_comm=comm), wire.world)
-            tg.Muon.make_buckets = real
+            make = tg.Muon.make_buckets if grouped else scaling.ungrouped(wire.world)
+            hp = dataclasses.replace(self.hp, grad_comm=comm)
+            with mock.patch.object(tg.Muon, "make_buckets", make):
+                self.made[key] = tg.build_optimizers(self.model, hp, wire.world)
             for optimizer in self.made[key] if self.cuda else ():
                 optimizer.compile()
         return self.made[key]
@@ -330,22 +330,21 @@ class Bench:
 def parse(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    names = lambda text: PARTS if text == "all" else [PARTS[PARTS.index(part)] for part in text.split(",")]
-    counts = lambda text: [int(n) for n in text.split(",")]
-    gpus = torch.cuda.device_count()
+    names = functools.partial(scaling.names, PARTS)
+    counts, gpus = lambda text: [int(n) for n in text.split(",")], torch.cuda.device_count()
     parser.add_argument("--part", type=names, default=PARTS, help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--gpus", type=counts, default=[n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
     parser.add_argument("--steps", type=int, default=128, help="of part equal")
     parser.add_argument("--rounds", type=int, default=3, help="of interleaved arms")
     parser.add_argument("--count", type=int, default=4, help="steps of an arm in a round")
     parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
-    parser.add_argument("--out", type=os.path.abspath, help="file for the rows as JSON lines")
+    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
     parser.add_argument("--tiny", action="store_true", default=not gpus)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args, given = parser.parse_known_args(argv)
-    args.gpus = sorted({1, *args.gpus})
     if not (args.tiny or args.data_dir or args.part == ["model"]):
         parser.error("--data_dir=DIR is needed: a folder with *train*.bin and *val*.bin shards")
+    args.gpus = sorted({1, *args.gpus})
     return args, [*(TINY if args.tiny else ["--val_tokens=2097152"]), *given, f"--steps={args.steps}"]
 
 def worker(args, knobs: list[str]) -> None:
@@ -374,7 +373,7 @@ def main() -> None:
     os.environ.update(scaling.environment(args.gpus[-1]))
     with tempfile.TemporaryDirectory() as folder:
         data = f"--data_dir={args.data_dir or make_corpus(Path(folder, 'data'), train=(70_000,))}"
-        inside, code = [part for part in args.part if part not in ("faults", "model")], 0
+        inside, code = [*filter(lambda part: part not in ("faults", "model"), args.part)], 0
         if "model" in args.part:
             print(f"model: see records/SCALING.md\n\n{scaling.paper()}\n", flush=True)
         try:
@@ -384,10 +383,11 @@ def main() -> None:
             if args.part != ["model"]:
                 tg.load_corpus(hp, thorough=False)
         except tg.Refused as error:
-            sys.exit(f"bench_scaling: {error}")
+            print(f"bench_scaling: {error}", file=sys.stderr)
+            sys.exit(error.code)
         if inside:
-            own = *sys.argv[1:], "--worker", f"--part={','.join(inside)}", data
-            ranks = subprocess.Popen(scaling.launch(args.gpus[-1], __file__, *own))
+            own = __file__, *sys.argv[1:], "--worker", f"--part={','.join(inside)}", data
+            ranks = subprocess.Popen(scaling.launch(args.gpus[-1], *own))
             try:
                 code = ranks.wait()
             finally:

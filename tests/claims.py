@@ -1,5 +1,5 @@
 """Probes and pictures of bench_claims.py: gradient norms by depth, what FP8 scales do to the head's tensors, and the
-same weights scored in pieces of two lengths."""
+same weights scored in pieces of two lengths; FP8 products by kind of scale for bench_parts.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train_gpt as tg
 
 STATS_AT = (2, 4, 8, 16, 32, 48, 64)  # steps after which FP8 statistics are taken
 WATCHED = ("instrumented", "skips_fixed", "skips_none")  # the arms with probes, in their first run
@@ -20,14 +24,14 @@ ROWS = 8192  # tokens of a sequence whose logit gradients are looked at
 EXPONENTS = dict(gradient=range(15, 24), weight=range(6, 13), input=range(-1, 5))  # of the scales tried
 
 
-def block_norms(model) -> torch.Tensor:
+def block_norms(model) -> Tensor:
     """L2 norm of each block's gradient, (layers,) fp32."""
     blocks = (*model.encoder, *model.decoder)
     grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in blocks]
     return torch.stack([torch.stack(torch._foreach_norm(g)).norm() for g in grads])
 
 
-def fp8_stats(x: torch.Tensor, scale: float, dtype: torch.dtype) -> dict[str, float]:
+def fp8_stats(x: Tensor, scale: float, dtype: torch.dtype) -> dict[str, float]:
     """Of x * scale in this format: share of values that become 0 though they were not (`lost`), share of all zeros,
     share beyond the largest value (`clamped`), entropy of the bytes in bits, and the relative error after undoing the
     scale. The cast saturates, as the recipe's does."""
@@ -43,7 +47,7 @@ def fp8_stats(x: torch.Tensor, scale: float, dtype: torch.dtype) -> dict[str, fl
                 error=float((back - scaled).norm() / scaled.norm()))
 
 
-def logit_gradient(module, model, x: torch.Tensor, targets: torch.Tensor, tokens: int) -> torch.Tensor:
+def logit_gradient(module, model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
     """Gradient of a mean over `tokens` tokens with respect to the head's output for these rows, as backward gets it.
     x: (n, D) -> (n, V) in the dtype of x."""
     with torch.no_grad():
@@ -107,6 +111,61 @@ def lengths(run) -> list[dict]:
         loss = run.evaluate(run.corpus.val, dataclasses.replace(run.hp, val_seq_len=length))
         rows.append(dict(probe="length", length=length, val_loss=loss, val_tokens=run.hp.val_tokens))
     return rows
+
+
+# ---- FP8 products by kind of scale, for bench_parts.py
+
+def quantise(x: Tensor, dtype: torch.dtype, tile: tuple[int, int], scale: Tensor | None = None) -> tuple:
+    """x with a scale for each tile (0: all), by default of its largest value: (values, factors that undo it, fp32)."""
+    rows, columns = (n or size for n, size in zip(tile, x.shape))
+    tiles = x.float().view(x.size(0) // rows, rows, x.size(1) // columns, columns)
+    if scale is None:
+        scale = torch.finfo(dtype).max / tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30)
+    values = tg.to_fp8(tiles, scale, dtype).reshape(x.shape).contiguous()
+    return values, scale.reciprocal().view(scale.size(0) if scale.ndim else 1, -1)
+
+
+def dequantise(values: Tensor, factors: Tensor) -> Tensor:
+    rows, columns = (a // b for a, b in zip(values.shape, factors.shape))
+    tiles = values.float().view(factors.size(0), rows, factors.size(1), columns)
+    return (tiles * factors[:, None, :, None]).view(values.shape)
+
+
+def multiply(scheme: str, kinds: str, out: torch.dtype, a: Tensor, fa: Tensor, b: Tensor, fb: Tensor) -> Tensor:
+    """A B^T by the kernel of the scheme; operands and factors as `quantise` gives them."""
+    if scheme == "bf16":
+        return a @ b.t()
+    if scheme == "block":
+        if not a.is_cuda:
+            raise NotImplementedError("needs CUDA")
+        by_column, kind = lambda f: f.t().contiguous().t(), F.ScalingType
+        second, how = by_column(fb), kind.BlockWise1x128
+        if kinds[1] == "w":  # cuBLASLt reads four factors at a time
+            second, how = F.pad(fb, (0, -fb.size(1) % 4)).contiguous().t(), kind.BlockWise128x128
+        return F.scaled_mm(a, b.t(), by_column(fa), kind.BlockWise1x128, second, how, output_dtype=out)
+    shapes = ((-1, 1), (1, -1)) if scheme == "row" else ((), ())
+    factors = [f.reshape(shape).contiguous() for f, shape in zip((fa, fb), shapes)]
+    return torch._scaled_mm(a, b.t(), *factors, out_dtype=out, use_fast_accum=kinds == "xw")  # as the recipe
+
+
+def pieces(total: int, rows: int = 4096) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, total, rows)]
+
+
+def product_error(a: Tensor, b: Tensor, out) -> float:
+    """||out - A B^T|| / ||A B^T||, the reference in fp32. out(rows): these rows of the product."""
+    b, sums = b.float(), torch.zeros(2, dtype=torch.float64, device=b.device)
+    for rows in pieces(len(a)):
+        exact = a[rows].float() @ b.t()
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (out(rows).float() - exact, exact)]
+        sums += torch.stack(norms).square()
+    return float((sums[0] / sums[1]).sqrt())
+
+
+def emulated_error(a: Tensor, b: Tensor, a8: Tensor, fa: Tensor, b8: Tensor, fb: Tensor) -> float:
+    """The same of the rounded operands, multiplied in fp32: what rounding alone costs, whatever the kernel does."""
+    rounded = dequantise(b8, fb).t()
+    return product_error(a, b, lambda rows: dequantise(a8[rows], fa if len(fa) == 1 else fa[rows]) @ rounded)
 
 
 # ---- Pictures

@@ -3,6 +3,7 @@ torch.distributed that counts, and faults. As a script it is train_gpt.py that t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -238,6 +239,13 @@ def faults(args, knobs: list[str]) -> None:
                          "said": " | ".join(filter(None, (seen["resumed"], seen["said"]))) or "nothing"})
             print(f"faults: {rows[-1]}", flush=True)
     report(args, "faults", "torchrun turns any exit code of a rank into 1", rows)
+
+def names(known: tuple, text: str) -> list[str]:
+    """The parts that --part asks for."""
+    parts = list(known) if text == "all" else text.split(",")
+    if unknown := [part for part in parts if part not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    return parts
 
 def report(args, part: str, title: str, rows: list[dict], **facts) -> None:
     """Print a table and append it to the file of --out."""

@@ -4,6 +4,7 @@ import json
 from unittest import mock
 
 import bench_parts as bench
+import claims
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,10 +55,7 @@ def test_our_masks_are_the_same_and_hold_less(seen):
 
 def test_head_and_optimizer(seen):
     assert [(row["head"], row["to bf16"]) for row in seen["head"]] == [("FP8", None), ("bf16", 1.0)]
-    rows = seen["optimizer"]
-    assert [row["rank"] for row in rows] == ["alone", *"01234567", "most"]
-    for name in ("grouped ms", "one matrix at a time ms"):
-        assert rows[-1][name] == max(row[name] for row in rows[1:-1])
+    assert [row["rank"] for row in seen["optimizer"]] == ["alone", *"01234567", "most"]
 
 
 def test_scaling_has_every_scheme(seen):
@@ -147,20 +145,20 @@ def uneven(rows: int, columns: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [bench.E4M3, bench.E5M2])
 def test_a_static_scale_is_the_recipes_cast(dtype):
     x, scale = torch.randn(256, 384), torch.tensor(2.0**9)
-    values, factors = bench.quantise(x, dtype, (0, 0), scale)
+    values, factors = claims.quantise(x, dtype, (0, 0), scale)
     assert torch.equal(values.float(), tg.to_fp8(x, scale, dtype).float()) and factors.tolist() == [[2.0**-9]]
-    assert torch.equal(bench.dequantise(values, factors), tg.to_fp8(x, scale, dtype).float() / scale)
+    assert torch.equal(claims.dequantise(values, factors), tg.to_fp8(x, scale, dtype).float() / scale)
 
 
 @pytest.mark.parametrize("tile, shape", [((0, 0), (1, 1)), ((1, 0), (256, 1)), ((1, 128), (256, 3)),
                                          ((128, 128), (2, 3))])
 def test_each_tile_fills_the_format(tile, shape):
     for x in (uneven(256, 384, 1), uneven(384, 256, 2).t()):
-        values, factors = bench.quantise(x, bench.E4M3, tile)
+        values, factors = claims.quantise(x, bench.E4M3, tile)
         assert factors.shape == shape and values.shape == x.shape and values.is_contiguous()
         tiles = values.float().view(shape[0], 256 // shape[0], shape[1], 384 // shape[1])
         assert torch.equal(tiles.abs().amax((1, 3)), torch.full(shape, 448.0))
-        error = (bench.dequantise(values, factors) - x).abs()
+        error = (claims.dequantise(values, factors) - x).abs()
         largest = x.abs().view(tiles.shape).amax((1, 3), keepdim=True).expand(tiles.shape).reshape(x.shape)
         assert (error <= x.abs() / 16 + largest * 2**-18).all()  # 3 mantissa bits, and what lies below the smallest
 
@@ -168,9 +166,9 @@ def test_each_tile_fills_the_format(tile, shape):
 def test_finer_scales_lose_less_where_rows_differ():
     x, w, errors = uneven(512, 256, 3), torch.randn(384, 256), []
     for tile, of_w in (((0, 0), (0, 0)), ((1, 0), (1, 0)), ((1, 128), (128, 128))):
-        ready = *bench.quantise(x, bench.E4M3, tile), *bench.quantise(w, bench.E4M3, of_w)
-        small = bench.dequantise(*ready[:2])[-128:]
-        errors.append((bench.emulated_error(x, w, *ready), relative_error(small, x[-128:])))
+        ready = *claims.quantise(x, bench.E4M3, tile), *claims.quantise(w, bench.E4M3, of_w)
+        small = claims.dequantise(*ready[:2])[-128:]
+        errors.append((claims.emulated_error(x, w, *ready), relative_error(small, x[-128:])))
     (whole, of_small), *finer = errors
     assert of_small > 0.9 and all(error <= whole and small < 0.05 for error, small in finer), errors
 
@@ -178,8 +176,8 @@ def test_finer_scales_lose_less_where_rows_differ():
 def test_the_kernels_give_what_was_rounded():
     a, b = uneven(256, 128, 4), torch.randn(384, 128)
     for scheme, tile in (("tensor, amax", (0, 0)), ("row", (1, 0))):
-        ready = *bench.quantise(a, bench.E4M3, tile), *bench.quantise(b, bench.E4M3, tile)
-        got = bench.multiply(scheme, "gw", torch.bfloat16, *ready)
-        want = bench.dequantise(*ready[:2]) @ bench.dequantise(*ready[2:]).t()
+        ready = *claims.quantise(a, bench.E4M3, tile), *claims.quantise(b, bench.E4M3, tile)
+        got = claims.multiply(scheme, "gw", torch.bfloat16, *ready)
+        want = claims.dequantise(*ready[:2]) @ claims.dequantise(*ready[2:]).t()
         assert torch.allclose(got.float(), want, rtol=1e-2, atol=1e-3 * float(want.abs().max()))
     assert bench.product_error(a, b, (a @ b.t()).__getitem__) < 1e-6

@@ -252,4 +252,4 @@ def test_bench_on_two_ranks(tmp_path):
 def test_a_count_of_ranks_that_cannot_work_is_refused():
     command = [sys.executable, "tests/bench_scaling.py", "--tiny", "--gpus=1,3", "--part=speed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=120)
-    assert done.returncode == 1 and "bench_scaling: --sequences_per_step=8 cannot be dealt to 3 ranks" in done.stderr
+    assert done.returncode == 2 and "bench_scaling: --sequences_per_step=8 cannot be dealt to 3 ranks" in done.stderr
