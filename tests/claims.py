@@ -177,7 +177,7 @@ def read_probes(state: Path) -> list[dict]:
 
 
 def draw(folder: Path, state: Path) -> None:
-    """gradients.png and scales.png from the probes."""
+    """gradients.png and scales.png from the probes; where the folder is a record of these arms, curve.png too."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -187,13 +187,15 @@ def draw(folder: Path, state: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draw_gradients(plt, [r for r in rows if r["probe"] == "gradient"], folder / "gradients.png")
     draw_scales(plt, [r for r in rows if r["probe"] == "scale"], folder / "scales.png")
+    if (folder / "arms" / "all_off").is_dir():
+        draw_curve(plt, folder, folder / "curve.png")
 
 
 def save(plt, figure, path: Path) -> None:
     """As a PNG of 64 colours: a record's pictures share 100 KB."""
     from PIL import Image  # which matplotlib brings
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
@@ -201,7 +203,7 @@ def save(plt, figure, path: Path) -> None:
 def draw_gradients(plt, rows: list[dict], path: Path) -> None:
     arms = dict(instrumented=("learned skips", "-"), skips_fixed=("fixed at 1", ":"), skips_none=("no skips", "--"))
     steps = sorted({r["step"] for r in rows})
-    steps = [min(steps, key=lambda s: abs(s - wanted)) for wanted in (2, 8, 32, steps[-1])]
+    steps = [min(steps, key=lambda s: abs(s - wanted)) for wanted in (2, 4, 16, steps[-1])]
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
     for axis, step in zip(axes, steps):
         for arm, (label, line) in arms.items():
@@ -210,26 +212,43 @@ def draw_gradients(plt, rows: list[dict], path: Path) -> None:
         axis.set(title=f"step {step}", xlabel="layer", yscale="log", xticks=range(0, len(rows[0]["norms"]), 2))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("L2 norm of the layer's gradient")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     save(plt, figure, path)
 
 
 def draw_scales(plt, rows: list[dict], path: Path) -> None:
     last, groups = max(r["step"] for r in rows), defaultdict(list)
-    for row in rows:
+    for row in sorted(rows, key=lambda r: r["exponent"]):
         if row["step"] == last:
             groups[row["tensor"]].append(row)
     figure, axes = plt.subplots(1, len(groups), figsize=(11, 3.2))
     for axis, (tensor, found) in zip(axes, groups.items()):
-        found.sort(key=lambda r: r["exponent"])
         x = [r["exponent"] for r in found]
         for key, label in dict(zeros="share of zeros", clamped="share clamped", error="relative error").items():
-            axis.plot(x, [r[key] or math.nan for r in found], marker="o", markersize=3, label=label)
-        for row in found:
-            if row["own"]:
-                axis.axvline(row["exponent"], color="gray", linestyle="--", linewidth=1)
-        axis.set(title=f"head's {tensor}, step {last}", xlabel="log2 of the scale (dashed: the default)", yscale="log",
-                 ylim=(1e-6, 2))
+            drawn = [r[key] or math.nan for r in found]
+            none = " (none)" if all(map(math.isnan, drawn)) else ""
+            axis.plot(x, drawn, marker="o", markersize=3, label=label + none)
+        axis.axvline(next(r["exponent"] for r in found if r["own"]), color="gray", linestyle="--", linewidth=1)
+        axis.set(title=f"head's {tensor}, {'e5m2' if tensor == 'gradient' else 'e4m3'}, step {last}", yscale="log",
+                 xlabel="log2 of the scale (dashed: the default)", ylim=(1e-6, 2))
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("share of values, or error")
+    save(plt, figure, path)
+
+
+def draw_curve(plt, record: Path, path: Path) -> None:
+    """Training loss against training time; circles are the validation losses of the ends."""
+    sets = {"all off": "arms/all_off", "default": "runs", "default, no momentum warm-up": "arms/momentum_warmup_off"}
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for color, (label, place) in zip(("C1", "C0", "C2"), sets.items()):
+        folders = sorted((record / place).glob("*/metrics.jsonl"))
+        for i, events in enumerate([json.loads(line) for line in file.read_text().splitlines()] for file in folders):
+            points = [(e["train_ms"] / 1e3, e["train_loss"]) for e in events if e["event"] == "step"]
+            name = f"{label}, n = {len(folders)}" if i == 0 else None
+            axis.plot(*zip(*points), color=color, linewidth=1, label=name)
+            axis.plot(points[-1][0], events[-1]["val_loss"], "o", color=color, markerfacecolor="none")
+    axis.set(xlabel="training time, s", ylabel="loss, nats per token (circles: validation)", ylim=(4.7, 6.5))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
     save(plt, figure, path)
