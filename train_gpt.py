@@ -8,8 +8,8 @@
 The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 FP8 matmul,
 4 attention masks, 5 optimizers, 6 modules, 7 GPT and the step. The HARNESS half makes it safe and pleasant: 8 command
 line, 9 data, 10 run, 11 text, 12 main. It is public record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt,
-2025-01-26). Letters: B = blocks of a sequence, D = model width, H = heads, K = head width, T = tokens of a sequence,
-V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines in all.
+2025-01-26) without its momentum warm-up. Letters: B = blocks of a sequence, D = model width, H = heads, K = head width,
+T = tokens of a sequence, V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines in all.
 """
 
 from __future__ import annotations
