@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -37,8 +38,6 @@ import claims  # noqa: E402
 import scaling  # noqa: E402
 from bench_scaling import TINY  # noqa: E402
 from sets import prediction, welch  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
 
 # patch: whose text replacements make this arm's script of train_gpt.py; knobs: what it changes beside
 Arm = namedtuple("Arm", "knobs patch", defaults=("", ""))
@@ -117,14 +116,17 @@ def arguments(args, arm: str) -> list[str]:
 
 def key(args, arm: str) -> str:
     """What a run of this arm depends on beside its seed."""
-    return hashlib.sha256(script(arm) + " ".join(sorted(arguments(args, arm))).encode()).hexdigest()[:16]
+    return hashlib.sha256(args.scripts[arm] + " ".join(sorted(arguments(args, arm))).encode()).hexdigest()[:16]
+
+
+def every_result() -> list[dict]:
+    path = STATE / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def results(args) -> list[dict]:
     """Runs of today's scripts and these knobs. The loss is None where one failed."""
-    path = STATE / "results.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["arm"] in args.keys and row["key"] == args.keys[row["arm"]]]
+    return [row for row in every_result() if row["arm"] in args.keys and row["key"] == args.keys[row["arm"]]]
 
 
 def note(row: dict) -> None:
@@ -154,11 +156,11 @@ def wanted(arms: list[str], done: list[dict]) -> list[tuple[str, int]]:
     return jobs + [(arm, seed) for seed in SEEDS[1:] for arm in far]
 
 
-def take(args, compiled: set, mine: list) -> tuple[str, int] | None:
+def take(args, compiled: set) -> tuple[str, int] | None:
     """Claim the next run, one whose program this worker has compiled where there is one. None: nothing left."""
     while time.time() + args.longest < args.end:
         done = results(args)
-        finished = {(r["arm"], r["seed"]) for r in done} | set(mine)
+        finished = {(r["arm"], r["seed"]) for r in done}
         left = [job for job in wanted(args.arms, done) if job not in finished]
         free = [job for job in left if not job_file(args, *job).exists()]
         free.sort(key=lambda job: job[0] != "default" and program(job[0]) not in compiled)
@@ -186,7 +188,7 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
     hp, cuda = module.parse_overrides(argv), torch.cuda.is_available()
     module.check(hp, 1)
     run = module.Run(hp, 0, 1, torch.device("cuda" if cuda else "cpu"), argv, source)
-    watch = claims.Watch(run, module, arm, seed) if arm in claims.WATCHED and seed == 1 else None
+    watch = claims.Watch(run, arm) if arm in claims.WATCHED and seed == 1 else None
     try:
         run.train()
         run.close(0, "complete")
@@ -204,16 +206,14 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
 def work(args) -> None:
     """Take runs until none is left or time is short."""
     torch._dynamo.config.recompile_limit = 64  # several sequence lengths and heads in one process
-    modules, compiled, mine = {}, set(), []
-    while job := take(args, compiled, mine):
+    modules, compiled = {}, set()
+    while job := take(args, compiled):
         arm, seed = job
-        began, patch = time.time(), ARMS[arm].patch
-        mine.append(job)
+        began, patch, source = time.time(), ARMS[arm].patch, args.scripts[arm]
         if patch not in modules:
-            source = script(arm)
-            modules[patch] = load_script(source, patch or "default"), source
+            modules[patch] = load_script(source, patch or "default")
         try:
-            row = one_run(args, *modules[patch], arm, seed)
+            row = one_run(args, modules[patch], source, arm, seed)
         except Exception:  # the other arms still count
             traceback.print_exc()
             row = dict(arm=arm, seed=seed, val_loss=None, train_ms=0.0)
@@ -236,7 +236,8 @@ def summary(done: list[dict]) -> list[dict]:
     sets, rows = defaultdict(list), []
     for row in sorted(trained(done), key=lambda r: r["seed"]):
         sets[row["arm"]].append(row)
-    base, same = [r["val_loss"] for r in sets["default"]], {r["seed"]: r["val_loss"] for r in sets["default"]}
+    same = {r["seed"]: r["val_loss"] for r in sets["default"]}
+    base = [*same.values()]
     for arm in filter(sets.get, ARMS):
         found = [r["val_loss"] for r in sets[arm]]
         test = arm != "default" and welch(base, found)
@@ -268,7 +269,7 @@ def packing(done: list[dict]) -> str:
 def parse(argv: list[str] | None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default="data/fineweb10B", help="folder of shards")
-    parser.add_argument("--arms", default=",".join(ARMS), type=lambda text: text.split(","), metavar="A,B",
+    parser.add_argument("--arms", default=[*ARMS], type=functools.partial(scaling.names, tuple(ARMS)), metavar="A,B",
                         help=f"of {', '.join(ARMS)}; the default is always trained")
     parser.add_argument("--steps", type=int, default=64, help="length of every run")
     parser.add_argument("--gpus", default="", help="numbers of the GPUs to use; empty = all")
@@ -286,21 +287,9 @@ def parse(argv: list[str] | None):
     args.window_max, args.long = (256, 384) if tiny else (1792, 65536)
     args.began = args.worker or time.time()
     args.end = args.began + args.until
-    if missing := [arm for arm in args.arms if arm not in ARMS]:
-        parser.error(f"--arms: {', '.join(missing)} are none of {', '.join(ARMS)}")
-    args.keys = {arm: key(args, arm) for arm in {"default", *args.arms}}
+    args.scripts = {arm: script(arm) for arm in {"default", *args.arms}}  # an edit meanwhile changes no run
+    args.keys = {arm: key(args, arm) for arm in args.scripts}
     return args
-
-
-def check(args) -> None:
-    """End with the training script's own sentence, and its exit code, where a knob or the data cannot work."""
-    try:
-        hp = tg.parse_overrides([*arguments(args, "default"), "--seed=1"])
-        tg.check(hp, 1)
-        tg.load_corpus(hp, thorough=False)
-    except tg.Refused as refused:
-        print(f"bench_claims: {refused}", file=sys.stderr)
-        sys.exit(refused.code)
 
 
 def watch_over(args, workers: dict) -> list[int]:
@@ -326,12 +315,12 @@ def main(argv: list[str] | None = None) -> None:
         return claims.draw(args.draw, STATE)
     if args.worker:
         return work(args)
-    check(args)
+    scaling.check("bench_claims", arguments(args, "default"))
     STATE.mkdir(parents=True, exist_ok=True)
     if not args.join:
         for claimed in STATE.glob("*.job"):
             claimed.unlink()
-        rows = trained(results(args))  # those that failed are tried again
+        rows = trained(every_result())  # those that failed are tried again
         (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())] or [""]
     command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), f"--worker={args.began}"]

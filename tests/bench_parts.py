@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_recipe  # noqa: E402
 import bench_scaling  # noqa: E402
 import scaling  # noqa: E402
-from claims import emulated_error, multiply, pieces, product_error, quantise  # noqa: E402
+from claims import emulated_error, logit_gradient, multiply, pieces, product_error, quantise  # noqa: E402
 from tiny import make_corpus  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
@@ -93,10 +93,14 @@ class Parts(bench_scaling.Bench):
         for optimizer in sum(self.made.values(), []):
             optimizer.state.clear()
         self.model.train().zero_grad()
-        head, T = self.model.lm_head, self.hp.train_seq_len
-        head.use_fp8, head.scale[2] = self.fp8, self.hp.grad_scale * T / (48 * 1024)
+        self.set_head(self.hp.train_seq_len)
         for tensor, kept in zip(self.tensors, self.first):
             tensor.copy_(kept)
+
+    def set_head(self, length: int, fp8: bool = True) -> None:
+        """As GPT makes it for training sequences of this length."""
+        head = self.model.lm_head
+        head.use_fp8, head.scale[2] = self.fp8 and fp8, self.hp.grad_scale * length / (48 * 1024)
 
     def attempt(self, work) -> tuple:
         """(what work() gives, "none"), or (None, the error as one line) with its memory freed."""
@@ -156,9 +160,9 @@ class Parts(bench_scaling.Bench):
         return text[:-1].clone(), text[1:].long()
 
     def steps(self) -> None:
-        hp, head, peaks, rows, T = self.hp, self.model.lm_head, {}, [], self.hp.train_seq_len
+        hp, peaks, rows, T = self.hp, {}, [], self.hp.train_seq_len
         def train(length: int, fp8: bool, off: bool, step: int) -> Tensor:
-            head.use_fp8, head.scale[2] = self.fp8 and fp8, hp.grad_scale * length / (48 * 1024)
+            self.set_head(length, fp8)
             with mock.patch.object(tg, "create_masks", standard_masks if off else tg.create_masks):
                 return self.step(*self.arm(1, grouped=not off), data[length], step)
         long = -(-T // 96) * 128
@@ -228,12 +232,10 @@ class Parts(bench_scaling.Bench):
     def operands(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of each product on a real sequence: x bf16, W fp32, and g as it reaches the head's backward, bf16."""
         x, targets = self.real_features()
-        model, w = self.model, self.model.lm_head.weight.detach()
+        w = self.model.lm_head.weight.detach()
         g = torch.empty(len(x), len(w), dtype=BF16, device=self.device)
         for rows in pieces(len(x)):
-            z = model.lm_head(x[rows]).detach().requires_grad_()
-            with mock.patch.object(model.lm_head, "forward", lambda z: z):
-                g[rows] = torch.autograd.grad(model.losses(z, targets[rows]).sum() / len(x), z)[0]
+            g[rows] = logit_gradient(self.model, x[rows], targets[rows], len(x))
         return {"xw": (x.to(BF16), w), "gw": (g, w.t()), "xg": (x.to(BF16).t(), g.t())}
 
     def prepare(self, kinds: str, a: Tensor, b: Tensor, scheme: str, dtype: torch.dtype) -> list:
@@ -293,7 +295,7 @@ class Parts(bench_scaling.Bench):
         with mock.patch.object(self.model, "use_flex", self.model.use_flex and chunks is None), \
                 mock.patch.object(tg, "dense_chunks", chunks or tg.dense_chunks):
             x = (self.model.features if chunks else self.features)(ids, self.window)
-            return torch.cat([self.losses(x[rows], targets[rows]) for rows in pieces(len(x), min(rows, len(x)))])
+            return torch.cat([self.losses(x[part], targets[part]) for part in pieces(len(x), min(rows, len(x)))])
 
     @torch.no_grad()
     def longest(self) -> None:
@@ -338,12 +340,9 @@ def main(argv: list[str]) -> int:
                         help=f"of {', '.join(PARTS)}, run as given; default all")
     parser.add_argument("--rounds", type=int, default=3, help="of whole steps; twice or four times as many of the rest")
     parser.add_argument("--seconds", type=float, default=540, help="after which rounds and parts are left out")
-    parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
-    parser.add_argument("--out", type=os.path.abspath, help="file for the rows as JSON lines")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, as always without CUDA")
+    scaling.data_options(parser)
     args, given = parser.parse_known_args(argv)
     cuda, args.gpus, real = torch.cuda.is_available(), [1], tg.dist
-    args.tiny |= not cuda
     if not (args.tiny or args.data_dir):
         parser.error("--data_dir=DIR with shards is needed, or --tiny")
     ceiling = bench_recipe.ceiling() if cuda else None
@@ -353,10 +352,10 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder, torch._dynamo.config.patch(recompile_limit=256):
             data = args.data_dir or make_corpus(Path(folder, "data"), train=(70_000,))
             sizes = TINY if args.tiny else ["--val_tokens=65536", "--steps=24"]
-            bench = Parts(tg.parse_overrides([*sizes, *given, f"--data_dir={data}"]), args, ceiling)
+            knobs = [*sizes, *given, f"--data_dir={data}"]
+            scaling.check("bench_parts", knobs)
+            bench = Parts(tg.parse_overrides(knobs), args, ceiling)
             return sum(not bench.run(part) for part in args.part)
-    except tg.Refused as refused:  # a knob, or the data
-        parser.exit(refused.code, f"bench_parts: {refused}\n")
     finally:
         tg.dist = real
 

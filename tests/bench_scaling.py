@@ -331,15 +331,14 @@ def parse(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     names = functools.partial(scaling.names, PARTS)
-    counts, gpus = lambda text: [int(n) for n in text.split(",")], torch.cuda.device_count()
+    counts = lambda text: [int(n) for n in text.split(",")]
+    gpus = torch.cuda.device_count()
     parser.add_argument("--part", type=names, default=PARTS, help=f"of {', '.join(PARTS)}; default all")
     parser.add_argument("--gpus", type=counts, default=[n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
     parser.add_argument("--steps", type=int, default=128, help="of part equal")
     parser.add_argument("--rounds", type=int, default=3, help="of interleaved arms")
     parser.add_argument("--count", type=int, default=4, help="steps of an arm in a round")
-    parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
-    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
-    parser.add_argument("--tiny", action="store_true", default=not gpus)
+    scaling.data_options(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args, given = parser.parse_known_args(argv)
     if not (args.tiny or args.data_dir or args.part == ["model"]):
@@ -373,18 +372,10 @@ def main() -> None:
     os.environ.update(scaling.environment(args.gpus[-1]))
     with tempfile.TemporaryDirectory() as folder:
         data = f"--data_dir={args.data_dir or make_corpus(Path(folder, 'data'), train=(70_000,))}"
-        inside, code = [*filter(lambda part: part not in ("faults", "model"), args.part)], 0
+        inside, code = [part for part in args.part if part not in ("faults", "model")], 0
         if "model" in args.part:
             print(f"model: see records/SCALING.md\n\n{scaling.paper()}\n", flush=True)
-        try:
-            hp = tg.parse_overrides([*knobs, data])
-            for n in args.gpus:
-                tg.check(hp, n)
-            if args.part != ["model"]:
-                tg.load_corpus(hp, thorough=False)
-        except tg.Refused as error:
-            print(f"bench_scaling: {error}", file=sys.stderr)
-            sys.exit(error.code)
+        scaling.check("bench_scaling", [*knobs, data], args.gpus, data=args.part != ["model"])
         if inside:
             own = __file__, *sys.argv[1:], "--worker", f"--part={','.join(inside)}", data
             ranks = subprocess.Popen(scaling.launch(args.gpus[-1], *own))

@@ -4,13 +4,12 @@ same weights scored in pieces of two lengths; FP8 products by kind of scale for 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,7 @@ def fp8_stats(x: Tensor, scale: float, dtype: torch.dtype) -> dict[str, float]:
     scale. The cast saturates, as the recipe's does."""
     limit = torch.finfo(dtype).max
     scaled = x.float() * scale
-    values = scaled.clamp(-limit, limit).to(dtype)
+    values = tg.to_fp8(x, scale, dtype)
     back = values.float()
     counts = torch.bincount(values.view(torch.uint8).flatten().int(), minlength=256).double()
     p = counts[counts > 0] / counts.sum()
@@ -47,20 +46,15 @@ def fp8_stats(x: Tensor, scale: float, dtype: torch.dtype) -> dict[str, float]:
                 error=float((back - scaled).norm() / scaled.norm()))
 
 
-def logit_gradient(module, model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
+def logit_gradient(model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
     """Gradient of a mean over `tokens` tokens with respect to the head's output for these rows, as backward gets it.
     x: (n, D) -> (n, V) in the dtype of x."""
-    with torch.no_grad():
-        z = model.lm_head(x)
-    z = z.detach().requires_grad_()
-    stand_in = SimpleNamespace(cap=model.cap, temp=model.temp, last_row=model.last_row, lm_head=lambda z: z)
-    stand_in.logits = functools.partial(module.GPT.logits, stand_in)
-    with torch.enable_grad():
-        (module.GPT.losses(stand_in, z, targets).sum() / tokens).backward()
-    return z.grad
+    z = model.lm_head(x).detach().requires_grad_()
+    with torch.enable_grad(), mock.patch.object(model.lm_head, "forward", lambda z: z):
+        return torch.autograd.grad(model.losses(z, targets).sum() / tokens, z)[0]
 
 
-def scale_rows(run, module) -> list[dict]:
+def scale_rows(run) -> list[dict]:
     """fp8_stats of the head's three tensors on training tokens, over a range of scales."""
     hp, model = run.hp, run.model
     tokens = torch.from_numpy(run.corpus.train.read(0, hp.val_seq_len + 1))
@@ -70,22 +64,21 @@ def scale_rows(run, module) -> list[dict]:
     with torch.no_grad():
         x = run.features(input_ids, run.window)[:count].clone()
     model.train()
-    own = hp.grad_scale, hp.w_scale, hp.x_scale
-    cases = [("gradient", logit_gradient(module, model, x, targets, hp.train_seq_len), torch.float8_e5m2),
-             ("weight", model.lm_head.weight.detach(), torch.float8_e4m3fn), ("input", x, torch.float8_e4m3fn)]
-    # a shorter sequence's mean has larger gradients; the recipe scales by the length, and so does this
-    factor = dict(gradient=hp.train_seq_len / (48 * 1024), weight=1.0, input=1.0)
-    return [dict(probe="scale", tensor=name, exponent=e, own=float(own[i]) == 2.0**e,
-                 **fp8_stats(values, 2.0**e * factor[name], dtype))
-            for i, (name, values, dtype) in enumerate(cases) for e in EXPONENTS[name]]
+    in_use = model.lm_head.scale.tolist()  # the gradient's follows the length of a sequence
+    gradient = logit_gradient(model, x, targets, hp.train_seq_len)
+    cases = [("gradient", gradient, torch.float8_e5m2, hp.grad_scale, in_use[2]),
+             ("weight", model.lm_head.weight.detach(), torch.float8_e4m3fn, hp.w_scale, in_use[1]),
+             ("input", x, torch.float8_e4m3fn, hp.x_scale, in_use[0])]
+    return [dict(probe="scale", tensor=name, exponent=e, own=knob == 2.0**e,
+                 **fp8_stats(values, 2.0**e * used / knob, dtype))
+            for name, values, dtype, knob, used in cases for e in EXPONENTS[name]]
 
 
 class Watch:
     """Has every optimizer step of a run note the blocks' gradient norms and, in the arm `instrumented`, at STATS_AT
     the FP8 statistics. The norms stay on the GPU until `rows`: reading them at once would make it wait."""
-    def __init__(self, run, module, arm: str, seed: int):
-        self.run, self.module, self.arm, self.seed = run, module, arm, seed
-        self.norms, self.scales = [], []
+    def __init__(self, run, arm: str):
+        self.run, self.arm, self.norms, self.scales = run, arm, [], []
         self.real = [optimizer.step for optimizer in run.optimizers]
         run.optimizers[0].step, run.optimizers[-1].step = self.first, self.last
 
@@ -96,12 +89,12 @@ class Watch:
     def last(self) -> None:
         self.real[-1]()
         if self.arm == "instrumented" and len(self.norms) in STATS_AT:
-            self.scales += [dict(row, step=len(self.norms)) for row in scale_rows(self.run, self.module)]
+            self.scales += [dict(row, step=len(self.norms)) for row in scale_rows(self.run)]
 
     def rows(self) -> list[dict]:
         rows = [dict(probe="gradient", step=i, norms=norms.tolist()) for i, norms in enumerate(self.norms, 1)]
         rows += self.scales + (lengths(self.run) if self.arm == "instrumented" else [])
-        return [dict(arm=self.arm, seed=self.seed, **row) for row in rows]
+        return [dict(arm=self.arm, **row) for row in rows]
 
 
 def lengths(run) -> list[dict]:

@@ -241,11 +241,29 @@ def faults(args, knobs: list[str]) -> None:
     report(args, "faults", "torchrun turns any exit code of a rank into 1", rows)
 
 def names(known: tuple, text: str) -> list[str]:
-    """The parts that --part asks for."""
-    parts = list(known) if text == "all" else text.split(",")
-    if unknown := [part for part in parts if part not in known]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(known)}")
-    return parts
+    """The names that an option asks for: some with commas between, or all."""
+    asked = list(known) if text == "all" else text.split(",")
+    if unknown := [name for name in asked if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} are none of {', '.join(known)}")
+    return asked
+
+def check(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> None:
+    """End with the training script's own sentence, and its exit code, where a knob or the data cannot work."""
+    try:
+        hp = tg.parse_overrides(knobs)
+        for n in ranks:
+            tg.check(hp, n)
+        if data:
+            tg.load_corpus(hp, thorough=False)
+    except tg.Refused as refused:
+        print(f"{bench}: {refused}", file=sys.stderr)
+        sys.exit(refused.code)
+
+def data_options(parser) -> None:
+    parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
+    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
+    parser.add_argument("--tiny", action="store_true", default=not torch.cuda.is_available(),
+                        help="a tiny model, as always without CUDA")
 
 def report(args, part: str, title: str, rows: list[dict], **facts) -> None:
     """Print a table and append it to the file of --out."""

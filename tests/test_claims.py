@@ -9,6 +9,7 @@ import bench_claims
 import claims
 import pytest
 import torch
+from matplotlib import pyplot
 from small import documents, small_hp, small_model, window_tensor
 from tiny import SCRIPT, environment, make_corpus
 
@@ -75,20 +76,23 @@ def state(monkeypatch, tmp_path, *options):
 def test_workers_never_take_the_same_run_and_end_when_none_is_left(monkeypatch, tmp_path):
     args, taken = state(monkeypatch, tmp_path), []
     while len(taken) < 8:
-        taken.append(bench_claims.take(args, set(), []))
+        taken.append(bench_claims.take(args, set()))
     assert sorted(taken) == sorted(bench_claims.wanted(ARMS, [])) and taken[:3] == [("default", s) for s in (1, 2, 3)]
     for arm, seed in taken:
         bench_claims.note(row(arm, seed, 4.0 + 0.01 * seed) | dict(key=args.keys[arm]))
-    assert bench_claims.take(args, set(), []) is None
+    assert bench_claims.take(args, set()) is None
     late = state(monkeypatch, tmp_path, "--until=50", "--longest=60", "--muon_lr=0.1")
-    assert bench_claims.take(late, set(), []) is None and not list(tmp_path.glob("*.muon_lr*"))
+    claimed = set(bench_claims.STATE.glob("*.job"))
+    assert bench_claims.take(late, set()) is None and set(bench_claims.STATE.glob("*.job")) == claimed
+    late.end += 1000
+    assert bench_claims.take(late, set()) == ("default", 1)  # other knobs: it was the clock alone that said no
 
 
 def test_a_worker_prefers_what_it_has_compiled(monkeypatch, tmp_path):
     args = state(monkeypatch, tmp_path)
     for seed in bench_claims.SEEDS:
         bench_claims.note(row("default", seed, 4.0 + 0.01 * seed) | dict(key=args.keys["default"]))
-    assert bench_claims.take(args, {bench_claims.program("all_off")}, []) == ("all_off", 1)
+    assert bench_claims.take(args, {bench_claims.program("all_off")}) == ("all_off", 1)
 
 
 def test_runs_of_other_knobs_or_scripts_do_not_count(monkeypatch, tmp_path):
@@ -99,6 +103,15 @@ def test_runs_of_other_knobs_or_scripts_do_not_count(monkeypatch, tmp_path):
     real = bench_claims.script
     monkeypatch.setattr(bench_claims, "script", lambda arm: real(arm) + b"#")
     assert bench_claims.results(state(monkeypatch, tmp_path)) == []
+
+
+def test_another_choice_of_arms_keeps_what_is_done(trained):
+    """The command starts by forgetting failures, and nothing else."""
+    before = results(trained)
+    options = "--data_dir=data", "--tiny", "--steps=5", "--arms=default"
+    done = subprocess.run([sys.executable, bench_claims.__file__, *options], cwd=trained, env=environment(),
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and results(trained) == before, done.stdout + done.stderr
 
 
 def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
@@ -175,6 +188,8 @@ def test_an_arm_equals_its_script_run_by_itself(trained, arm):
 def test_pictures(trained):
     claims.draw(trained, trained / ".cache/claims")
     assert all((trained / name).stat().st_size > 5000 for name in ("gradients.png", "scales.png"))
+    claims.draw_curve(pyplot, SCRIPT.parent / "records" / "2026-11-25_Claims", trained / "curve.png")
+    assert (trained / "curve.png").stat().st_size > 5000
 
 
 def test_length_probe_scores_the_same_tokens(trained):
@@ -211,7 +226,7 @@ def test_logit_gradient_is_what_the_head_gets():
     handle.remove()
     with torch.no_grad():
         x = model.features(input_ids, window_tensor(2))[:64]
-    found = claims.logit_gradient(tg, model, x, targets[:64], hp.train_seq_len)
+    found = claims.logit_gradient(model, x, targets[:64], hp.train_seq_len)
     torch.testing.assert_close(found, caught[0][:64], rtol=1e-4, atol=1e-9)
     expected = [sum(p.grad.square().sum() for p in b.parameters()).sqrt() for b in (*model.encoder, *model.decoder)]
     torch.testing.assert_close(claims.block_norms(model), torch.stack(expected))
