@@ -1,14 +1,15 @@
 """Trains the loss arms behind the table of the Claims record, the default beside each technique taken away or changed:
 
-    python tests/bench_claims.py --data_dir=DIR [--arms=a,b] [--steps=64] [--gpus=0,1] [--until=SECONDS] [--knob=value]
+    python tests/bench_claims.py --data_dir=DIR [--arms=a,b] [--also=a:2] [--steps=64] [--until=SECONDS] [--knob=value]
+    python tests/bench_claims.py --data_dir=DIR --base=FILE          # arms of that script, for example a record's
     python tests/bench_claims.py --script=skips_none > my.py         # the script of an arm, to read or to run by itself
     python tests/bench_claims.py --draw=FOLDER                       # the pictures
 
-One run of each arm first; two more where it lies beyond 2 sd of the default's three. A worker a GPU takes the next run;
-runs whose scripts are equal share one process and one compilation. Run folders go to logs/, as of any run; what is done
-is listed in .cache/claims/, and the same command goes on after it; a changed script or knob starts anew. `instrumented`
-is the default with probes on the clock (`claims.py`). Without CUDA, or with --tiny, the model is tiny. Exit code 1: a
-run failed or is missing."""
+One run of each arm first; two more where it lies beyond 2 sd of the default's three. A worker a GPU (--gpus=0,1: these
+alone) takes the next run; runs whose scripts are equal share one process and one compilation. Run folders go to logs/,
+as of any run; what is done is listed in .cache/claims/, and the same command goes on after it; a changed script or knob
+starts anew. `instrumented` is the default with probes on the clock (`claims.py`). Without CUDA, or with --tiny, the
+model is tiny. Exit code 1: a run failed or is missing."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,14 +43,18 @@ from sets import prediction, welch  # noqa: E402
 
 # patch: whose text replacements make this arm's script of train_gpt.py; knobs: what it changes beside
 Arm = namedtuple("Arm", "knobs patch", defaults=("", ""))
-ALL_OFF = "--train_seq_len={long} --sequences_per_step=6 --fp8=False --window_min={window_max} --skip_lr=0"
+ALL_OFF = ("--train_seq_len={long} --sequences_per_step=6 --fp8=False --window_min={window_max} "
+           "--window_max={window_max} --skip_lr=0 --momentum_warmup=0")
 ARMS = {
     "default": Arm(),
     "instrumented": Arm(),
     "skips_fixed": Arm("--skip_lr=0"),
     "momentum_warmup": Arm(f"--momentum_warmup={300 / 1770}"),  # off by default since it was measured
-    "window_fixed": Arm("--window_min={window_max}"),
+    "window_fixed": Arm("--window_min={window_max} --window_max={window_max}"),
+    "window_published": Arm("--window_min=128 --window_max={window_max}"),  # the default until it was measured
+    "window_record_21": Arm("--window_min=1 --window_max={rounded}"),  # the default since
     "grad_comm_fp8": Arm("--grad_comm=fp8"),
+    "grad_sums_fp32": Arm("--grad_comm=fp8", "grad_sums_fp32"),  # as the arm before sums them, without its e5m2
     **{f"grad_scale_2_{e}": Arm(f"--grad_scale={2.0**e}") for e in (17, 18, 20, 21)},
     **{f"w_scale_2_{e}": Arm(f"--w_scale={2.0**e}") for e in (8, 10)},
     "fp8_off": Arm("--fp8=False"),
@@ -58,23 +64,23 @@ ARMS = {
     "all_off": Arm(ALL_OFF),
     "all_off_cooldown_1.5": Arm(ALL_OFF, "cooldown_1.5"),
 }
-PATCHES = {
-    "skips_none": [("torch.ones(depth // 2)", "torch.zeros(depth // 2)")],
-    "cooldown_1.5": [("    return 1.0 if left >= 1 else left + (1 - left) * hp.lr_floor",
-                      "    return 1.0 if left >= 1 else min(1.0, 1.5 * (left + (1 - left) * hp.lr_floor))")],
+PATCHES = {  # (regular expression, replacement)
+    "grad_sums_fp32": [(r"gradient = .*bucket\.pack\(\).*", "gradient = bucket.pack().float()")],
+    "skips_none": [(r"torch\.ones\(depth // 2\)", "torch.zeros(depth // 2)")],
+    "cooldown_1.5": [(r"( +return 1\.0 if left >= 1 else )(left .*)", r"\1min(1.0, 1.5 * (\2))")],
 }
 SEEDS = (1, 2, 3)  # of the default, and of an arm that its first run sets apart
 STATE = Path(".cache", "claims")
 BASE = "--val_tokens=2097152 --val_every=64 --save=False"
 
 
-def script(arm: str) -> bytes:
-    """train_gpt.py with the arm's patch. ValueError if a text to replace does not occur exactly once."""
-    text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+def script(arm: str, base: Path = ROOT / "train_gpt.py") -> bytes:
+    """`base` with the arm's patch. ValueError if what it replaces does not occur exactly once."""
+    text = base.read_text(encoding="utf-8")
     for old, new in PATCHES.get(ARMS[arm].patch, []):
-        if text.count(old) != 1:
-            raise ValueError(f"bench_claims: {old!r} occurs {text.count(old)} times in train_gpt.py, and not once")
-        text = text.replace(old, new)
+        text, count = re.subn(old, new, text)
+        if count != 1:
+            raise ValueError(f"bench_claims: {old!r} occurs {count} times in {base}, and not once")
     return text.encode()
 
 
@@ -110,7 +116,7 @@ def tensors(model):
 
 def arguments(args, arm: str) -> list[str]:
     """All knobs of an arm's runs but the seed."""
-    knobs = ARMS[arm].knobs.format(window_max=args.window_max, long=args.long).split()
+    knobs = ARMS[arm].knobs.format(**args.sizes).split()
     return [*{argument.partition("=")[0]: argument for argument in (*args.base, *knobs)}.values()]  # a later one wins
 
 
@@ -142,18 +148,25 @@ def job_file(args, arm: str, seed: int) -> Path:
     return STATE / f"{arm}.{seed}.{args.keys[arm]}.job"
 
 
-def wanted(arms: list[str], done: list[dict]) -> list[tuple[str, int]]:
-    """(arm, seed) of every run that the plan asks for, given what is known of the losses."""
+def arm_seeds(text: str) -> list[tuple[str, int]]:
+    """"arm:seed,arm:seed" as pairs; argparse says what is wrong with another text."""
+    pairs = [(arm, int(seed)) for arm, seed in (pair.split(":") for pair in text.split(","))]
+    scaling.names(tuple(ARMS), ",".join(arm for arm, _ in pairs))
+    return pairs
+
+
+def wanted(arms: list[str], done: list[dict], also=()) -> list[tuple[str, int]]:
+    """(arm, seed) of every run that the plan asks for, given what is known of the losses, then of those in `also`."""
     jobs = [("default", seed) for seed in SEEDS] + [(arm, 1) for arm in arms if arm != "default"]
     done = trained(done)
     known = [r["val_loss"] for r in done if r["arm"] == "default"]
     if len(known) < len(SEEDS):
-        return jobs
+        return [*dict.fromkeys([*jobs, *also])]
     mean, sd = statistics.fmean(known), statistics.stdev(known)
     apart = {r["arm"]: abs(r["val_loss"] - mean) for r in done if r["seed"] == 1}
     far = sorted((arm for arm in arms if apart.get(arm, 0) > 2 * sd and arm not in ("default", "instrumented")),
                  key=lambda arm: "all_off" not in arm)  # the pair that most depends on it comes first
-    return jobs + [(arm, seed) for seed in SEEDS[1:] for arm in far]
+    return [*dict.fromkeys([*jobs, *((arm, seed) for seed in SEEDS[1:] for arm in far), *also])]
 
 
 def take(args, compiled: set) -> tuple[str, int] | None:
@@ -161,7 +174,7 @@ def take(args, compiled: set) -> tuple[str, int] | None:
     while time.time() + args.longest < args.end:
         done = results(args)
         finished = {(r["arm"], r["seed"]) for r in done}
-        left = [job for job in wanted(args.arms, done) if job not in finished]
+        left = [job for job in wanted(args.arms, done, args.also) if job not in finished]
         free = [job for job in left if not job_file(args, *job).exists()]
         free.sort(key=lambda job: job[0] != "default" and program(job[0]) not in compiled)
         for arm, seed in free:
@@ -188,7 +201,7 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
     hp, cuda = module.parse_overrides(argv), torch.cuda.is_available()
     module.check(hp, 1)
     run = module.Run(hp, 0, 1, torch.device("cuda" if cuda else "cpu"), argv, source)
-    watch = claims.Watch(run, arm) if arm in claims.WATCHED and seed == 1 else None
+    watch = claims.Watch(run, arm) if arm in claims.WATCHED else None
     try:
         run.train()
         run.close(0, "complete")
@@ -196,7 +209,7 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
         run.close(refused.code, str(refused))
     if watch:
         rows = (json.dumps(row) + "\n" for row in watch.rows())
-        (STATE / f"probes_{arm}.jsonl").write_text("".join(rows), encoding="utf-8")
+        (STATE / f"probes_{arm}.{seed}.jsonl").write_text("".join(rows), encoding="utf-8")
     peaks = [v >> 20 for v in (run.clock.peak, run.peak_val)] if cuda else [None, None]
     loss = run.val_loss if run.step == hp.steps and math.isfinite(run.val_loss) else None
     return dict(arm=arm, seed=seed, run_id=run.log.run_id, val_loss=loss, train_ms=run.clock.train_ms,
@@ -271,6 +284,9 @@ def parse(argv: list[str] | None):
     parser.add_argument("--data_dir", default="data/fineweb10B", help="folder of shards")
     parser.add_argument("--arms", default=[*ARMS], type=functools.partial(scaling.names, tuple(ARMS)), metavar="A,B",
                         help=f"of {', '.join(ARMS)}; the default is always trained")
+    parser.add_argument("--also", default=[], type=arm_seeds, metavar="A:SEED,...", help="runs beyond the plan's")
+    parser.add_argument("--base", type=Path, default=ROOT / "train_gpt.py", dest="base_script", metavar="FILE",
+                        help="the script whose arms are trained")
     parser.add_argument("--steps", type=int, default=64, help="length of every run")
     parser.add_argument("--gpus", default="", help="numbers of the GPUs to use; empty = all")
     parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no run starts")
@@ -284,10 +300,14 @@ def parse(argv: list[str] | None):
     args, knobs = parser.parse_known_args(argv)
     tiny = args.tiny or not torch.cuda.is_available()
     args.base = [f"--data_dir={args.data_dir}", *(TINY if tiny else BASE.split()), f"--steps={args.steps}", *knobs]
-    args.window_max, args.long = (256, 384) if tiny else (1792, 65536)
+    args.sizes = dict(zip(("window_max", "rounded", "long"), (256, 192, 384) if tiny else (1792, 1728, 65536)))
     args.began = args.worker or time.time()
     args.end = args.began + args.until
-    args.scripts = {arm: script(arm) for arm in {"default", *args.arms}}  # an edit meanwhile changes no run
+    args.arms = [*dict.fromkeys([*args.arms, *(arm for arm, _ in args.also)])]
+    try:  # now, so that an edit meanwhile changes no run
+        args.scripts = {arm: script(arm, args.base_script) for arm in {"default", *args.arms}}
+    except (OSError, ValueError) as error:
+        parser.error(f"--base={args.base_script}: {error}")
     args.keys = {arm: key(args, arm) for arm in args.scripts}
     return args
 
@@ -300,7 +320,7 @@ def watch_over(args, workers: dict) -> list[int]:
         for gpu in [gpu for gpu, worker in waiting.items() if worker.poll() is not None]:
             if waiting.pop(gpu).returncode:
                 finished = {(r["arm"], r["seed"]) for r in results(args)}
-                for arm, seed in {*itertools.product(args.keys, SEEDS)} - finished:
+                for arm, seed in {*itertools.product(args.keys, SEEDS), *args.also} - finished:
                     path = job_file(args, arm, seed)
                     if path.exists() and path.read_text() == gpu:
                         note(dict(arm=arm, seed=seed, val_loss=None, train_ms=0.0, key=args.keys[arm]))
@@ -310,7 +330,7 @@ def watch_over(args, workers: dict) -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.script:
-        return sys.stdout.write(script(args.script).decode()) and None
+        return sys.stdout.write(script(args.script, args.base_script).decode()) and None
     if args.draw:
         return claims.draw(args.draw, STATE)
     if args.worker:
@@ -332,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"workers ended with {codes} after {time.time() - args.began:.0f} s")
     print(scaling.table(summary(done)))
     print(packing(done))
-    missing = {*wanted(args.arms, done)} - {(r["arm"], r["seed"]) for r in trained(done)}
+    missing = {*wanted(args.arms, done, args.also)} - {(r["arm"], r["seed"]) for r in trained(done)}
     if missing:
         print("missing:", ", ".join(f"{arm} seed {seed}" for arm, seed in sorted(missing)), file=sys.stderr)
     sys.exit(bool(missing))

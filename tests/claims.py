@@ -18,7 +18,7 @@ from torch import Tensor
 import train_gpt as tg
 
 STATS_AT = (2, 4, 8, 16, 32, 48, 64)  # steps after which FP8 statistics are taken
-WATCHED = ("instrumented", "skips_fixed", "skips_none")  # the arms with probes, in their first run
+WATCHED = ("instrumented", "skips_fixed", "skips_none")  # the arms with probes
 ROWS = 8192  # tokens of a sequence whose logit gradients are looked at
 EXPONENTS = dict(gradient=range(15, 24), weight=range(6, 13), input=range(-1, 5))  # of the scales tried
 
@@ -94,7 +94,7 @@ class Watch:
     def rows(self) -> list[dict]:
         rows = [dict(probe="gradient", step=i, norms=norms.tolist()) for i, norms in enumerate(self.norms, 1)]
         rows += self.scales + (lengths(self.run) if self.arm == "instrumented" else [])
-        return [dict(arm=self.arm, **row) for row in rows]
+        return [dict(arm=self.arm, seed=self.run.hp.seed, **row) for row in rows]
 
 
 def lengths(run) -> list[dict]:

@@ -24,6 +24,9 @@ def test_the_window_grows_from_one_block_to_fourteen():
     assert set(windows) == set(range(1, 15))
     tokens = [128 + (1792 - 128) * step / 1770 for step in range(1771)]
     assert all(128 * (w - 1) < t <= 128 * w + 1e-6 for w, t in zip(windows, tokens))
+    hp = tg.Hyperparameters()
+    windows = [tg.window_scheduler(step, 1770, hp.window_min, hp.window_max) for step in range(1771)]
+    assert windows == [max(1, math.ceil(1728 * step / 1770 / 128)) for step in range(1771)], "record 21's"
     assert {tg.window_scheduler(step, 10, 512, 512) for step in range(11)} == {4}, "equal ends: no schedule"
     assert [tg.window_scheduler(step, 2, 100, 300) for step in range(3)] == [1, 2, 3]
 
@@ -60,7 +63,7 @@ def test_a_short_run_is_a_scaled_run():
 
 
 def test_a_step_sets_window_learning_rate_and_momentum():
-    hp = small_hp(steps=10, layer_pattern="--", value_pattern="..", window_max=512)
+    hp = small_hp(steps=10, layer_pattern="--", value_pattern="..", window_min=128, window_max=512)
     model = small_model(hp)
     adam, muon = tg.build_optimizers(model, hp)
     window = window_tensor()
