@@ -391,7 +391,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         for names, options in arguments:
             sub.add_argument(*names.split(), **options)
-    several, need = dict(nargs="+", default=[]), dict(required=True)
+    several, need = dict(nargs="+", action="extend", default=[]), dict(required=True)
     switch = lambda text: dict(action="store_true", help=text)
     a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas")
     command("list", "records by track, best first", ("track", dict(nargs="?")),

@@ -280,7 +280,14 @@ def compare_sets(a: Set, b: Set) -> tuple[list[str], int]:
 def compare(args) -> int:
     a, b = load(args.a), load(args.b)
     lines, code = compare_sets(a, b)
-    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
+    hashes, bare = {s.runs[0].script_sha256 for s in (a, b)}, next((s for s in (a, b) if s.script is None), None)
+    if bare and len(hashes) == 1:
+        scripts = ["scripts: the same"]
+    elif bare:
+        scripts = [f"scripts: not the same; that of {bare.label} is not kept (a record has one), so there is no diff"]
+    else:
+        scripts = diff(a.script, b.script, (a.label, b.label))
+    print(*scripts, *lines, sep="\n")
     return code
 
 def draw(axis, column: int, scale: float, s: Set, color: str, lift: int, dense: bool) -> list[float]:

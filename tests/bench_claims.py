@@ -80,7 +80,7 @@ def script(arm: str, base: Path = ROOT / "train_gpt.py") -> bytes:
     for old, new in PATCHES.get(ARMS[arm].patch, []):
         text, count = re.subn(old, new, text)
         if count != 1:
-            raise ValueError(f"bench_claims: {old!r} occurs {count} times in {base}, and not once")
+            raise ValueError(f"{old!r} matches {count} times, and not once")
     return text.encode()
 
 
@@ -149,10 +149,12 @@ def job_file(args, arm: str, seed: int) -> Path:
 
 
 def arm_seeds(text: str) -> list[tuple[str, int]]:
-    """"arm:seed,arm:seed" as pairs; argparse says what is wrong with another text."""
-    pairs = [(arm, int(seed)) for arm, seed in (pair.split(":") for pair in text.split(","))]
+    """"arm:seed,arm:seed" as pairs. ArgumentTypeError on another text."""
+    pairs = re.findall(r"([^:,]+):(\d+)(?:,|$)", text)
+    if ",".join(map(":".join, pairs)) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form arm:seed,arm:seed")
     scaling.names(tuple(ARMS), ",".join(arm for arm, _ in pairs))
-    return pairs
+    return [(arm, int(seed)) for arm, seed in pairs]
 
 
 def wanted(arms: list[str], done: list[dict], also=()) -> list[tuple[str, int]]:

@@ -179,7 +179,8 @@ def draw(folder: Path, state: Path) -> None:
         sys.exit(f"bench_claims: {state} lacks the probes of some of {', '.join(WATCHED)}: train these arms first")
     folder.mkdir(parents=True, exist_ok=True)
     draw_gradients(plt, [r for r in rows if r["probe"] == "gradient"], folder / "gradients.png")
-    draw_scales(plt, [r for r in rows if r["probe"] == "scale"], folder / "scales.png")
+    first = min(r["seed"] for r in rows)
+    draw_scales(plt, [r for r in rows if r["probe"] == "scale" and r["seed"] == first], folder / "scales.png")
     if (folder / "arms" / "all_off").is_dir():
         draw_curve(plt, folder, folder / "curve.png")
 
@@ -194,14 +195,19 @@ def save(plt, figure, path: Path) -> None:
 
 
 def draw_gradients(plt, rows: list[dict], path: Path) -> None:
-    arms = dict(instrumented=("learned skips", "-"), skips_fixed=("fixed at 1", ":"), skips_none=("no skips", "--"))
+    """The norms of every run; a seed has a shade, and the arms a colour and a line."""
+    arms = dict(instrumented=("learned skips", "C0-"), skips_fixed=("fixed at 1", "C1:"),
+                skips_none=("no skips", "C2--"))
+    seeds = sorted({r["seed"] for r in rows})
     steps = sorted({r["step"] for r in rows})
     steps = [min(steps, key=lambda s: abs(s - wanted)) for wanted in (2, 4, 16, steps[-1])]
     figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharey=True)
     for axis, step in zip(axes, steps):
         for arm, (label, line) in arms.items():
             for row in (r for r in rows if (r["arm"], r["step"]) == (arm, step)):
-                axis.plot(range(len(row["norms"])), row["norms"], line, marker="o", markersize=3, label=label)
+                shade, name = 1 - 0.6 * seeds.index(row["seed"]) / len(seeds), f"{label}, seed {row['seed']}"
+                axis.plot(range(len(row["norms"])), row["norms"], line, marker="o", markersize=3, alpha=shade,
+                          label=name)
         axis.set(title=f"step {step}", xlabel="layer", yscale="log", xticks=range(0, len(rows[0]["norms"]), 2))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("L2 norm of the layer's gradient")

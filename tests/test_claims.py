@@ -37,7 +37,7 @@ def test_every_patch_fits_the_script_and_every_knob_is_one(arm):
 
 def test_a_patch_whose_text_is_gone_is_refused(monkeypatch):
     monkeypatch.setitem(bench_claims.PATCHES, "skips_none", [("no such text", "")])
-    with pytest.raises(ValueError, match="occurs 0 times"):
+    with pytest.raises(ValueError, match="matches 0 times"):
         bench_claims.script("skips_none")
 
 
@@ -48,6 +48,24 @@ def test_an_arm_gets_two_more_runs_only_beyond_2_sd():
     near, far = row("skips_fixed", 1, 4.0399), row("all_off", 1, 3.9999)
     assert bench_claims.wanted(ARMS, [*done, near, far])[8:] == [("all_off", 2), ("all_off", 3)]
     assert bench_claims.wanted(ARMS, [*done, row("skips_none", 1, None), row("instrumented", 1, 9.0)])[8:] == []
+
+
+def test_runs_beyond_the_plan_come_last_and_once():
+    done = [row("default", seed, 4.0 + 0.01 * seed) for seed in (1, 2, 3)] + [row("all_off", 1, 5.0)]
+    also = [("all_off", 3), ("skips_fixed", 2)]
+    jobs = bench_claims.wanted(["all_off"], done, also)
+    assert jobs[3:] == [("all_off", 1), ("all_off", 2), ("all_off", 3), ("skips_fixed", 2)]
+    assert bench_claims.wanted(["all_off"], [], also)[3:] == [("all_off", 1), *also], "also before the default is known"
+
+
+def test_arms_of_another_script(monkeypatch, tmp_path):
+    """What the arms of a record were trained with, and whose arms those with the same name are today."""
+    record = SCRIPT.parent / "records" / "2026-11-25_Claims" / "train_gpt.py"
+    args = state(monkeypatch, tmp_path, f"--base={record}", "--also=grad_sums_fp32:2,all_off:1")
+    assert args.scripts["default"] == record.read_bytes() and args.also == [("grad_sums_fp32", 2), ("all_off", 1)]
+    theirs, ours = args.scripts["grad_sums_fp32"].decode(), bench_claims.script("grad_sums_fp32").decode()
+    assert theirs.count("gradient = bucket.pack().float()") == ours.count("gradient = bucket.pack().float()") == 1
+    assert "instrumented" in args.keys and args.keys["default"] != state(monkeypatch, tmp_path).keys["default"]
 
 
 def test_summary_and_packing():
@@ -127,7 +145,11 @@ def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
 @pytest.mark.parametrize("options, code, sentence", [
     (["--data_dir=nowhere"], 2, "bench_claims: --data_dir=nowhere is not a folder"),
     (["--data_dir=nowhere", "--muonlr=1"], 2, "bench_claims: unknown argument '--muonlr=1'"),
-    (["--arms=defualt"], 2, "--arms: defualt are none of"), (["--draw=pictures"], 1, "lacks the probes of some of")])
+    (["--arms=defualt"], 2, "--arms: defualt are none of"), (["--also=al_off:2"], 2, "--also: al_off are none of"),
+    (["--also=all_off"], 2, "--also: 'all_off' is not of the form arm:seed,arm:seed"),
+    (["--base=nowhere.py"], 2, "--base=nowhere.py: "),
+    ([f"--base={SCRIPT.with_name('run.sh')}", "--arms=skips_none"], 2, "matches 0 times, and not once"),
+    (["--draw=pictures"], 1, "lacks the probes of some of")])
 def test_bad_input_gets_a_sentence(tmp_path, options, code, sentence):
     done = subprocess.run([sys.executable, bench_claims.__file__, "--tiny", *options], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True, timeout=100)

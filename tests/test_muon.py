@@ -301,6 +301,27 @@ def test_on_one_rank_fp8_rounds_each_sequence_as_the_wire_would():
     assert torch.equal(got, want) and not optimizer.sums
 
 
+def test_compiled_casts_are_those_of_the_functions():
+    """What the exchange calls after `compile`, which also compiles the update (its sums differ by rounding)."""
+    ends = []
+    for compiled in (False, True):
+        ours = params((64, 64), (64, 64))
+        optimizer = tg.Muon(ours, lr=0.1, grad_divisor=2, grad_comm="fp8")
+        if compiled:
+            optimizer.compile()
+            x = rand(2 * tg.SCALE_BLOCK, bf16=True) * torch.tensor([1e-6, 3e4]).repeat_interleave(tg.SCALE_BLOCK)
+            values, scales = optimizer.quantize(x)
+            want, want_scales = tg.quantize_e5m2(x)
+            assert torch.equal(values.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, want_scales)
+            assert torch.equal(optimizer.dequantize(values, scales), tg.dequantize_e5m2(want, want_scales))
+            assert optimizer.quantize is not tg.quantize_e5m2 and optimizer.dequantize is not tg.dequantize_e5m2
+        for step in range(2):
+            feed(ours, step)
+            optimizer.step()
+        ends.append(torch.stack([p.detach() for p in ours]))
+    assert relative_error(*ends) < 1e-3
+
+
 def default_optimizers(world_size, **knobs):
     hp = tg.Hyperparameters(**knobs)
     with torch.device("meta"):

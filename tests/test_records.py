@@ -134,13 +134,12 @@ def test_leaving_out_and_keeping_private(bare):
     refused = bare.main("add", *base[:2], *COMMON)
     assert refused.code == 1 and f" left-out: {forge.today()}_New: logs/{base[2].name} (seed 3, " in refused.out
     assert bare.tree() == before
-    why = f"{base[2].name}=the power failed"
-    done = bare.main("add", base[0].name, base[1], *COMMON, "--leave-out", why, "--private")
-    assert done.code == 0
+    why = [arg for run in base[1:] for arg in ("--leave-out", f"{run.name}=the power failed")]
+    assert bare.main("add", base[0].name, *COMMON, *why, "--private").code == 0
     record, readme = bare.record("New"), (bare.record("New") / "README.md").read_text()
     assert readme.startswith(bare.runs.PRIVATE + "\n") and f"- left out: {base[2].name}, the power failed" in readme
-    meta = json.loads((record / "meta.json").read_text())
-    assert meta["left_out"] == [dict(run_id=base[2].name, reason="the power failed")] and not meta["data"]["public"]
+    meta, out = json.loads((record / "meta.json").read_text()), [run.name for run in base[1:]]
+    assert [run["run_id"] for run in meta["left_out"]] == out and not meta["data"]["public"]
     assert bare.main("verify", record.name) == (0, "1 records, 0 failed\n", "")
 
 
@@ -242,6 +241,8 @@ def test_compare_a_record_with_a_set_of_runs(toy):
     assert done.code == 0 and done.out.startswith("scripts: the same\nchanged knobs: head_lr 0.008 -> 0.0001\n")
     assert f": {gap:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Welch)" in done.out
     assert "no time at equal loss" in done.out and "20 and 20 steps (+0)" in done.out and "note:" not in done.out
+    inside = toy.main("compare", toy.record("Toy") / "runs", toy.record("Toy") / "arms" / "cold")  # keep no script
+    assert inside.out.split("\n")[:2] == done.out.split("\n")[:2] and inside.code == 0
 
 
 def test_compare_says_how_many_runs_it_takes(toy):
@@ -254,8 +255,7 @@ def test_compare_says_how_many_runs_it_takes(toy):
     assert done.code == 3 and f"{need} runs of each, {need - 3} more" in done.out
     assert f"{b.name} takes x {times[1] / times[0]:.3f} of {a.name}'s" in done.out
     assert "changed knobs: mlp_ratio 4 -> 3" in done.out
-    base, _ = toy.arms()
-    done = toy.main("compare", names(base[:2]), base[2].name)
+    done = toy.main("compare", names(toy.arms()[0][:2]), toy.arms()[0][2].name)
     assert done.code == 3 and "not decidable" in done.out
 
 
@@ -271,6 +271,8 @@ def test_compare_other_machines_scripts_and_streams(box):
     done = box.main("compare", names(base), "other")
     assert done.code == 0 and "+# \\x1b[31m mine\n" in done.out and "\x1b" not in done.out
     assert "note: not one kind of machine" in done.out and "1.0" in done.out
+    (other[0] / "train_gpt.py").unlink()
+    assert f"scripts: not the same; that of {other[0].name} is not kept" in box.main("compare", *base[:1], other[0]).out
     for folder in other:
         rows = box.events(folder)
         rows[0]["data"]["val_sha256"] = "a" * 64
