@@ -74,7 +74,7 @@ class Hyperparameters:
     lr_floor: float = knob(0.1, "schedule", "x lr", "what the decay ends at")
     momentum_warmup: float = knob(0.0, "schedule", "span", "Muon momentum rises to its end; 0 = off (record 21: 0.17)")
     window_min: int = knob(1, "schedule", "tokens", "attention window at step 0, in blocks of 128; = window_max: fixed")
-    window_max: int = knob(1728, "schedule", "tokens", "attention window at the end (128 to 1792: 0.011 worse, H100)")
+    window_max: int = knob(1728, "schedule", "tokens", "attention window at the end; published: 128 to 1792")
     # model
     layer_pattern: str = knob("LSSSLSS-SSSL", "model", "one a layer", "attention window: L long, S half, - none")
     value_pattern: str = knob("012......012", "model", "one a layer", "value-embedding table added to v; . none")

@@ -73,7 +73,7 @@ def kernel_spans(trace: dict) -> dict[str, list]:
             spans[found if "nccl" in name.lower() else "compute"].append((start, start + event["dur"] / 1e3))
     return spans
 
-# ---- Step time on paper. Inputs: README for the first two, vendors' figures for the links and the memory
+# ---- Step time on paper. Inputs: record 2026-11-24_CorpusRecipe, bench_recipe.py; vendors' figures for links, memory
 
 SEQUENCE_MS, OPTIMIZER_MS = 87.6, 8.5  # a sequence of 49,152 tokens with an eighth of the optimizer; that by itself
 NVLINK, NETWORK, MEMORY = 450e9, 50e9, 3.35e12  # bytes/s: half of 900 GB/s is each way; 400 Gb/s; an H100's memory
