@@ -7,9 +7,9 @@
 
 The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 FP8 matmul,
 4 attention masks, 5 optimizers, 6 modules, 7 GPT and the step. The HARNESS half makes it safe and pleasant: 8 command
-line, 9 data, 10 run, 11 text, 12 main. It is public record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt,
-2025-01-26) without its momentum warm-up. Letters: B = blocks of a sequence, D = model width, H = heads, K = head width,
-T = tokens of a sequence, V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines in all.
+line, 9 data, 10 run, 11 text, 12 main. It is record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt, January
+2025) without its momentum warm-up, and with a lower skip_lr. Letters: B = blocks of a sequence, D = model width, H =
+heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Hyperparameters:
     steps: int = knob(1770, "schedule", "steps", "length of the run; spans up to 1 are fractions of it")
     cooldown: float = knob(0.4, "schedule", "span", "linear learning-rate decay at the end; 0 = off")
     lr_floor: float = knob(0.1, "schedule", "x lr", "what the decay ends at")
-    momentum_warmup: float = knob(0.0, "schedule", "span", "Muon momentum rises to its end; 0 = off (record 21: 0.17)")
-    window_min: int = knob(1, "schedule", "tokens", "attention window at step 0, in blocks of 128; = window_max: fixed")
-    window_max: int = knob(1728, "schedule", "tokens", "attention window at the end; published: 128 to 1792")
+    momentum_warmup: float = knob(0.0, "schedule", "span", "of Muon's momentum; 0 = off, better up to 128 steps")
+    window_min: int = knob(1, "schedule", "tokens", "attention window at step 0, rounded up to 128s; equal ends: fixed")
+    window_max: int = knob(1728, "schedule", "tokens", "attention window at the end, likewise, so 1,792")
     # model
     layer_pattern: str = knob("LSSSLSS-SSSL", "model", "one a layer", "attention window: L long, S half, - none")
     value_pattern: str = knob("012......012", "model", "one a layer", "value-embedding table added to v; . none")
@@ -94,8 +94,8 @@ class Hyperparameters:
     skip_lr: float = knob(0.01, "adam", "lr", "skip weights of the U-Net; 0 = fixed at 1")
     # Muon
     muon_lr: float = knob(0.05, "muon", "lr", "matrices of the blocks")
-    muon_momentum: float = knob(0.95, "muon", "1", "Nesterov momentum after its warm-up")
-    muon_momentum_start: float = knob(0.85, "muon", "1", "momentum at step 0")
+    muon_momentum: float = knob(0.95, "muon", "1", "Nesterov momentum, after its warm-up if there is one")
+    muon_momentum_start: float = knob(0.85, "muon", "1", "momentum at step 0 of the warm-up")
     newton_schulz_steps: int = knob(5, "muon", "iterations", "of the quintic that orthogonalizes an update")
     # techniques and communication
     fp8: bool = knob(True, "fp8", "switch", "FP8 output head where the GPU passes a probe; False = bf16")
@@ -397,7 +397,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def compile(self):
-        """Let Inductor fuse updates and casts of each bucket; what changes in a run is a tensor: it compiles once."""
+        """Let Inductor fuse updates and casts, once for each shape of bucket: what changes in a run is a tensor."""
         for name in ("update", "quantize", "dequantize"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 

@@ -229,7 +229,15 @@ def load(text: str) -> Set:
         raise Bad(*problem)
     names = [Path(name).name for name in text.split(",")]
     label = safe(names[0], 40) + (f" and {len(names) - 1} more" if names[1:] else "")
+    if len(names) == 1 and (home := home_of(path)):
+        label = safe(path.resolve().relative_to(home.parent).as_posix(), 80)
+        if hashlib.sha256(kept := read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)).hexdigest() == runs[0].script_sha256:
+            script = script or kept
     return Set(label, runs, runs[0].script or script, track)
+
+def home_of(path: Path) -> Path | None:
+    """The record that a folder of runs lies in."""
+    return next((folder for folder in path.resolve().parents[:3] if (folder / "meta.json").exists()), None)
 
 def diff(a: bytes | None, b: bytes | None, names: tuple[str, str], limit: int = 120) -> list[str]:
     texts = [(script or b"").decode("utf-8", "replace").split("\n") for script in (a, b)]
@@ -284,7 +292,7 @@ def compare(args) -> int:
     if bare and len(hashes) == 1:
         scripts = ["scripts: the same"]
     elif bare:
-        scripts = [f"scripts: not the same; that of {bare.label} is not kept (a record has one), so there is no diff"]
+        scripts = [f"scripts: not the same, and that of {bare.label} is not kept: no diff"]
     else:
         scripts = diff(a.script, b.script, (a.label, b.label))
     print(*scripts, *lines, sep="\n")

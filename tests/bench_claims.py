@@ -71,7 +71,7 @@ PATCHES = {  # (regular expression, replacement)
 }
 SEEDS = (1, 2, 3)  # of the default, and of an arm that its first run sets apart
 STATE = Path(".cache", "claims")
-BASE = "--val_tokens=2097152 --val_every=64 --save=False"
+COMMON = "--val_tokens=2097152 --val_every=64 --save=False"
 
 
 def script(arm: str, base: Path = ROOT / "train_gpt.py") -> bytes:
@@ -80,7 +80,7 @@ def script(arm: str, base: Path = ROOT / "train_gpt.py") -> bytes:
     for old, new in PATCHES.get(ARMS[arm].patch, []):
         text, count = re.subn(old, new, text)
         if count != 1:
-            raise ValueError(f"{old!r} matches {count} times, and not once")
+            raise ValueError(f"what the arm {arm} replaces, {old}, is there {count} times, and not once")
     return text.encode()
 
 
@@ -117,7 +117,7 @@ def tensors(model):
 def arguments(args, arm: str) -> list[str]:
     """All knobs of an arm's runs but the seed."""
     knobs = ARMS[arm].knobs.format(**args.sizes).split()
-    return [*{argument.partition("=")[0]: argument for argument in (*args.base, *knobs)}.values()]  # a later one wins
+    return [*{argument.partition("=")[0]: argument for argument in (*args.common, *knobs)}.values()]  # a later one wins
 
 
 def key(args, arm: str) -> str:
@@ -131,7 +131,7 @@ def every_result() -> list[dict]:
 
 
 def results(args) -> list[dict]:
-    """Runs of today's scripts and these knobs. The loss is None where one failed."""
+    """Runs of these scripts and knobs. The loss is None where one failed."""
     return [row for row in every_result() if row["arm"] in args.keys and row["key"] == args.keys[row["arm"]]]
 
 
@@ -151,7 +151,7 @@ def job_file(args, arm: str, seed: int) -> Path:
 def arm_seeds(text: str) -> list[tuple[str, int]]:
     """"arm:seed,arm:seed" as pairs. ArgumentTypeError on another text."""
     pairs = re.findall(r"([^:,]+):(\d+)(?:,|$)", text)
-    if ",".join(map(":".join, pairs)) != text:
+    if not pairs or ",".join(map(":".join, pairs)) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form arm:seed,arm:seed")
     scaling.names(tuple(ARMS), ",".join(arm for arm, _ in pairs))
     return [(arm, int(seed)) for arm, seed in pairs]
@@ -211,7 +211,7 @@ def one_run(args, module, source: bytes, arm: str, seed: int) -> dict:
         run.close(refused.code, str(refused))
     if watch:
         rows = (json.dumps(row) + "\n" for row in watch.rows())
-        (STATE / f"probes_{arm}.{seed}.jsonl").write_text("".join(rows), encoding="utf-8")
+        (STATE / f"probes_{arm}.{seed}.{args.keys[arm]}.jsonl").write_text("".join(rows), encoding="utf-8")
     peaks = [v >> 20 for v in (run.clock.peak, run.peak_val)] if cuda else [None, None]
     loss = run.val_loss if run.step == hp.steps and math.isfinite(run.val_loss) else None
     return dict(arm=arm, seed=seed, run_id=run.log.run_id, val_loss=loss, train_ms=run.clock.train_ms,
@@ -282,12 +282,13 @@ def packing(done: list[dict]) -> str:
 
 
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data_dir", default="data/fineweb10B", help="folder of shards")
     parser.add_argument("--arms", default=[*ARMS], type=functools.partial(scaling.names, tuple(ARMS)), metavar="A,B",
                         help=f"of {', '.join(ARMS)}; the default is always trained")
-    parser.add_argument("--also", default=[], type=arm_seeds, metavar="A:SEED,...", help="runs beyond the plan's")
-    parser.add_argument("--base", type=Path, default=ROOT / "train_gpt.py", dest="base_script", metavar="FILE",
+    parser.add_argument("--also", default=[], type=arm_seeds, metavar="A:SEED,...",
+                        help="runs beyond the plan's; of an arm that --arms does not name, only these")
+    parser.add_argument("--base", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
                         help="the script whose arms are trained")
     parser.add_argument("--steps", type=int, default=64, help="length of every run")
     parser.add_argument("--gpus", default="", help="numbers of the GPUs to use; empty = all")
@@ -301,17 +302,38 @@ def parse(argv: list[str] | None):
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     args, knobs = parser.parse_known_args(argv)
     tiny = args.tiny or not torch.cuda.is_available()
-    args.base = [f"--data_dir={args.data_dir}", *(TINY if tiny else BASE.split()), f"--steps={args.steps}", *knobs]
+    args.common = [f"--data_dir={args.data_dir}", *(TINY if tiny else COMMON.split()), f"--steps={args.steps}", *knobs]
     args.sizes = dict(zip(("window_max", "rounded", "long"), (256, 192, 384) if tiny else (1792, 1728, 65536)))
     args.began = args.worker or time.time()
     args.end = args.began + args.until
-    args.arms = [*dict.fromkeys([*args.arms, *(arm for arm, _ in args.also)])]
     try:  # now, so that an edit meanwhile changes no run
-        args.scripts = {arm: script(arm, args.base_script) for arm in {"default", *args.arms}}
+        named = [args.script] if args.script else ["default", *args.arms, *(arm for arm, _ in args.also)]
+        args.scripts = {arm: script(arm, args.base) for arm in named}
     except (OSError, ValueError) as error:
-        parser.error(f"--base={args.base_script}: {error}")
+        parser.error(f"--base={args.base}: {error}")
     args.keys = {arm: key(args, arm) for arm in args.scripts}
     return args
+
+
+def distinct(args) -> list[str]:
+    """The arms without those that are the default by another name. Ends with one sentence and the script's exit code
+    where a script, a knob or the data cannot work."""
+    modules, recipes = {}, {}
+    for arm, source in args.scripts.items():
+        try:
+            module = modules[source] = modules.get(source) or load_script(source, ARMS[arm].patch or "default")
+            recipes[arm] = source, module.parse_overrides(arguments(args, arm))
+            module.check(recipes[arm][1], 1)
+            if arm == "default":
+                module.load_corpus(recipes[arm][1], thorough=False)
+        except Exception as error:  # a base may be anything
+            where = [f"--base={args.base}"] * (type(error).__name__ != "Refused") + [f"arm {arm}"] * (arm != "default")
+            print(": ".join(["bench_claims", *where, str(error)]), file=sys.stderr)
+            sys.exit(getattr(error, "code", 2))
+    same = [arm for arm in args.arms if recipes[arm] == recipes["default"] and arm not in ("default", "instrumented")]
+    if same:
+        print(f"not trained, since with this script they are the default: {', '.join(same)}", file=sys.stderr)
+    return [arm for arm in args.arms if arm not in same]
 
 
 def watch_over(args, workers: dict) -> list[int]:
@@ -332,20 +354,20 @@ def watch_over(args, workers: dict) -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.script:
-        return sys.stdout.write(script(args.script, args.base_script).decode()) and None
+        return sys.stdout.write(args.scripts[args.script].decode()) and None
     if args.draw:
         return claims.draw(args.draw, STATE)
     if args.worker:
         return work(args)
-    scaling.check("bench_claims", arguments(args, "default"))
-    STATE.mkdir(parents=True, exist_ok=True)
+    args.arms = distinct(args) or ["default"]
     if not args.join:
         for claimed in STATE.glob("*.job"):
             claimed.unlink()
         rows = trained(every_result())  # those that failed are tried again
         (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())] or [""]
-    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), f"--worker={args.began}"]
+    given = *(sys.argv[1:] if argv is None else argv), f"--arms={','.join(args.arms)}"
+    command = [sys.executable, __file__, *given, f"--worker={args.began}"]
     environment, workers = scaling.environment(len(gpus)), {}
     for gpu in gpus:
         with open(STATE / f"worker_{gpu}.txt", "w") as output:

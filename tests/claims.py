@@ -164,9 +164,12 @@ def emulated_error(a: Tensor, b: Tensor, a8: Tensor, fa: Tensor, b8: Tensor, fb:
 # ---- Pictures
 
 def read_probes(state: Path) -> list[dict]:
-    """The rows of every arm's probes."""
-    paths = sorted(state.glob("probes_*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of every arm's probes, all seeds, of the script and knobs that were probed last."""
+    paths, keys = sorted(state.glob("probes_*.*.*.jsonl"), key=lambda path: path.stat().st_mtime), {}
+    for path in paths:
+        arm, _, keys[arm] = path.stem.split(".")  # written by bench_claims: arm, seed, key of script and knobs
+    return [json.loads(line) for path in paths if keys[path.stem.split(".")[0]] == path.stem.split(".")[2]
+            for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw(folder: Path, state: Path) -> None:
@@ -179,8 +182,8 @@ def draw(folder: Path, state: Path) -> None:
         sys.exit(f"bench_claims: {state} lacks the probes of some of {', '.join(WATCHED)}: train these arms first")
     folder.mkdir(parents=True, exist_ok=True)
     draw_gradients(plt, [r for r in rows if r["probe"] == "gradient"], folder / "gradients.png")
-    first = min(r["seed"] for r in rows)
-    draw_scales(plt, [r for r in rows if r["probe"] == "scale" and r["seed"] == first], folder / "scales.png")
+    scales = [r for r in rows if r["probe"] == "scale"]
+    draw_scales(plt, [r for r in scales if r["seed"] == min(r["seed"] for r in scales)], folder / "scales.png")
     if (folder / "arms" / "all_off").is_dir():
         draw_curve(plt, folder, folder / "curve.png")
 

@@ -1,6 +1,7 @@
 """bench_claims.py and its probes against slow references, and its runs against train_gpt.py's own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_every_patch_fits_the_script_and_every_knob_is_one(arm):
 
 def test_a_patch_whose_text_is_gone_is_refused(monkeypatch):
     monkeypatch.setitem(bench_claims.PATCHES, "skips_none", [("no such text", "")])
-    with pytest.raises(ValueError, match="matches 0 times"):
+    with pytest.raises(ValueError, match="is there 0 times"):
         bench_claims.script("skips_none")
 
 
@@ -66,6 +67,25 @@ def test_arms_of_another_script(monkeypatch, tmp_path):
     theirs, ours = args.scripts["grad_sums_fp32"].decode(), bench_claims.script("grad_sums_fp32").decode()
     assert theirs.count("gradient = bucket.pack().float()") == ours.count("gradient = bucket.pack().float()") == 1
     assert "instrumented" in args.keys and args.keys["default"] != state(monkeypatch, tmp_path).keys["default"]
+
+
+def test_an_arm_that_is_the_default_is_not_trained(monkeypatch, tmp_path, capsys):
+    make_corpus(tmp_path / "data", train=(20000, 20000))
+    arms = "--arms=default,instrumented,window_record_21,window_published,window_fixed,skips_none"
+    args = state(monkeypatch, tmp_path, arms, "--window_min=1", "--window_max=192")
+    assert bench_claims.distinct(args) == [arm for arm in args.arms if arm != "window_record_21"]
+    assert "they are the default: window_record_21\n" in capsys.readouterr().err
+    assert bench_claims.distinct(state(monkeypatch, tmp_path, "--arms=default,window_record_21")) == [
+        "default", "window_record_21"]  # with the tiny model's windows it is another
+
+
+def test_probes_of_other_knobs_are_not_drawn(tmp_path):
+    for age, (name, step) in enumerate({"probes_a.1.old": 1, "probes_a.1.new": 2, "probes_a.2.new": 3,
+                                        "probes_b.1.old": 4}.items()):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(dict(step=step)))
+        os.utime(path, (age, age))
+    assert [row["step"] for row in claims.read_probes(tmp_path)] == [2, 3, 4]
 
 
 def test_summary_and_packing():
@@ -148,9 +168,14 @@ def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
     (["--arms=defualt"], 2, "--arms: defualt are none of"), (["--also=al_off:2"], 2, "--also: al_off are none of"),
     (["--also=all_off"], 2, "--also: 'all_off' is not of the form arm:seed,arm:seed"),
     (["--base=nowhere.py"], 2, "--base=nowhere.py: "),
-    ([f"--base={SCRIPT.with_name('run.sh')}", "--arms=skips_none"], 2, "matches 0 times, and not once"),
+    ([f"--base={SCRIPT.with_name('run.sh')}", "--arms=skips_none"], 2, "what the arm skips_none replaces"),
+    (["--base=data.py", "--arms=default"], 2, "--base=data.py: "), (["--also="], 2, "--also: '' is not of the form"),
+    (["--arms=grad_comm_fp8", "--data_dir=data", "--base=old.py"], 2, "arm grad_comm_fp8: unknown argument"),
     (["--draw=pictures"], 1, "lacks the probes of some of")])
 def test_bad_input_gets_a_sentence(tmp_path, options, code, sentence):
+    make_corpus(tmp_path / "data")
+    (tmp_path / "data.py").write_text("print(1)")
+    (tmp_path / "old.py").write_text(SCRIPT.read_text().replace("grad_comm", "exchange"))
     done = subprocess.run([sys.executable, bench_claims.__file__, "--tiny", *options], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == code and sentence in done.stderr and "Traceback" not in done.stderr

@@ -272,7 +272,7 @@ def test_compare_other_machines_scripts_and_streams(box):
     assert done.code == 0 and "+# \\x1b[31m mine\n" in done.out and "\x1b" not in done.out
     assert "note: not one kind of machine" in done.out and "1.0" in done.out
     (other[0] / "train_gpt.py").unlink()
-    assert f"scripts: not the same; that of {other[0].name} is not kept" in box.main("compare", *base[:1], other[0]).out
+    assert f"scripts: not the same, and that of {other[0].name} is" in box.main("compare", *base[:1], other[0]).out
     for folder in other:
         rows = box.events(folder)
         rows[0]["data"]["val_sha256"] = "a" * 64
