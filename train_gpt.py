@@ -72,8 +72,8 @@ class Hyperparameters:
     steps: int = knob(1770, "schedule", "steps", "length of the run; spans up to 1 are fractions of it")
     cooldown: float = knob(0.4, "schedule", "span", "linear learning-rate decay at the end; 0 = off")
     lr_floor: float = knob(0.1, "schedule", "x lr", "what the decay ends at")
-    momentum_warmup: float = knob(0.0, "schedule", "span", "of Muon's momentum; 0 = off, better up to 128 steps")
-    window_min: int = knob(1, "schedule", "tokens", "attention window at step 0, rounded up to 128s; equal ends: fixed")
+    momentum_warmup: float = knob(0.0, "schedule", "span", "of Muon's momentum; 0 = off: better over 64 steps")
+    window_min: int = knob(1, "schedule", "tokens", "attention window at step 0, in whole 128s; = window_max: fixed")
     window_max: int = knob(1728, "schedule", "tokens", "attention window at the end, likewise, so 1,792")
     # model
     layer_pattern: str = knob("LSSSLSS-SSSL", "model", "one a layer", "attention window: L long, S half, - none")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runs import (
     ID,
+    NAME,
     RECORDS,
     SPEEDRUN_LOG,
     TABLE,
@@ -229,15 +230,16 @@ def load(text: str) -> Set:
         raise Bad(*problem)
     names = [Path(name).name for name in text.split(",")]
     label = safe(names[0], 40) + (f" and {len(names) - 1} more" if names[1:] else "")
-    if len(names) == 1 and (home := home_of(path)):
-        label = safe(path.resolve().relative_to(home.parent).as_posix(), 80)
-        if hashlib.sha256(kept := read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)).hexdigest() == runs[0].script_sha256:
-            script = script or kept
+    if home := home_of(path):
+        label = label if names[1:] else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
+        kept = read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)
+        script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
     return Set(label, runs, runs[0].script or script, track)
 
 def home_of(path: Path) -> Path | None:
     """The record that a folder of runs lies in."""
-    return next((folder for folder in path.resolve().parents[:3] if (folder / "meta.json").exists()), None)
+    return next((folder for folder in path.resolve().parents[:3] if NAME.fullmatch(folder.name)
+                 and all((folder / file).is_file() for file in ("meta.json", "train_gpt.py"))), None)
 
 def diff(a: bytes | None, b: bytes | None, names: tuple[str, str], limit: int = 120) -> list[str]:
     texts = [(script or b"").decode("utf-8", "replace").split("\n") for script in (a, b)]

@@ -151,9 +151,10 @@ def job_file(args, arm: str, seed: int) -> Path:
 def arm_seeds(text: str) -> list[tuple[str, int]]:
     """"arm:seed,arm:seed" as pairs. ArgumentTypeError on another text."""
     pairs = re.findall(r"([^:,]+):(\d+)(?:,|$)", text)
-    if not pairs or ",".join(map(":".join, pairs)) != text:
+    if ",".join(map(":".join, pairs)) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form arm:seed,arm:seed")
-    scaling.names(tuple(ARMS), ",".join(arm for arm, _ in pairs))
+    for arm, _ in pairs:
+        scaling.names(tuple(ARMS), arm)
     return [(arm, int(seed)) for arm, seed in pairs]
 
 
@@ -161,7 +162,7 @@ def wanted(arms: list[str], done: list[dict], also=()) -> list[tuple[str, int]]:
     """(arm, seed) of every run that the plan asks for, given what is known of the losses, then of those in `also`."""
     jobs = [("default", seed) for seed in SEEDS] + [(arm, 1) for arm in arms if arm != "default"]
     done = trained(done)
-    known = [r["val_loss"] for r in done if r["arm"] == "default"]
+    known = [r["val_loss"] for r in done if r["arm"] == "default" and r["seed"] in SEEDS]
     if len(known) < len(SEEDS):
         return [*dict.fromkeys([*jobs, *also])]
     mean, sd = statistics.fmean(known), statistics.stdev(known)
@@ -315,9 +316,9 @@ def parse(argv: list[str] | None):
     return args
 
 
-def distinct(args) -> list[str]:
-    """The arms without those that are the default by another name. Ends with one sentence and the script's exit code
-    where a script, a knob or the data cannot work."""
+def renamed_default(args) -> set[str]:
+    """The arms that are the default by another name. Ends with one sentence and the script's exit code where a script,
+    a knob or the data cannot work."""
     modules, recipes = {}, {}
     for arm, source in args.scripts.items():
         try:
@@ -326,14 +327,14 @@ def distinct(args) -> list[str]:
             module.check(recipes[arm][1], 1)
             if arm == "default":
                 module.load_corpus(recipes[arm][1], thorough=False)
-        except Exception as error:  # a base may be anything
+        except (Exception, SystemExit) as error:  # a base may be anything
             where = [f"--base={args.base}"] * (type(error).__name__ != "Refused") + [f"arm {arm}"] * (arm != "default")
             print(": ".join(["bench_claims", *where, str(error)]), file=sys.stderr)
-            sys.exit(getattr(error, "code", 2))
-    same = [arm for arm in args.arms if recipes[arm] == recipes["default"] and arm not in ("default", "instrumented")]
+            sys.exit(getattr(error, "code", 2) or 2)
+    same = {arm for arm in recipes if recipes[arm] == recipes["default"]} - {"default", "instrumented"}
     if same:
-        print(f"not trained, since with this script they are the default: {', '.join(same)}", file=sys.stderr)
-    return [arm for arm in args.arms if arm not in same]
+        print(f"not trained, since with this script they are the default: {', '.join(sorted(same))}", file=sys.stderr)
+    return same
 
 
 def watch_over(args, workers: dict) -> list[int]:
@@ -359,15 +360,17 @@ def main(argv: list[str] | None = None) -> None:
         return claims.draw(args.draw, STATE)
     if args.worker:
         return work(args)
-    args.arms = distinct(args) or ["default"]
+    same = renamed_default(args)
+    args.arms = [arm for arm in args.arms if arm not in same] or ["default"]
+    args.also = [run for run in args.also if run[0] not in same]
     if not args.join:
         for claimed in STATE.glob("*.job"):
             claimed.unlink()
         rows = trained(every_result())  # those that failed are tried again
         (STATE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gpus = args.gpus.split(",") if args.gpus else [str(i) for i in range(torch.cuda.device_count())] or [""]
-    given = *(sys.argv[1:] if argv is None else argv), f"--arms={','.join(args.arms)}"
-    command = [sys.executable, __file__, *given, f"--worker={args.began}"]
+    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), f"--worker={args.began}",
+               f"--arms={','.join(args.arms)}", f"--also={','.join(f'{arm}:{seed}' for arm, seed in args.also)}"]
     environment, workers = scaling.environment(len(gpus)), {}
     for gpu in gpus:
         with open(STATE / f"worker_{gpu}.txt", "w") as output:

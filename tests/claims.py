@@ -164,7 +164,7 @@ def emulated_error(a: Tensor, b: Tensor, a8: Tensor, fa: Tensor, b8: Tensor, fb:
 # ---- Pictures
 
 def read_probes(state: Path) -> list[dict]:
-    """The rows of every arm's probes, all seeds, of the script and knobs that were probed last."""
+    """The rows of every arm's probes, all seeds: of each arm, those of the script and knobs probed last."""
     paths, keys = sorted(state.glob("probes_*.*.*.jsonl"), key=lambda path: path.stat().st_mtime), {}
     for path in paths:
         arm, _, keys[arm] = path.stem.split(".")  # written by bench_claims: arm, seed, key of script and knobs

@@ -57,6 +57,8 @@ def test_runs_beyond_the_plan_come_last_and_once():
     jobs = bench_claims.wanted(["all_off"], done, also)
     assert jobs[3:] == [("all_off", 1), ("all_off", 2), ("all_off", 3), ("skips_fixed", 2)]
     assert bench_claims.wanted(["all_off"], [], also)[3:] == [("all_off", 1), *also], "also before the default is known"
+    more = [*done, row("default", 4, 9.0)]
+    assert bench_claims.wanted(["all_off"], more, also) == jobs, "further seeds of the default do not move the bound"
 
 
 def test_arms_of_another_script(monkeypatch, tmp_path):
@@ -73,10 +75,10 @@ def test_an_arm_that_is_the_default_is_not_trained(monkeypatch, tmp_path, capsys
     make_corpus(tmp_path / "data", train=(20000, 20000))
     arms = "--arms=default,instrumented,window_record_21,window_published,window_fixed,skips_none"
     args = state(monkeypatch, tmp_path, arms, "--window_min=1", "--window_max=192")
-    assert bench_claims.distinct(args) == [arm for arm in args.arms if arm != "window_record_21"]
+    assert bench_claims.renamed_default(args) == {"window_record_21"}
     assert "they are the default: window_record_21\n" in capsys.readouterr().err
-    assert bench_claims.distinct(state(monkeypatch, tmp_path, "--arms=default,window_record_21")) == [
-        "default", "window_record_21"]  # with the tiny model's windows it is another
+    other = state(monkeypatch, tmp_path, "--arms=default", "--also=window_record_21:2")
+    assert bench_claims.renamed_default(other) == set(), "with the tiny model's windows it is another"
 
 
 def test_probes_of_other_knobs_are_not_drawn(tmp_path):
@@ -169,7 +171,8 @@ def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
     (["--also=all_off"], 2, "--also: 'all_off' is not of the form arm:seed,arm:seed"),
     (["--base=nowhere.py"], 2, "--base=nowhere.py: "),
     ([f"--base={SCRIPT.with_name('run.sh')}", "--arms=skips_none"], 2, "what the arm skips_none replaces"),
-    (["--base=data.py", "--arms=default"], 2, "--base=data.py: "), (["--also="], 2, "--also: '' is not of the form"),
+    (["--base=data.py", "--arms=default"], 2, "--base=data.py: "),
+    (["--also=:1"], 2, "--also: ':1' is not of the form"),
     (["--arms=grad_comm_fp8", "--data_dir=data", "--base=old.py"], 2, "arm grad_comm_fp8: unknown argument"),
     (["--draw=pictures"], 1, "lacks the probes of some of")])
 def test_bad_input_gets_a_sentence(tmp_path, options, code, sentence):
