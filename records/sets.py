@@ -241,8 +241,8 @@ def home_of(path: Path) -> Path | None:
     return next((folder for folder in path.resolve().parents[:3] if NAME.fullmatch(folder.name)
                  and all((folder / file).is_file() for file in ("meta.json", "train_gpt.py"))), None)
 
-def diff(a: bytes | None, b: bytes | None, names: tuple[str, str], limit: int = 120) -> list[str]:
-    texts = [(script or b"").decode("utf-8", "replace").split("\n") for script in (a, b)]
+def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[str]:
+    texts = [script.decode("utf-8", "replace").split("\n") for script in (a, b)]
     lines = [safe(line) for line in difflib.unified_diff(*texts, *names, lineterm="", n=2)]
     more = [f"... and {len(lines) - limit} lines more"] if len(lines) > limit else []
     return lines[:limit] + more or ["scripts: the same"]
@@ -290,8 +290,8 @@ def compare_sets(a: Set, b: Set) -> tuple[list[str], int]:
 def compare(args) -> int:
     a, b = load(args.a), load(args.b)
     lines, code = compare_sets(a, b)
-    hashes, bare = {s.runs[0].script_sha256 for s in (a, b)}, next((s for s in (a, b) if s.script is None), None)
-    if bare and len(hashes) == 1:
+    bare = next((s for s in (a, b) if s.script is None), None)
+    if a.runs[0].script_sha256 == b.runs[0].script_sha256:
         scripts = ["scripts: the same"]
     elif bare:
         scripts = [f"scripts: not the same, and that of {bare.label} is not kept: no diff"]

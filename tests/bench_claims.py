@@ -153,8 +153,7 @@ def arm_seeds(text: str) -> list[tuple[str, int]]:
     pairs = re.findall(r"([^:,]+):(\d+)(?:,|$)", text)
     if ",".join(map(":".join, pairs)) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form arm:seed,arm:seed")
-    for arm, _ in pairs:
-        scaling.names(tuple(ARMS), arm)
+    scaling.known_names(tuple(ARMS), [arm for arm, _ in pairs])
     return [(arm, int(seed)) for arm, seed in pairs]
 
 

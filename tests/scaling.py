@@ -242,7 +242,10 @@ def faults(args, knobs: list[str]) -> None:
 
 def names(known: tuple, text: str) -> list[str]:
     """The names that an option asks for: some with commas between, or all."""
-    asked = list(known) if text == "all" else text.split(",")
+    return known_names(known, list(known) if text == "all" else text.split(","))
+
+def known_names(known: tuple, asked: list[str]) -> list[str]:
+    """`asked`; what argparse says where one of them is not known."""
     if unknown := [name for name in asked if name not in known]:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)} are none of {', '.join(known)}")
     return asked

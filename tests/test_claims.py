@@ -168,6 +168,7 @@ def test_the_run_of_a_worker_that_died_counts_as_failed(monkeypatch, tmp_path):
     (["--data_dir=nowhere"], 2, "bench_claims: --data_dir=nowhere is not a folder"),
     (["--data_dir=nowhere", "--muonlr=1"], 2, "bench_claims: unknown argument '--muonlr=1'"),
     (["--arms=defualt"], 2, "--arms: defualt are none of"), (["--also=al_off:2"], 2, "--also: al_off are none of"),
+    (["--also=all:2"], 2, "--also: all are none of"),
     (["--also=all_off"], 2, "--also: 'all_off' is not of the form arm:seed,arm:seed"),
     (["--base=nowhere.py"], 2, "--base=nowhere.py: "),
     ([f"--base={SCRIPT.with_name('run.sh')}", "--arms=skips_none"], 2, "what the arm skips_none replaces"),

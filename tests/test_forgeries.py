@@ -68,7 +68,7 @@ EVENTS = dict(
 
 GPU = "NVIDIA H100 80GB HBM3"
 META = dict(
-    rounded_loss=(dict(result=dict(val_loss_mean=4.66)), "headline", "val_loss_mean is 4.66", "be 4.66"),
+    rounded_loss=(dict(result=dict(val_loss_mean=4.66)), "headline", "val_loss_mean is 4.66", "be 4.660"),
     better_p=(dict(result=dict(p=1e-12)), "headline", "result.p is 1e-12"),
     more_runs=(dict(result=dict(n=30)), "headline", "is 30", "be 3"),
     gain_of_no_baseline=(dict(result=dict(gain_ms=500.0)), "headline", "is 500.0", "be None"),
