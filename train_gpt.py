@@ -5,11 +5,11 @@
     python train_gpt.py --steps=20 --val_tokens=65536          # a 20-step smoke run: every schedule scales
     ./run.sh                                                   # gets data and picks the preset; minutes on a CPU
 
-The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 FP8 matmul,
-4 attention masks, 5 optimizers, 6 modules, 7 GPT and the step. The HARNESS half makes it safe and pleasant: 8 command
-line, 9 data, 10 run, 11 text, 12 main. It is record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt, January
+The RECIPE half is all that moves the loss or the clock, readable alone: 1 hyperparameters, 2 schedules, 3 modules, 4 GPT,
+5 attention masks, 6 FP8 matmul, 7 optimizers, 8 tokens, 9 the step. The HARNESS half makes it safe and pleasant: 10
+command line, 11 data, 12 run, 13 text, 14 main. It is record 21 of the NanoGPT speedrun (KellerJordan/modded-nanogpt, January
 2025) without its momentum warm-up, and with a lower skip_lr. Letters: B = blocks of a sequence, D = model width, H =
-heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix. Hard stop: 1,500 lines.
+heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix.
 """
 
 from __future__ import annotations
@@ -157,79 +157,143 @@ def window_scheduler(step: int, total_steps: int, window_min: int = 128, window_
     tokens = window_min + (window_max - window_min) * step / total_steps
     return math.ceil(tokens / BLOCK)
 
-# ---- 3. FP8 matmul. A linear layer is three matmuls: y = x W^T, dx = dy W and dW = dy^T x. Tensor cores multiply FP8
-# twice as fast as bf16. Two formats: e4m3 (3 mantissa bits, to 448) for values, e5m2 (2 bits, to 57,344) for gradients.
-# Each tensor is multiplied by one fixed scale that centres it in its format, and the product is divided by both. The
-# hardware takes one layout only, A row-major times B column-major, hence the transposed copies in backward.
+# ---- 3. Modules
 
-def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x * scale) in `dtype`, saturated: torch's e5m2 cast turns what is too large into inf."""
-    limit = torch.finfo(dtype).max
-    return (x.float() * scale).clamp(-limit, limit).to(dtype)
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over channels without a learned weight."""
+    return F.rms_norm(x, (x.size(-1),))
 
-def column_major(x: Tensor) -> Tensor:
-    return x.t().contiguous().t()
+class Rotary(nn.Module):
+    """Half-truncated rotary embedding (arXiv:2104.09864): half of the channel pairs rotates, at frequencies from 1 to
+    1 / base, and half stands still, which leaves those channels to content alone."""
+    def __init__(self, head_dim: int, max_len: int, base: float):
+        super().__init__()
+        freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
+        freqs = F.pad(freqs, (0, head_dim // 2 - head_dim // 4))
+        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), freqs)
+        self.register_buffer("cos", theta.cos(), persistent=False)  # (max_len, K / 2)
+        self.register_buffer("sin", theta.sin(), persistent=False)
 
-class FP8Matmul(torch.autograd.Function):
-    """y = x W^T in FP8, forward and backward. As a Function, and not as a custom operator, Inductor fuses the casts
-    into their neighbours. x: (N, in) bf16, weight: (out, in) fp32, scale: (3,) fp32; N, in and out multiples of 16."""
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        x8, w8 = to_fp8(x, scale[0], torch.float8_e4m3fn), to_fp8(weight, scale[1], torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, w8, scale)
-        ctx.weight_dtype = weight.dtype
-        # one by one: cuBLASLt of CUDA 13 refuses a scale that lies at a 4-byte offset inside another tensor
-        inv = [s.reciprocal() for s in scale.unbind()]
-        return torch._scaled_mm(x8, w8.t(), inv[0], inv[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+    def forward(self, x: Tensor) -> Tensor:  # (T, H, K)
+        cos, sin = self.cos[: x.size(0), None], self.sin[: x.size(0), None]
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x8, w8, scale = ctx.saved_tensors
-        g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
-        inv = [s.reciprocal() for s in scale.unbind()]
-        grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
-        # (in, N) x (N, out): the small operand goes first; fp32 out, since this gradient is summed over sequences
-        grad_w = torch._scaled_mm(x8.t().contiguous(), column_major(g8), inv[0], inv[2], out_dtype=torch.float32).t()
-        return grad_x, grad_w.to(ctx.weight_dtype), None
+def uniform_matrix(*shape: int) -> nn.Parameter:
+    """Uniform with standard deviation 0.5 / sqrt(fan-in); nn.Linear has 0.577."""
+    bound = 3**0.5 * 0.5 * shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
-class CastedLinear(nn.Linear):
-    """nn.Linear that trains in FP8 with static per-tensor scales and evaluates in the dtype of its input.
-    x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale` and `grad_scale` multiply the
-    input, the weight and the incoming gradient before their casts; products are divided by them again. FP8 needs CUDA,
-    training mode, `use_fp8` (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the
-    input's dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize."""
-    def __init__(self, in_features: int, out_features: int, x_scale: float = 2.0, w_scale: float = 512.0,
-                 grad_scale: float = 524288.0, *, bias: bool = False, device=None, dtype=None):
-        if isinstance(x_scale, bool):
-            raise TypeError("CastedLinear: the third argument is x_scale, a number; pass bias=True by keyword")
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        scale = torch.tensor([x_scale, w_scale, grad_scale], dtype=torch.float32, device=device)
-        self.register_buffer("scale", scale, persistent=False)  # not saved: loads into nn.Linear and back, strictly
-        self.use_fp8 = True
+class CausalSelfAttention(nn.Module):
+    """Attention with merged QKV, QK-norm (arXiv:2010.04245), rotary, and value embeddings mixed into v."""
+    def __init__(self, hp: Hyperparameters, has_value_embed: bool):
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = hp.num_heads, hp.head_dim, hp.attn_scale
+        self.qkv = uniform_matrix(3, hp.model_dim, hp.model_dim)
+        self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))  # zero: a block starts as the identity
+        self.lambdas = nn.Parameter(torch.full((1 + has_value_embed,), 0.5))  # of v, and of the value embedding
+
+    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, mask) -> Tensor:  # (T, D)
+        qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x)).view(-1, 3 * self.num_heads, self.head_dim)
+        q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
+        q, k = rotary(norm(q) * self.scale), rotary(norm(k))  # scaling q: FlexAttention's scale would recompile
+        v = self.lambdas[0] * v
+        if value_embed is not None:  # arXiv:2410.17897
+            v = v + self.lambdas[1] * value_embed.view_as(v)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
+        y = attend(q, k, v, mask)[0].transpose(0, 1).reshape(x.shape)
+        return F.linear(y, self.out.type_as(x))
+
+class MLP(nn.Module):
+    """Two matrices with ReLU^2 between them (arXiv:2109.08668; 1-2 % better than GELU by modded-nanogpt)."""
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        hidden = hp.mlp_ratio * hp.model_dim
+        self.up = uniform_matrix(hidden, hp.model_dim)
+        self.down = nn.Parameter(torch.zeros(hp.model_dim, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        fp8 = self.use_fp8 and self.training and x.is_cuda and self.in_features % 16 == self.out_features % 16 == 0
-        if not fp8:
-            return F.linear(x, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x))
-        rows = x.reshape(-1, self.in_features)
-        pad = -rows.size(0) % 16
-        y = FP8Matmul.apply(F.pad(rows, (0, 0, 0, pad)) if pad else rows, self.weight, self.scale.float())  # bf16 model
-        y = y[: rows.size(0)].view(*x.shape[:-1], self.out_features).type_as(x)
-        return y if self.bias is None else y + self.bias.type_as(x)
+        return F.linear(F.relu(F.linear(x, self.up.type_as(x))).square(), self.down.type_as(x))
 
-def fp8_supported(device: torch.device | str) -> tuple[bool, str]:
-    """(whether FP8 works on `device`, why), by one forward and backward through `CastedLinear`."""
-    if torch.device(device).type != "cuda":
-        return False, "no CUDA device"
-    try:
-        layer = CastedLinear(64, 64, grad_scale=1.0, device=device)
-        layer(torch.randn(32, 64, device=device, dtype=torch.bfloat16)).float().square().mean().backward()
-        ok = bool(torch.isfinite(layer.weight.grad).all())
-        return ok, "probe passed" if ok else "probe gave non-finite gradients"
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
-        return False, "probe failed: " + (str(error).splitlines() or [type(error).__name__])[0][:120]
+class Block(nn.Module):
+    """One layer: mix in x0, then attention where the pattern has it, then the MLP."""
+    def __init__(self, hp: Hyperparameters, window: str, table: str):
+        super().__init__()
+        self.attn = CausalSelfAttention(hp, table != ".") if window != "-" else None
+        self.mlp = MLP(hp)
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, and of x0
 
-# ---- 4. Attention masks. Key k is visible to query q iff k <= q, doc(k) == doc(q) and q // 128 - k // 128 < window.
+    def forward(self, x: Tensor, x0: Tensor, value_embed: Tensor | None, rotary: Rotary, mask) -> Tensor:
+        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        if self.attn is not None:
+            x = x + self.attn(norm(x), value_embed, rotary, mask)
+        return x + self.mlp(norm(x))
+
+# ---- 4. GPT, its loss and its precision
+
+class GPT(nn.Module):
+    """U-Net GPT: the output of encoder layer i is added, with a learned weight, to the input of the mirrored decoder
+    layer. vocab_size: rows V of embeddings and head, a multiple of 128."""
+    def __init__(self, hp: Hyperparameters, vocab_size: int):
+        super().__init__()
+        self.layers, self.tables, depth = hp.layer_pattern, hp.value_pattern, len(hp.layer_pattern)
+        self.cap, self.temp, self.max_window = hp.logit_cap, hp.logit_temp, math.ceil(hp.window_max / BLOCK)
+        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
+        self.use_flex = True  # False: dense attention in chunks, for devices without FlexAttention's backward
+        self.embed = nn.Embedding(vocab_size, hp.model_dim)
+        self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, hp.model_dim) for _ in set(self.tables) - {"."})
+        blocks = [Block(hp, window, table) for window, table in zip(self.layers, self.tables)]
+        self.encoder, self.decoder = nn.ModuleList(blocks[: depth // 2]), nn.ModuleList(blocks[depth // 2 :])
+        self.skip_weights = nn.Parameter(torch.ones(depth // 2))
+        self.rotary = Rotary(hp.head_dim, max(hp.train_seq_len, hp.val_seq_len), hp.rope_base)
+        # 2^19 suits the gradient of a mean over 48K tokens; fewer tokens give larger gradients
+        grad_scale = hp.grad_scale * hp.train_seq_len / (48 * 1024)
+        self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale, grad_scale)
+        nn.init.zeros_(self.lm_head.weight)
+
+    def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
+        """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor -> (T, D)."""
+        masks = create_masks(input_ids, BLOCK, window, self.max_window)
+        if not self.use_flex:
+            masks = [dense_chunks(mask) for mask in masks]
+        mask_of = {"L": masks[0], "S": masks[1], "-": None}
+        rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
+        embeds = {str(i): table(rows) for i, table in enumerate(self.value_embeds)}
+        x = x0 = norm(self.embed(rows))  # (T, D)
+        skips = []
+        for i, block in enumerate((*self.encoder, *self.decoder)):
+            if i >= len(self.encoder) and skips:
+                x = x + self.skip_weights[i - len(self.encoder)] * skips.pop()
+            x = block(x, x0, embeds.get(self.tables[i]), self.rotary, mask_of[self.layers[i]])
+            if i < len(self.encoder):
+                skips.append(x)
+        return norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118) made positive."""
+        return self.cap * torch.sigmoid(self.lm_head(x).float() / self.temp)
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32 nats. Logits never
+        exceed the cap, so it serves as the softmax's maximum; the target is picked in the same pass over V."""
+        logits = self.logits(x)
+        hit = targets.clamp(max=self.last_row)[:, None] == torch.arange(logits.size(-1), device=x.device)
+        log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
+        return torch.where(targets >= 0, log_total - torch.where(hit, logits, 0).sum(-1), 0)
+
+    def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
+        """Mean loss of one packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32."""
+        return self.losses(self.features(input_ids, window), targets).mean()
+
+def place(model: GPT, device: torch.device | str) -> GPT:
+    """Move to the device; on CUDA embeddings are bf16, and with them all activations. A CPU is 6x slower in bf16."""
+    model.to(device)
+    if torch.device(device).type == "cuda":
+        for table in (model.embed, *model.value_embeds):
+            table.bfloat16()
+    return model
+
+# ---- 5. Attention masks. Key k is visible to query q iff k <= q, doc(k) == doc(q) and q // 128 - k // 128 < window.
 # FlexAttention takes two lists of blocks for each block: full ones, all visible, and partial ones, masked by element.
 
 def block_table(low: Tensor, high: Tensor, window: Tensor, width: int, side: int) -> tuple[Tensor, ...]:
@@ -301,7 +365,79 @@ def flex_supported(device: torch.device) -> bool:
     """FlexAttention trains on GPUs whose Triton has bf16; elsewhere it has no backward."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
-# ---- 5. Optimizers. Muon (kellerjordan.github.io/posts/muon) for the matrices, Adam for the rest. Each rank owns a
+# ---- 6. FP8 matmul. A linear layer is three matmuls: y = x W^T, dx = dy W and dW = dy^T x. Tensor cores multiply FP8
+# twice as fast as bf16. Two formats: e4m3 (3 mantissa bits, to 448) for values, e5m2 (2 bits, to 57,344) for gradients.
+# Each tensor is multiplied by one fixed scale that centres it in its format, and the product is divided by both. The
+# hardware takes one layout only, A row-major times B column-major, hence the transposed copies in backward.
+
+def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x * scale) in `dtype`, saturated: torch's e5m2 cast turns what is too large into inf."""
+    limit = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-limit, limit).to(dtype)
+
+def column_major(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+class FP8Matmul(torch.autograd.Function):
+    """y = x W^T in FP8, forward and backward. As a Function, and not as a custom operator, Inductor fuses the casts
+    into their neighbours. x: (N, in) bf16, weight: (out, in) fp32, scale: (3,) fp32; N, in and out multiples of 16."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        x8, w8 = to_fp8(x, scale[0], torch.float8_e4m3fn), to_fp8(weight, scale[1], torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, w8, scale)
+        ctx.weight_dtype = weight.dtype
+        # one by one: cuBLASLt of CUDA 13 refuses a scale that lies at a 4-byte offset inside another tensor
+        inv = [s.reciprocal() for s in scale.unbind()]
+        return torch._scaled_mm(x8, w8.t(), inv[0], inv[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x8, w8, scale = ctx.saved_tensors
+        g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
+        inv = [s.reciprocal() for s in scale.unbind()]
+        grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
+        # (in, N) x (N, out): the small operand goes first; fp32 out, since this gradient is summed over sequences
+        grad_w = torch._scaled_mm(x8.t().contiguous(), column_major(g8), inv[0], inv[2], out_dtype=torch.float32).t()
+        return grad_x, grad_w.to(ctx.weight_dtype), None
+
+class CastedLinear(nn.Linear):
+    """nn.Linear that trains in FP8 with static per-tensor scales and evaluates in the dtype of its input.
+    x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale` and `grad_scale` multiply the
+    input, the weight and the incoming gradient before their casts; products are divided by them again. FP8 needs CUDA,
+    training mode, `use_fp8` (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the
+    input's dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize."""
+    def __init__(self, in_features: int, out_features: int, x_scale: float = 2.0, w_scale: float = 512.0,
+                 grad_scale: float = 524288.0, *, bias: bool = False, device=None, dtype=None):
+        if isinstance(x_scale, bool):
+            raise TypeError("CastedLinear: the third argument is x_scale, a number; pass bias=True by keyword")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        scale = torch.tensor([x_scale, w_scale, grad_scale], dtype=torch.float32, device=device)
+        self.register_buffer("scale", scale, persistent=False)  # not saved: loads into nn.Linear and back, strictly
+        self.use_fp8 = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        fp8 = self.use_fp8 and self.training and x.is_cuda and self.in_features % 16 == self.out_features % 16 == 0
+        if not fp8:
+            return F.linear(x, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x))
+        rows = x.reshape(-1, self.in_features)
+        pad = -rows.size(0) % 16
+        y = FP8Matmul.apply(F.pad(rows, (0, 0, 0, pad)) if pad else rows, self.weight, self.scale.float())  # bf16 model
+        y = y[: rows.size(0)].view(*x.shape[:-1], self.out_features).type_as(x)
+        return y if self.bias is None else y + self.bias.type_as(x)
+
+def fp8_supported(device: torch.device | str) -> tuple[bool, str]:
+    """(whether FP8 works on `device`, why), by one forward and backward through `CastedLinear`."""
+    if torch.device(device).type != "cuda":
+        return False, "no CUDA device"
+    try:
+        layer = CastedLinear(64, 64, grad_scale=1.0, device=device)
+        layer(torch.randn(32, 64, device=device, dtype=torch.bfloat16)).float().square().mean().backward()
+        ok = bool(torch.isfinite(layer.weight.grad).all())
+        return ok, "probe passed" if ok else "probe gave non-finite gradients"
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+        return False, "probe failed: " + (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+# ---- 7. Optimizers. Muon (kellerjordan.github.io/posts/muon) for the matrices, Adam for the rest. Each rank owns a
 # share of every bucket: gradients are summed to their owner, the owner computes the update, updates travel in bf16.
 
 SCALE_BLOCK = 4096  # values that share one fp32 scale in an FP8 exchange; parameters start at multiples of it
@@ -546,162 +682,7 @@ def build_optimizers(model: GPT, hp: Hyperparameters, world_size: int | None = N
         raise RuntimeError("build_optimizers: a parameter is in no group, or in two")
     return [adam, muon]
 
-# ---- 6. Modules
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over channels without a learned weight."""
-    return F.rms_norm(x, (x.size(-1),))
-
-class Rotary(nn.Module):
-    """Half-truncated rotary embedding (arXiv:2104.09864): half of the channel pairs rotates, at frequencies from 1 to
-    1 / base, and half stands still, which leaves those channels to content alone."""
-    def __init__(self, head_dim: int, max_len: int, base: float):
-        super().__init__()
-        freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
-        freqs = F.pad(freqs, (0, head_dim // 2 - head_dim // 4))
-        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), freqs)
-        self.register_buffer("cos", theta.cos(), persistent=False)  # (max_len, K / 2)
-        self.register_buffer("sin", theta.sin(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (T, H, K)
-        cos, sin = self.cos[: x.size(0), None], self.sin[: x.size(0), None]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).type_as(x)
-
-def uniform_matrix(*shape: int) -> nn.Parameter:
-    """Uniform with standard deviation 0.5 / sqrt(fan-in); nn.Linear has 0.577."""
-    bound = 3**0.5 * 0.5 * shape[-1] ** -0.5
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-class CausalSelfAttention(nn.Module):
-    """Attention with merged QKV, QK-norm (arXiv:2010.04245), rotary, and value embeddings mixed into v."""
-    def __init__(self, hp: Hyperparameters, has_value_embed: bool):
-        super().__init__()
-        self.num_heads, self.head_dim, self.scale = hp.num_heads, hp.head_dim, hp.attn_scale
-        self.qkv = uniform_matrix(3, hp.model_dim, hp.model_dim)
-        self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))  # zero: a block starts as the identity
-        self.lambdas = nn.Parameter(torch.full((1 + has_value_embed,), 0.5))  # of v, and of the value embedding
-
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: Rotary, mask) -> Tensor:  # (T, D)
-        qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x)).view(-1, 3 * self.num_heads, self.head_dim)
-        q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
-        q, k = rotary(norm(q) * self.scale), rotary(norm(k))  # scaling q: FlexAttention's scale would recompile
-        v = self.lambdas[0] * v
-        if value_embed is not None:  # arXiv:2410.17897
-            v = v + self.lambdas[1] * value_embed.view_as(v)
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
-        y = attend(q, k, v, mask)[0].transpose(0, 1).reshape(x.shape)
-        return F.linear(y, self.out.type_as(x))
-
-class MLP(nn.Module):
-    """Two matrices with ReLU^2 between them (arXiv:2109.08668; 1-2 % better than GELU by modded-nanogpt)."""
-    def __init__(self, hp: Hyperparameters):
-        super().__init__()
-        hidden = hp.mlp_ratio * hp.model_dim
-        self.up = uniform_matrix(hidden, hp.model_dim)
-        self.down = nn.Parameter(torch.zeros(hp.model_dim, hidden))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(x, self.up.type_as(x))).square(), self.down.type_as(x))
-
-class Block(nn.Module):
-    """One layer: mix in x0, then attention where the pattern has it, then the MLP."""
-    def __init__(self, hp: Hyperparameters, window: str, table: str):
-        super().__init__()
-        self.attn = CausalSelfAttention(hp, table != ".") if window != "-" else None
-        self.mlp = MLP(hp)
-        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, and of x0
-
-    def forward(self, x: Tensor, x0: Tensor, value_embed: Tensor | None, rotary: Rotary, mask) -> Tensor:
-        x = self.lambdas[0] * x + self.lambdas[1] * x0
-        if self.attn is not None:
-            x = x + self.attn(norm(x), value_embed, rotary, mask)
-        return x + self.mlp(norm(x))
-
-# ---- 7. GPT and the training step
-
-class GPT(nn.Module):
-    """U-Net GPT: the output of encoder layer i is added, with a learned weight, to the input of the mirrored decoder
-    layer. vocab_size: rows V of embeddings and head, a multiple of 128."""
-    def __init__(self, hp: Hyperparameters, vocab_size: int):
-        super().__init__()
-        self.layers, self.tables, depth = hp.layer_pattern, hp.value_pattern, len(hp.layer_pattern)
-        self.cap, self.temp, self.max_window = hp.logit_cap, hp.logit_temp, math.ceil(hp.window_max / BLOCK)
-        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
-        self.use_flex = True  # False: dense attention in chunks, for devices without FlexAttention's backward
-        self.embed = nn.Embedding(vocab_size, hp.model_dim)
-        self.value_embeds = nn.ModuleList(nn.Embedding(vocab_size, hp.model_dim) for _ in set(self.tables) - {"."})
-        blocks = [Block(hp, window, table) for window, table in zip(self.layers, self.tables)]
-        self.encoder, self.decoder = nn.ModuleList(blocks[: depth // 2]), nn.ModuleList(blocks[depth // 2 :])
-        self.skip_weights = nn.Parameter(torch.ones(depth // 2))
-        self.rotary = Rotary(hp.head_dim, max(hp.train_seq_len, hp.val_seq_len), hp.rope_base)
-        # 2^19 suits the gradient of a mean over 48K tokens; fewer tokens give larger gradients
-        grad_scale = hp.grad_scale * hp.train_seq_len / (48 * 1024)
-        self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale, grad_scale)
-        nn.init.zeros_(self.lm_head.weight)
-
-    def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
-        """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor -> (T, D)."""
-        masks = create_masks(input_ids, BLOCK, window, self.max_window)
-        if not self.use_flex:
-            masks = [dense_chunks(mask) for mask in masks]
-        mask_of = {"L": masks[0], "S": masks[1], "-": None}
-        rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
-        embeds = {str(i): table(rows) for i, table in enumerate(self.value_embeds)}
-        x = x0 = norm(self.embed(rows))  # (T, D)
-        skips = []
-        for i, block in enumerate((*self.encoder, *self.decoder)):
-            if i >= len(self.encoder) and skips:
-                x = x + self.skip_weights[i - len(self.encoder)] * skips.pop()
-            x = block(x, x0, embeds.get(self.tables[i]), self.rotary, mask_of[self.layers[i]])
-            if i < len(self.encoder):
-                skips.append(x)
-        return norm(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118) made positive."""
-        return self.cap * torch.sigmoid(self.lm_head(x).float() / self.temp)
-
-    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32 nats. Logits never
-        exceed the cap, so it serves as the softmax's maximum; the target is picked in the same pass over V."""
-        logits = self.logits(x)
-        hit = targets.clamp(max=self.last_row)[:, None] == torch.arange(logits.size(-1), device=x.device)
-        log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
-        return torch.where(targets >= 0, log_total - torch.where(hit, logits, 0).sum(-1), 0)
-
-    def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
-        """Mean loss of one packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32."""
-        return self.losses(self.features(input_ids, window), targets).mean()
-
-def place(model: GPT, device: torch.device | str) -> GPT:
-    """Move to the device; on CUDA embeddings are bf16, and with them all activations. A CPU is 6x slower in bf16."""
-    model.to(device)
-    if torch.device(device).type == "cuda":
-        for table in (model.embed, *model.value_embeds):
-            table.bfloat16()
-    return model
-
-def train_step(forward, model: GPT, optimizers, sequences, hp: Hyperparameters, step: int, window: Tensor) -> Tensor:
-    """One optimizer step over this rank's sequences of the batch. `forward`: the model or its compiled form; sequences:
-    iterable of (input_ids, targets). Returns the 0-d sum of their losses / sequences_per_step. Each backward sees
-    the undivided mean of its sequence, which FP8's gradient scale is made for; the optimizers divide."""
-    window.fill_(window_scheduler(step, hp.steps, hp.window_min, hp.window_max))
-    total = torch.zeros((), device=window.device)
-    for input_ids, targets in sequences:
-        loss = forward(input_ids, targets, window)
-        loss.backward()
-        total += loss.detach() / hp.sequences_per_step
-        for optimizer in optimizers:
-            optimizer.accumulate()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_at(step, hp)
-            if "momentum" in group:
-                group["momentum"] = momentum_at(step, hp)
-        optimizer.step()
-    model.zero_grad()
-    return total
+# ---- 8. Tokens
 
 LOADER_DEADLINE = 60.0  # seconds that the training loop waits for a step's tokens
 HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 26 GB
@@ -755,6 +736,29 @@ def prefetch(stream: TokenStream, hp: Hyperparameters, rank: int, world: int, fi
             raise Refused(4, f"the data loader failed ({reason}): see whether the disk of --data_dir answers") from item
         yield item
 
+# ---- 9. The training step
+
+def train_step(forward, model: GPT, optimizers, sequences, hp: Hyperparameters, step: int, window: Tensor) -> Tensor:
+    """One optimizer step over this rank's sequences of the batch. `forward`: the model or its compiled form; sequences:
+    iterable of (input_ids, targets). Returns the 0-d sum of their losses / sequences_per_step. Each backward sees
+    the undivided mean of its sequence, which FP8's gradient scale is made for; the optimizers divide."""
+    window.fill_(window_scheduler(step, hp.steps, hp.window_min, hp.window_max))
+    total = torch.zeros((), device=window.device)
+    for input_ids, targets in sequences:
+        loss = forward(input_ids, targets, window)
+        loss.backward()
+        total += loss.detach() / hp.sequences_per_step
+        for optimizer in optimizers:
+            optimizer.accumulate()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_at(step, hp)
+            if "momentum" in group:
+                group["momentum"] = momentum_at(step, hp)
+        optimizer.step()
+    model.zero_grad()
+    return total
+
 @torch.no_grad()
 def evaluate(features, losses, stream: TokenStream, hp: Hyperparameters, rank: int, world: int, window) -> float:
     """Mean loss in nats over exactly the first hp.val_tokens tokens, the same on any count of ranks: pieces begin at
@@ -775,7 +779,7 @@ def evaluate(features, losses, stream: TokenStream, hp: Hyperparameters, rank: i
 
 # ==== HARNESS: what makes a run safe and pleasant; nothing below changes the loss or the clock ========================
 
-# ---- 8. Command line
+# ---- 10. Command line
 
 FIELDS = dataclasses.fields(Hyperparameters)
 PLACES = [f.name for f in FIELDS if f.metadata["place"]]
@@ -856,7 +860,7 @@ def check(hp: Hyperparameters, world_size: int) -> None:
     need(hp.window_min <= hp.window_max, f"--window_min={hp.window_min} must not be above --window_max={hp.window_max}")
     need(hp.grad_comm in ("bf16", "fp8"), f"--grad_comm must be bf16 or fp8, and not {hp.grad_comm!r}")
 
-# ---- 9. Data. A shard is 256 int32 (magic, version, count), then uint16 tokens; the scripts in data/ are the twins
+# ---- 11. Data. A shard is 256 int32 (magic, version, count), then uint16 tokens; the scripts in data/ are the twins
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 VOCAB = {"gpt2": 50304, "bytes": 384}  # embedding rows: tokens of the encoding, rounded up to a multiple of 128
@@ -925,7 +929,7 @@ def load_corpus(hp: Hyperparameters, thorough: bool) -> Corpus:
     scored = val.read(0, hp.val_tokens + 1).astype("<u2")
     return Corpus(encoding, train, val, files, hashlib.sha256(scored).hexdigest())
 
-# ---- 10. Run: ranks, run folder, clock, checkpoints, the loop
+# ---- 12. Run: ranks, run folder, clock, checkpoints, the loop
 
 START_TIMEOUT = 600  # seconds a collective may take: ranks compile and read data at different speeds
 STEP_DEADLINE = 120.0  # seconds to wait for a launched GPU step; below START_TIMEOUT, so that we name the cause first
@@ -1393,7 +1397,7 @@ def profiler(run: Run):
     plan = torch.profiler.schedule(wait=1, warmup=1, active=run.hp.profile, repeat=1)
     return torch.profiler.profile(schedule=plan, on_trace_ready=ready)
 
-# ---- 11. Text
+# ---- 13. Text
 
 def text_codec(encoding: str, bpe_file: str):
     """(encode: str -> ids, decode: ids -> str). Refused 2 where GPT-2's ranks cannot be had."""
@@ -1439,7 +1443,7 @@ def sample_saved(hp: Hyperparameters, device: torch.device) -> None:
     model.load_state_dict(saved["model"])
     print_sample(place(model, device), hp, saved["encoding"])
 
-# ---- 12. main
+# ---- 14. main
 
 def verdict(error: BaseException) -> tuple[int, str]:
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
