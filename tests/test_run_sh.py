@@ -158,6 +158,20 @@ def test_range_and_lock_agree_with_run_sh():
     assert re.search(r"^# Tests and records", ranges, re.MULTILINE), "run.sh cuts requirements.txt at this line"
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_clone_of_windows_keeps_line_ends(tmp_path):
+    """core.autocrlf=true, as git for Windows asks for by default: it would change hashes, and sh reads no CR."""
+    files = ["run.sh", ".ci/run", "requirements.lock", "train_gpt.py", "records/records.py"]
+    files += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("records/2*/*.*"))]
+    for name in (".gitattributes", *files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    for command in ("init -q", "add .", "checkout-index --all --prefix=clone/"):
+        subprocess.run(["git", "-c", "core.autocrlf=true", *command.split()], cwd=tmp_path, check=True, timeout=60)
+    for name in files:
+        assert (tmp_path / "clone" / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
 # --- data, preset and processes
 
 
