@@ -88,8 +88,11 @@ fineweb() {  # is it there, or can it be fetched? Shards without a manifest were
 }
 
 cd "$(dirname "$0")" || exit 2
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR-$PWD/.cache/inductor}"
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-$PWD/.cache/triton}"
+# torch puts these paths into compilers' commands unquoted: where a space would cut them, its own default places serve.
+case $PWD in *[!A-Za-z0-9_./@%+=:,~-]*) ;; *)
+    export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR-$PWD/.cache/inductor}"
+    export TRITON_CACHE_DIR="${TRITON_CACHE_DIR-$PWD/.cache/triton}" ;;
+esac
 export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="${TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD-1}"
 
 mode=train script=train_gpt.py preset='' data=''
