@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from probe import compiles
 from reference import attention, random_documents, relative_error, visible
 
 import train_gpt as tg
@@ -109,6 +110,7 @@ def test_the_window_never_recompiles_with_gradients_on_the_dense_path():
                 assert relative_error(a, b) < 1e-4
 
 
+@compiles("flex_attention", "*torch.zeros(3, 1, 1, 128, 16)")
 def test_compiled_flex_attention_reads_the_tables_and_never_recompiles():
     """Inductor for CPUs wants tables as wide as the sequence, made outside of its graph; test_gpu.py has the rest."""
     torch._dynamo.reset()

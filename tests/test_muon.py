@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from probe import compiles
 from reference import relative_error
 from small import documents, small_hp, small_model, window_tensor
 
@@ -301,6 +302,7 @@ def test_on_one_rank_fp8_rounds_each_sequence_as_the_wire_would():
     assert torch.equal(got, want) and not optimizer.sums
 
 
+@compiles("torch.neg", "torch.zeros(8)")
 def test_compiled_casts_are_those_of_the_functions():
     """What the exchange calls after `compile`, which also compiles the update (its sums differ by rounding)."""
     ends, calls = [], []
