@@ -246,7 +246,7 @@ def test_pictures(trained):
 def test_length_probe_scores_the_same_tokens(trained):
     rows = [r for r in claims.read_probes(trained / ".cache/claims") if r["probe"] == "length"]
     assert [r["length"] for r in rows] == [512, 256]
-    assert rows[0]["val_loss"] == pytest.approx(results(trained)["default", 1]["val_loss"], abs=1e-6)
+    assert rows[0]["val_loss"] == pytest.approx(results(trained)["default", 1]["val_loss"], abs=1e-5)  # fp32 sums
 
 
 def test_fp8_stats_of_known_values():

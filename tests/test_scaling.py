@@ -216,8 +216,9 @@ def test_eight_ranks_train_as_one(seen, comm, near):
         assert all(torch.equal(a, b) for a, b in zip(ranks[0]["params"], params))
     start = small_model(small_hp(**KNOBS), awake=True).parameters()
     for a, b, p in zip(ranks[0]["params"], alone["params"], start):
-        # Adam's first steps are signs, which a rounding may flip; a scalar of few values shows one most
-        assert relative_error(a - p, b - p) < (1e-3 if comm == "fp8" else 0.06 if a.ndim >= 2 else 0.15)
+        # Adam's first steps are signs, which a rounding may flip, and a scalar of few values shows one most; Muon lifts
+        # the smallest directions, which roundings decide. With a rank left out, matrices differ by a third and more.
+        assert relative_error(a - p, b - p) < (1e-3 if comm == "fp8" else 0.15)
 
 
 @pytest.mark.parametrize("comm", ["bf16", "fp8"])
