@@ -8,8 +8,6 @@ scipy and matplotlib are imported where they are used.
 """
 
 import argparse
-import ast
-import contextlib
 import functools
 import hashlib
 import json
@@ -37,6 +35,7 @@ from runs import (
     RECORDS,
     RUN_FILES,
     TABLE,
+    UNREAD,
     Bad,
     Problem,
     Record,
@@ -51,6 +50,7 @@ from runs import (
     read_run,
     read_tracks,
     safe,
+    script_knobs,
     train_sha256,
 )
 from sets import (
@@ -103,15 +103,8 @@ def changed_knobs(run: Run) -> dict:
     return {k: v for k, v in run.start["changed"].items() if k != "seed"}
 
 def defaults(script: bytes) -> dict:
-    """The knobs' defaults that the script's dataclass writes as literals, read without running it."""
-    found = {}
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        for node in (node for c in ast.parse(script).body if isinstance(c, ast.ClassDef) for node in c.body):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and node.value.args:
-                with contextlib.suppress(ValueError):
-                    value = ast.literal_eval(node.value.args[0])
-                    found[node.target.id] = list(value) if isinstance(value, tuple) else value
-    return found
+    """The knobs' defaults that the script writes as literals."""
+    return {name: value for name, value in script_knobs(script).items() if value is not UNREAD}
 
 def all_runs(record: Record) -> list[Run]:
     return [run for runs in record.sets.values() for run in runs]
@@ -163,6 +156,7 @@ def check_meta(record: Record) -> Iterator[Problem]:
                  ("headline", f"hardware of {run.name}", run.hardware(), meta["hardware"]),
                  ("headline", f"software of {run.name}", run.software(), meta["software"])]
     known = defaults(record.script)
+    rows.append(("knobs", "a knob of train_gpt.py whose default can be read", bool(known), True))
     rows += [("knobs", f"{k} in changed, since the script's default is {known[k]}", "missing", v)
              for k, v in json.loads(first.recipe[1]).items() if known.get(k, v) != v and k not in meta["changed"]]
     rows += [("script", f"script of {r.name}", r.script_sha256, meta["script_sha256"]) for r in record.sets["runs"]]

@@ -1,13 +1,15 @@
-"""Runs, records, tracks, and the public speedrun's logs: read and checked with the standard library alone.
+"""Runs, records, tracks, scripts' knobs and the public speedrun's logs: read and checked with the standard library.
 
 All of it may come from strangers. Nothing is executed, no link is followed, no file is opened before its size is known,
 JSON is strict, and what is shown of a stranger's text goes through `safe`. A check yields (code, sentence with both
 values); the codes, and what none of them can show, stand in records/README.md.
 """
 
+import ast
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import stat
@@ -23,8 +25,9 @@ KIB = 1024
 LIMITS = {"log.txt": 8 * KIB * KIB, "metrics.jsonl": 8 * KIB * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
           "README.md": 128 * KIB}  # bytes of one file; those of a record are limited together
 RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * KIB, 8 * KIB * KIB
-# Knobs that say where files lie, marked `place` in the script's dataclass: never compared.
-PLACES = ("data_dir", "bpe_file", "resume", "save", "weights")
+# Knobs that say where files lie, never what is computed: not compared. Of every script so far, bpe_file and weights of
+# older ones alone.
+PLACES = ("data_dir", "resume", "save", "bpe_file", "weights")
 CLAIMS = ("reference", "record", "systems", "reproduction", "result", "negative")
 TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
 PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
@@ -109,6 +112,56 @@ def fit(value, spec, where: str) -> None:
     reason = misfit(value, spec, where)
     if reason:
         raise Bad("schema", reason)
+
+# ---- The knobs of a script, read without running it
+
+UNREAD = object()  # the default of a knob that is no literal
+SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+def literal(node: ast.expr):
+    """The value of a literal, sums of numbers such as 48 * 1024 or 2.0**9 included, tuples as lists. ValueError for all
+    else, and for numbers that a knob cannot have: a stranger may have written 9**9**9."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [literal(item) for item in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = -number(node.operand)
+    elif isinstance(node, ast.BinOp) and type(node.op) in SUMS:
+        left, right = number(node.left), number(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 64:
+            raise ValueError
+        value = SUMS[type(node.op)](left, right)
+    else:
+        value = ast.literal_eval(node)
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:
+        raise ValueError
+    return value
+
+def number(node: ast.expr) -> int | float:
+    value = literal(node)
+    if type(value) not in (int, float):
+        raise ValueError
+    return value
+
+def default_of(node: ast.expr | None):
+    """What `= node` gives a field: a literal, or that in `knob(literal, ...)`; else UNREAD."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob" and node.args:
+        node = node.args[0]
+    try:
+        return UNREAD if node is None else literal(node)
+    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return UNREAD
+
+def script_knobs(script: bytes) -> dict:
+    """The knobs of a script by name, with their defaults: the fields of its class Hyperparameters, `name: type = 1` or
+    `name: type = knob(1, ...)`. Empty if there is none, or if this is no Python."""
+    try:
+        classes = [node for node in ast.parse(script).body if isinstance(node, ast.ClassDef)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    own = [node.body for node in classes if node.name == "Hyperparameters"][-1:]
+    fields = [node for body in own for node in body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: default_of(node.value) for node in fields if isinstance(node.target, ast.Name)}
 
 # ---- Formats, all closed: an unknown key is refused
 

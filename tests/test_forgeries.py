@@ -281,6 +281,33 @@ def flag(text, word):
     return make
 
 
+CLASS = """
+@dataclass(frozen=True)
+class Hyperparameters:
+    steps: int = {}
+    mlp_ratio: int = {}
+"""
+KNOB = 'knob({}, "run", "steps", "a meaning")'
+
+
+def default_unlike_the_runs(*defaults):
+    """The script has other defaults than the runs had knobs, which would have had to be named as changed."""
+    def make(box):
+        (box.victim / "train_gpt.py").write_bytes(box.extend_script(CLASS.format(*defaults), "runs"))
+        return "knobs", "mlp_ratio in changed, since the script's default is 6", "missing", "be 4"
+    return make
+
+
+for name, default in ("plain", "2 * 3"), ("float", "2.0**2 + 2"), ("knob", KNOB.format("2 * 3")):
+    FORGERIES.append(pytest.param(default_unlike_the_runs(20, default), "all", id=f"default_unlike_the_runs_{name}"))
+
+
+@forgery("all")
+def script_without_readable_knobs(box):
+    (box.victim / "train_gpt.py").write_bytes(box.extend_script(CLASS.format("KNOBS.steps", "9**9**9"), "runs"))
+    return "knobs", "whose default can be read", "False"
+
+
 for name, line, word in (("compile_flag", "config.coordinate_descent_tuning = True\n", "coordinate_descent_tuning"),
                          ("compile_variable", "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'\n", "max_autotune")):
     FORGERIES.append(pytest.param(flag(line, word), "all", id=name))

@@ -95,7 +95,7 @@ def test_welch_prediction_and_runs_needed(toy, cut, shift):
 def test_place_knobs_are_those_of_the_script(toy):
     import train_gpt
 
-    assert sorted(toy.runs.PLACES) == sorted(train_gpt.PLACES)
+    assert set(train_gpt.PLACES) <= set(toy.runs.PLACES)
 
 
 # ---- add, verify and list
