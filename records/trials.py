@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, safe
+from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, safe, script_knobs
 from sets import (
     LOGS,
     ROOT,
@@ -249,6 +249,11 @@ def arms_of(args, knobs: list[str]) -> list[list[str]]:
     common = [k for k in knobs if not re.match(r"--[ab]\.", k)]
     return [common + [f"--{k[4:]}" for k in knobs if k.startswith(f"--{arm}.")] for arm in "ab"]
 
+def unsaved(knobs: list[str], source: bytes) -> list[str]:
+    """The argument by which a run keeps no weights, and so is not sampled: nothing for a script without that knob."""
+    given = any(knob.startswith("--save=") for knob in knobs)
+    return ["--save=False"] if "save" in script_knobs(source) and not given else []
+
 def trial(args, knobs: list[str]) -> int:
     """Both arms in turn with the same seeds, on this machine and data; what logs/ already holds is not run again."""
     distributions()  # before hours of training, not after
@@ -270,7 +275,7 @@ def trial(args, knobs: list[str]) -> int:
     while todo := [key for key in plan if key not in done]:
         arm, seed = todo[0]
         left = f", about {statistics.fmean(spent) * len(todo) / 60:.1f} minutes left" if spent else ""
-        began, save = time.monotonic(), [] if any(k.startswith("--save=") for k in own[arm]) else ["--save=False"]
+        began, save = time.monotonic(), unsaved(own[arm], scripts[arm][1])
         title = f"run {len(plan) - len(todo) + 1} of {len(plan)}: {labels[arm]}, seed {seed}{left}"
         new = launch(scripts[arm][0], [*own[arm], *save], seed, title)
         for key, run in [*done.items()]:

@@ -367,6 +367,24 @@ def test_trial_goes_on_where_it_stopped(box, monkeypatch):
     assert done.out.splitlines()[-1] == said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("line, knobs, given", [
+    ("    save: bool = True\n", [], ["--save=False"]), ("    save: bool = knob(True)\n", [], ["--save=False"]),
+    ("    save: bool = True\n", ["--save=True"], ["--save=True"]), ("    keep: bool = True\n", [], []), ("", [], [])])
+def test_trial_keeps_no_weights_where_the_script_can_be_told(box, monkeypatch, line, knobs, given):
+    """So that no run of a trial is sampled. A script without the knob `save` would refuse it."""
+    called = []
+
+    def launch(script, knobs, *_):
+        called.extend(knobs)
+        raise box.sets.Undecided("enough")
+
+    monkeypatch.setattr(box.trials, "launch", launch)
+    (box.root / "mine.py").write_text(f"class Hyperparameters:\n    steps: int = 20\n{line}")
+    assert box.main("trial", "train_gpt.py", "mine.py", *knobs).code == 3
+    assert [knob for knob in called if knob.startswith("--save")] == given
+    assert not list(box.logs.rglob("weights.pt"))
+
+
 def test_trial_of_a_script_with_itself_is_the_noise_floor(box, monkeypatch):
     base, _ = box.arms()
     forge.clone(box, base[2], box.logs, 5, 4, by=0.02)
