@@ -6,6 +6,7 @@ values); the codes, and what none of them can show, stand in records/README.md.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 RECORDS = Path(__file__).resolve().parent
 RUN_FILES = ("log.txt", "metrics.jsonl")
@@ -81,6 +83,11 @@ def strict_json(text: str, what: str):
     except (ValueError, RecursionError) as error:
         raise Bad("schema", f"{what} is not JSON ({safe(error)[:80]})") from None
 
+MISSING = object()  # among the alternatives of a key: it may be absent
+
+def may_lack(spec) -> bool:
+    return isinstance(spec, tuple) and MISSING in spec
+
 def misfit(value, spec, where: str) -> str | None:
     """Why `value` does not have the shape `spec`: a type, a pattern, a constant, a tuple of alternatives, [items], or a
     dict of exactly these keys; a dict with the key `...` takes any keys. None if it fits."""
@@ -91,6 +98,7 @@ def misfit(value, spec, where: str) -> str | None:
         if not isinstance(value, dict):
             return f"{where} is not an object"
         keys = dict.fromkeys(value, spec[...]) if ... in spec else spec
+        keys = {k: s for k, s in keys.items() if k in value or not may_lack(s)}
         odd = sorted(keys.keys() ^ value.keys())
         if odd:
             return f"{where}: the key {safe(odd[0])[:40]} is {'missing' if odd[0] in keys else 'unknown'}"
@@ -174,17 +182,23 @@ KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_m
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
-EVENTS = dict(
-    start=dict(format=1, run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS,
-               changed=KNOBS, seed=int, device=str, gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT,
-               **SOFTWARE, world_size=int, grad_accum=int, fp8=dict(on=bool, reason=str), attention=str, data=DATA),
-    step=dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK),
-    val=dict(step=int, tokens=int, val_loss=LOSS, val_tokens=int, **CLOCK),
-    clock=dict(mark=("start", "stop"), **CLOCK), warning=dict(text=str, step=int),
-    checkpoint=dict(step=int, bytes=int, ms=float), resume=dict(step=int, from_run_id=ID),
-    end=dict(status=("complete", "stopped", "failed"), code=int, reason=str, steps=int, tokens=int,
-             val_loss=(*LOSS, None), **CLOCK, tokens_per_s=COUNT, mfu=(float, None), mfu_with_attention=(float, None),
-             peak_train_mib=COUNT, peak_val_mib=COUNT, reserved_mib=COUNT))
+STAGE = dict(first=int, sequences=int, seq_len=int, lr=float)
+START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, changed=KNOBS, seed=int, device=str,
+             gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT, **SOFTWARE, world_size=int,
+             fp8=dict(on=bool, reason=str), attention=str, data=DATA)
+STEPPED = dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK)
+END = dict(status=("complete", "stopped", "failed"), code=int, reason=str, steps=int, tokens=int,
+           val_loss=(*LOSS, None), **CLOCK, tokens_per_s=COUNT, mfu=(float, None), peak_train_mib=COUNT,
+           peak_val_mib=COUNT, reserved_mib=COUNT)
+SHARED = dict(val=dict(step=int, tokens=int, val_loss=LOSS, val_tokens=int, **CLOCK),
+              clock=dict(mark=("start", "stop"), **CLOCK), warning=dict(text=str, step=int),
+              checkpoint=dict(step=int, bytes=int, ms=float), resume=dict(step=int, from_run_id=ID))
+EVENTS = {  # of each format of a run folder
+    1: dict(SHARED, start=dict(START, format=1, grad_accum=int), step=STEPPED,
+            end=dict(END, mfu_with_attention=(float, None))),
+    2: dict(SHARED, start=dict(START, format=2, stages=[STAGE]), end=END,
+            step=dict(STEPPED, lr=float, momentum=float, window=int, sequences=int, seq_len=int,
+                      norms=({...: LOSS}, MISSING)))}
 RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
                 peak_val_mib=COUNT, sha256=dict(log=SHA, metrics=SHA))
 META = dict(
@@ -205,6 +219,45 @@ def read_tracks(records: Path = RECORDS) -> dict[str, dict]:
         fit(track, TRACK, f"tracks/{name}.json")
     return tracks
 
+# ---- Stages: the tokens of every step, from the knobs alone
+
+class Stage(NamedTuple):
+    first: int  # step at which it begins
+    sequences: int  # of a step, over all ranks
+    seq_len: int  # tokens of a sequence
+    lr: float  # multiplier of the learning rates
+
+MOST_STAGES = 1000
+BATCH = re.compile("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")  # SEQUENCES x TOKENS
+
+def stages_of(knobs: dict) -> list[Stage]:
+    """Those of a run with these knobs; without `batch_stages`, as in all of format 1, one. Bad if they are not legal.
+    """
+    whole = f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}"
+    texts = [knobs.get("batch_stages", ""), knobs.get("lr_stages", "")]
+    fit(texts, [str], "batch_stages and lr_stages")
+    batches = [BATCH.fullmatch(word) for word in (texts[0] or whole).split()]
+    rates = [positive(word) for word in texts[1].split()] or [1.0] * len(batches)
+    if not 0 < len(batches) == len(rates) <= min(knobs["steps"], MOST_STAGES) or None in batches + rates:
+        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}' and lr_stages '{safe(texts[1], 80)}' "
+                            f"are not as many batches SEQUENCESxTOKENS as numbers, for {knobs['steps']} steps")
+    firsts = [k * knobs["steps"] // len(batches) for k in range(len(batches))]
+    return [Stage(first, int(m[1]), int(m[2]), lr) for first, m, lr in zip(firsts, batches, rates)]
+
+def positive(text: str) -> float | None:
+    """A number that is finite and not negative, or None."""
+    with contextlib.suppress(ValueError):
+        return float(text) if 0 <= float(text) < math.inf else None
+
+def tokens_before(step: int, parts: list[Stage]) -> int:
+    """Tokens of all steps before `step`, which are those after so many steps."""
+    ends = [stage.first for stage in parts[1:]] + [math.inf]
+    lengths = [max(min(step, end) - stage.first, 0) for stage, end in zip(parts, ends)]
+    return sum(length * stage.sequences * stage.seq_len for length, stage in zip(lengths, parts))
+
+def stage_at(step: int, parts: list[Stage]) -> Stage:
+    return [parts[0], *(stage for stage in parts if stage.first <= step)][-1]
+
 # ---- A run
 
 @dataclass
@@ -220,7 +273,6 @@ class Run:
     start: dict = field(default_factory=dict)  # of metrics.jsonl; empty for the public speedrun
     end: dict = field(default_factory=dict)
     events: list[dict] = field(default_factory=list)
-    log: str = ""
     gpu: str | None = None
     gpu_count: int = 0
     peak_mib: int | None = None
@@ -236,6 +288,10 @@ class Run:
     train_ms = property(lambda self: self.vals[-1][3])
     seed = property(lambda self: self.start.get("seed"))
     val_sha256 = property(lambda self: self.start["data"]["val_sha256"] if self.start else None)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        return stages_of(self.start["knobs"])
 
     @cached_property
     def recipe(self) -> tuple:
@@ -260,16 +316,18 @@ def read_run(folder: Path) -> Run:
     if folder.is_symlink() or not folder.is_dir():
         raise Bad("path", f"{safe(folder.name)} is a link, or no folder")
     raw = {name: read_bytes(folder / name, LIMITS[name]) for name in RUN_FILES}
-    log, metrics = (decode(raw[name], name) for name in RUN_FILES)
-    if not metrics.endswith("\n") or not log.endswith("\n"):
-        raise Bad("truncated", f"{folder.name}: {'log.txt' if metrics.endswith(chr(10)) else 'metrics.jsonl'} "
-                               "ends within a line")
+    metrics = decode(raw["metrics.jsonl"], "metrics.jsonl")
+    if not metrics.endswith("\n"):
+        raise Bad("truncated", f"{folder.name}: metrics.jsonl ends within a line")
     events = [strict_json(line, f"metrics.jsonl line {i}") for i, line in enumerate(metrics[:-1].split("\n"), 1)]
+    version = events[0].get("format") if isinstance(events[0], dict) else None
+    if type(version) is not int or version not in EVENTS:
+        raise Bad("schema", f"metrics.jsonl is of the format {safe(version)[:40]}, and known are 1 and 2")
     for i, row in enumerate(events, 1):
         kind = row.get("event") if isinstance(row, dict) else None
-        if not isinstance(kind, str) or kind not in EVENTS or (kind == "start") != (i == 1):
+        if not isinstance(kind, str) or kind not in EVENTS[version] or (kind == "start") != (i == 1):
             raise Bad("schema", f"metrics.jsonl line {i} is the event {safe(kind)[:40]}, out of place or unknown")
-        fit({k: v for k, v in row.items() if k != "event"}, EVENTS[kind], f"metrics.jsonl line {i}")
+        fit({k: v for k, v in row.items() if k != "event"}, EVENTS[version][kind], f"metrics.jsonl line {i}")
     start, points = events[0], {kind: [row for row in events if row["event"] == kind] for kind in ("step", "val")}
     for key in ("steps", "sequences_per_step", "train_seq_len", "val_every", "val_tokens", "epochs"):
         if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (key != "val_every"):
@@ -277,6 +335,7 @@ def read_run(folder: Path) -> Run:
     n, score = start["knobs"]["steps"], start["knobs"]["val_every"]
     if n > 10**7 or score and n // score > 10**4:
         raise Bad("size", f"metrics.jsonl: {n} steps with a validation every {score} are more than can be checked")
+    stages_of(start["knobs"])
     if start["run_id"] != folder.name:
         raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
     own = folder / "train_gpt.py"
@@ -287,63 +346,11 @@ def read_run(folder: Path) -> Run:
     script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
     hashes = {name.split(".")[0]: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
     return Run(folder.name, folder, script, start["script_sha256"], start["knobs"]["steps"], *curves, start, end,
-               events, log, start["gpu"], start["gpu_count"], end.get("peak_train_mib"), hashes)
+               events, start["gpu"], start["gpu_count"], end.get("peak_train_mib"), hashes)
 
 def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
     return hashlib.sha256("".join(f["sha256"] or "" for f in data["train"]).encode()).hexdigest()
-
-def log_lines(run: Run) -> list[str]:
-    """log.txt as the events imply it, line by line."""
-    digits = lambda value, spec="": "n/a" if value is None else format(float(value) if spec else value, spec)
-    start, end, d, shards = run.start, run.end, run.start["data"], run.start["data"]["train"]
-    head = dict(start, started=start["utc"], changed=json.dumps(start["changed"]),
-                fp8=f"{'on' if start['fp8']['on'] else 'off'} {start['fp8']['reason']}",
-                data_val=f"{d['val_tokens']} tokens {d['val_sha256'][:12]}",
-                data_train=f"{len(shards)} files {sum(f['tokens'] for f in shards)} tokens {train_sha256(d)[:12]}")
-    lines = ["train_gpt log 1"] + [f"{key}: {digits(head[key])}" for key in (
-        "run_id script_sha256 started changed seed python torch cuda driver gpu world_size grad_accum fp8 attention "
-        "data_val data_train").split()]
-    pace = end["mfu"] * end["train_ms"] / end["tokens"] if end.get("mfu") and end["tokens"] > 0 else None
-    for row in run.events:
-        kind, ms, done = row["event"], row.get("train_ms", 0.0), row.get("step")
-        time = f"train_time:{ms:.0f}ms step_avg:{ms / done if done else math.nan:.2f}ms"
-        if kind == "step":
-            shown = "" if row["train_loss"] is None else f"train_loss:{digits(row['train_loss'], '.4f')} "
-            rate = row["tokens"] / ms if ms > 1e-6 else None
-            mfu = digits(pace and rate and pace * rate, ".3f")
-            speed = f"tokens_per_s:{digits(rate and round(rate * 1e3))} mfu:{mfu}"
-            lines.append(f"step:{done}/{run.total} {shown}{time} {speed}")
-        elif kind == "val":
-            lines.append(f"step:{done}/{run.total} val_loss:{digits(row['val_loss'], '.6f')} {time}")
-        elif kind in ("clock", "warning"):
-            lines.append(f"{kind}: {row['mark' if kind == 'clock' else 'text']}")
-    if end:
-        formats = dict(val_loss=".6f", train_time_ms=".0f", mfu=".3f", mfu_with_attention=".3f")
-        lines += [f"{key}: {digits(dict(end, train_time_ms=end['train_ms'])[key], formats.get(key, ''))}" for key in (
-            "val_loss train_time_ms steps tokens tokens_per_s mfu mfu_with_attention peak_train_mib peak_val_mib "
-            "reserved_mib").split()] + [f"exit: {end['code']} {end['reason']}"]
-    lines = [" ".join(line.encode("ascii", "replace").decode().split("\n")) for line in lines]
-    return [line if line.startswith("changed: ") else line[:400] for line in lines]
-
-def same_line(a: str, b: str) -> bool:
-    """Equal, but for the last digit of an MFU, which the events hold at the end only."""
-    (head, _, mfu), (other, _, wanted) = a.partition(" mfu:"), b.partition(" mfu:")
-    numbers = all(re.fullmatch(r"[0-9]\.[0-9]{3}", text) for text in (mfu, wanted))
-    return a == b or head == other and numbers and abs(float(mfu) - float(wanted)) < 0.0015
-
-def check_log(run: Run) -> Iterator[Problem]:
-    found, wanted = run.log[:-1].split("\n"), log_lines(run)
-    for i, (a, b) in enumerate(zip(found, wanted), 1):
-        if not same_line(a, b):
-            yield "log-metrics", (f"{run.name}: log.txt line {i} is '{safe(a, 120)}', and by metrics.jsonl "
-                                  f"'{safe(b, 120)}'")
-            return
-    if len(found) != len(wanted):
-        yield "log-metrics", f"{run.name}: log.txt has {len(found)} lines, and metrics.jsonl makes {len(wanted)}"
-    last = [row["val_loss"] for row in run.events if row["event"] == "val"][-1:]
-    if run.end and [run.end["val_loss"]] != last:
-        yield "log-metrics", f"{run.name}: the last validation is {last[:1]}, and the end says {run.end['val_loss']}"
 
 def check_clock(run: Run) -> Iterator[Problem]:
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
@@ -397,8 +404,8 @@ def says(argument: str, knobs: dict) -> bool:
 def check_run(run: Run) -> Iterator[Problem]:
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
     start, knobs, end, n, data = run.start, run.start["knobs"], run.end, run.total, run.start["data"]
-    per_step, every = knobs["sequences_per_step"] * knobs["train_seq_len"], math.ceil(n / 48)
-    read, stream = n * per_step, knobs["epochs"] * sum(f["tokens"] for f in data["train"])
+    read, stream = tokens_before(n, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
+    every = math.ceil(n / 48)
     score = knobs["val_every"] or n
     expected = sorted({1, n, *range(every, n, every)}), sorted({0, n, *range(score, n, score)})
     order, utc = [r["step"] for r in run.events if "step" in r], re.sub("[-:Z]", "", start["utc"]).replace("T", "-")
@@ -412,7 +419,6 @@ def check_run(run: Run) -> Iterator[Problem]:
             ("data", "gpu_count", start["gpu_count"], start["world_size"] if start["gpu_count"] else 0),
             ("knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []),
             ("seeds", "the knob seed", knobs.get("seed"), run.seed),
-            ("tokens", "ranks x accumulation", start["world_size"] * start["grad_accum"], knobs["sequences_per_step"]),
             ("tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True),
             ("data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]),
             ("nan", "losses not finite", [p for p in run.vals + run.steps if not math.isfinite(p[2] or 0)], [])]
@@ -420,20 +426,41 @@ def check_run(run: Run) -> Iterator[Problem]:
     for row in run.events:
         done = row.get("step", row.get("steps"))
         if "tokens" in row:
-            rows.append(("tokens", f"tokens after step {done}", row["tokens"], done * per_step))
+            rows.append(("tokens", f"tokens after step {done}", row["tokens"], tokens_before(done, run.stages)))
         if "val_tokens" in row:
             rows.append(("data", f"val_tokens of step {done}", row["val_tokens"], data["val_tokens"]))
     if end:
         rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] > 1e-6 else None
-        rows.append(("tokens", "tokens_per_s", end["tokens_per_s"], rate))
+        scored = [row["val_loss"] for row in run.events if row["event"] == "val"]
+        due = scored[-1:] if start["format"] == 1 or end["status"] == "complete" else []
+        rows += [("tokens", "tokens_per_s", end["tokens_per_s"], rate),
+                 ("headline", "the end's loss", end["val_loss"], due[0] if due else None)]
     if run.script is not None:
         rows.append(("script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256))
     if not run.resumed:
         rows += [("truncated", f"the list of '{kind}' events", [p[0] for p in points], wanted)
                  for kind, points, wanted in zip(("step", "val"), (run.steps, run.vals), expected)]
+    rows += rows_of_stages(run)
     yield from differing(run.name, rows)
-    yield from check_log(run)
     yield from check_clock(run)
+
+def rows_of_stages(run: Run) -> Iterator[tuple]:
+    """(code, what, found, wanted) of the stages and rates that the events name."""
+    start, steps, ranks = run.start, [row for row in run.events if row["event"] == "step"], run.start["world_size"]
+    if start["format"] == 1:
+        yield "tokens", "ranks x accumulation", ranks * start["grad_accum"], start["knobs"]["sequences_per_step"]
+        return
+    yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
+    for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
+        yield "tokens", f"stage {i}", found, stage._asdict()
+    yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
+           [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
+    for row in steps:
+        stage = stage_at(row["step"] - 1, run.stages)
+        yield ("tokens", f"sequences and length of step {row['step']}", (row["sequences"], row["seq_len"]),
+               (stage.sequences, stage.seq_len))
+        below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
+        yield "schema", f"what is below 0 at step {row['step']}", below, {}
 
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and nvidia-smi, then the steps
 

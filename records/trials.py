@@ -172,8 +172,11 @@ def rerun(args, verify: Callable) -> int:
         print("not run")
         return 2
     python = isolated(meta) if args.venv else python
-    recorded = {k: v for k, v in runs[0].start["knobs"].items() if k not in (*PLACES, "seed") and v != ""}
-    keep = dict(save=False) if "save" in runs[0].start["knobs"] else {}
+    own = runs[0].start["knobs"]
+    # batches are given in one form: a script refuses both
+    unused = (*PLACES, "seed", *(("train_seq_len", "sequences_per_step") if own.get("batch_stages") else ()))
+    recorded = {k: v for k, v in own.items() if k not in unused and v != ""}
+    keep = dict(save=False) if "save" in own else {}
     knobs = flags(recorded | keep | dict(preset="80gb", data_dir=data.resolve()))
     title = f"rerun of {record.folder.name}, seed {seed}"
     new = launch(record.folder / "train_gpt.py", knobs, seed, title, nproc, python)

@@ -1,5 +1,6 @@
 """A scratch checkout with real tiny runs and two records in it, and the tools of a forger who knows records.py by
-heart: he rewrites events, has the log follow, and computes all hashes, headlines and tables anew."""
+heart: he rewrites events, and computes all hashes, headlines and tables anew. The record Toy has runs of the format
+that the script writes, the record Fast runs of format 2 and a baseline of format 1."""
 
 import contextlib
 import datetime
@@ -105,12 +106,8 @@ class Checkout:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     def rewrite(self, folder, rows):
-        """Make `rows` the events of a run, and its log what they imply."""
+        """Make `rows` the events of a run."""
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), newline="\n")
-        if not (folder / "log.txt").exists():
-            (folder / "log.txt").write_text("\n")
-        log = "\n".join(self.runs.log_lines(self.runs.read_run(folder))) + "\n"
-        (folder / "log.txt").write_text(log, newline="\n")
 
     def reseal(self, record, hashes_alone=False, **claims):
         """Compute all that meta.json and README.md say anew, then put `claims` over it."""
@@ -189,10 +186,52 @@ def retime(rows, pace):
     rate(rows)
 
 
-def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, **knobs):
+def convert(rows, version):
+    """Make these the events of the same run, of one stage, in a format."""
+    start, end, knobs = rows[0], at(rows, "end"), rows[0]["knobs"]
+    if start["format"] == version:
+        return
+    start["format"] = version
+    batch = dict(sequences=knobs["sequences_per_step"], seq_len=knobs["train_seq_len"])
+    rates = dict(lr=1.0, momentum=0.95, window=1, **batch)
+    if version == 1:
+        del start["stages"]
+        start["grad_accum"] = batch["sequences"] // start["world_size"]
+        end["mfu_with_attention"] = end["mfu"]
+    else:
+        start["stages"] = [dict(first=0, lr=1.0, **batch)]
+        del start["grad_accum"], end["mfu_with_attention"]
+    for row in (row for row in rows if row["event"] == "step"):
+        for key in rates:
+            row.pop(key, None)
+        row |= rates if version == 2 else {}
+
+
+def in_stages(rows, stages, **knobs):
+    """Make these the events, in format 2, of a run in `stages`: of (first step, sequences, tokens of one, lr)."""
+    convert(rows, 2)
+    start, parts = rows[0], [dict(zip(("first", "sequences", "seq_len", "lr"), stage)) for stage in stages]
+    start["stages"] = parts
+    for key in ("knobs", "changed"):
+        start[key] |= knobs
+    start["argv"] += [f"--{key}={value}" for key, value in knobs.items()]
+    size = [0]  # tokens of every step, the first at 1
+    for step in range(at(rows, "end")["steps"]):
+        size.append(next(p["sequences"] * p["seq_len"] for p in parts[::-1] if p["first"] <= step))
+    for row in (row for row in rows if "tokens" in row):
+        done = row.get("step", row.get("steps"))
+        row["tokens"] = sum(size[: done + 1])
+        if row["event"] == "step":
+            own = next(part for part in parts[::-1] if part["first"] < done)
+            row |= {key: own[key] for key in ("lr", "sequences", "seq_len")}
+    rate(rows)
+
+
+def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, version=None, **knobs):
     """A run that never took place, with no contradiction in it: another's, renamed, reseeded, retimed, its losses
-    shifted. Nothing in its files can betray it."""
+    shifted, in the format `version`. Nothing in its files can betray it."""
     rows, (run_id, utc) = checkout.events(source), later(source.name, seconds)
+    convert(rows, version or rows[0]["format"])
     start = rows[0]
     start |= dict(run_id=run_id, utc=utc, seed=seed)
     moved = knobs | dict(seed=seed)
@@ -205,7 +244,8 @@ def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, **knobs):
     shift(rows, by)
     retime(rows, pace)
     (folder / run_id).mkdir(parents=True)
-    shutil.copy(source / "train_gpt.py", folder / run_id)
+    for name in ("train_gpt.py", "log.txt"):
+        shutil.copy(source / name, folder / run_id)
     checkout.rewrite(folder / run_id, rows)
     return folder / run_id
 
@@ -241,9 +281,10 @@ def build(root):
     done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
                          "--arm", f"cold={cold[0]}", cold[1])
     assert done.code == 0, done
-    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 1e-4 * i, mlp_ratio=3)
+    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 1e-4 * i, 2, mlp_ratio=3)
             for i in (1, 2, 3)]
-    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 1e-4 * i + 5e-5) for i in (1, 2, 3)]
+    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 1e-4 * i + 5e-5, 1)
+            for i in (1, 2, 3)]
     done = checkout.main("add", *fast, "--name", "Fast", "--claim", "record", "--summary", "a faster toy", *common,
                          "--parent", checkout.record("Toy").name, "--baseline", *slow)
     assert done.code == 0, done
@@ -284,7 +325,7 @@ class Box(Checkout):
         return sorted((self.victim / label).iterdir())[i]
 
     def edit(self, change, i=1, label="runs"):
-        """Have change(events) made in run `i` of a set, its log following; returns what `change` does."""
+        """Have change(events) made in run `i` of a set; returns what `change` does."""
         rows = self.events(self.run(i, label))
         answer = change(rows)
         self.rewrite(self.run(i, label), rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forge
 import pytest
-from forge import at, lower, overlay, swap
+from forge import at, convert, in_stages, lower, overlay, swap
 
 FORGERIES, ON_BASELINES = [], []
 
@@ -29,11 +29,11 @@ def forgery(sealed, among=FORGERIES):
     return lambda make: among.append(pytest.param(make, sealed, id=make.__name__)) or make
 
 
-# ---- One edit of the events of one run, with a log that follows, and everything sealed
+# ---- One edit of the events of one run, and everything sealed
 
 EVENTS = dict(
-    loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "log-metrics", "[4.0]"),
-    loss_of_the_end_alone=(lambda rows: at(rows, "end").update(val_loss=4.0), "log-metrics", "says 4.0"),
+    loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "headline", "be 4.0"),
+    loss_of_the_end_alone=(lambda rows: at(rows, "end").update(val_loss=4.0), "headline", "is 4.0"),
     knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5", "0.008"),
     knob_of_one_run=(lambda rows: [rows[0][key].update(head_lr=0.5) for key in ("knobs", "changed")], "knobs",
                      "recipes", "is 2", "be 1"),
@@ -45,7 +45,6 @@ EVENTS = dict(
     more_tokens_than_the_stream_has=(lambda rows: [shard.update(tokens=1000) for shard in rows[0]["data"]["train"]],
                                      "tokens", "5120", "2000"),
     rate_of_tokens=(lambda rows: at(rows, "end").update(tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
-    ranks_against_accumulation=(lambda rows: rows[0].update(grad_accum=3), "tokens", "is 3", "be 2"),
     other_validation_in_one_run=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
     fewer_tokens_validated=(lambda rows: at(rows, "val").update(val_tokens=300), "data", "is 300", "be 600"),
     loss_that_is_nan=(lambda rows: at(rows, "step", 10).update(train_loss="nan"), "nan", "nan", "[]"),
@@ -53,15 +52,60 @@ EVENTS = dict(
     validation_missing=(lambda rows: rows.remove(at(rows, "val", 10)), "truncated", "[0, 20]", "[0, 10, 20]"),
     no_end=(lambda rows: rows.pop(), "truncated", "{}", "('complete', 0, 20)"),
     end_before_the_last_step=(lambda rows: at(rows, "end").update(steps=19), "truncated", "19", "20"),
-    stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75), "truncated", "75", "complete"),
     resumed=(lambda rows: rows.insert(1, dict(event="resume", step=5, from_run_id="20200101-000000-abcdef")), "track",
              "resumed", "[]"),
-    ranks_of_one_run=(lambda rows: rows[0].update(world_size=2, grad_accum=1), "headline", "world_size", "2", "1"),
+    ranks_of_one_run=(lambda rows: rows[0].update(world_size=2), "headline", "world_size", "2", "1"),
     another_day_than_its_name=(lambda rows: rows[0].update(utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
     clock_runs_during_validation=(lambda rows: rows.insert(*swap(rows, "clock", "val")), "clock", "the clock runs"),
     wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[
         rows.index(at(rows, "val", 10)) + 1 :] if "wall_s" in row], "clock", "gone back by"),
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
+    format_of_the_future=(lambda rows: rows[0].update(format=3), "schema", "the format 3", "1 and 2"),
+    switch_for_a_format=(lambda rows: rows[0].update(format=True), "schema", "the format True"),
+)
+OF_FORMAT_1 = dict(
+    ranks_against_accumulation=(lambda rows: rows[0].update(grad_accum=3), "tokens", "is 3", "be 2"),
+    stages_in_format_1=(lambda rows: rows[0].update(stages=[]), "schema", "stages is unknown"),
+    stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75), "truncated", "75", "complete"),
+    rate_in_format_1=(lambda rows: at(rows, "step", 10).update(lr=1.0), "schema", "lr is unknown"),
+)
+TWO = (0, 2, 128, 1.0), (10, 4, 128, 1.0)  # the first steps of two stages, their sequences, tokens of one, rates
+
+
+def staged(change=None, stages=TWO, batch_stages="2x128 4x128", **knobs):
+    """An edit of a run that was made one of several stages."""
+    def edit(rows):
+        in_stages(rows, stages, batch_stages=batch_stages, **knobs)
+        return change and change(rows)
+    return edit
+
+
+OF_FORMAT_2 = dict(
+    accumulation_in_format_2=(lambda rows: rows[0].update(grad_accum=2), "schema", "grad_accum is unknown"),
+    step_without_its_rate=(lambda rows: at(rows, "step", 10).pop("lr"), "schema", "lr is missing"),
+    rate_that_is_nan=(lambda rows: at(rows, "step", 10).update(lr="nan"), "schema", "lr is 'nan'"),
+    momentum_below_0=(lambda rows: at(rows, "step", 10).update(momentum=-0.5), "schema", "step 10", "-0.5"),
+    window_that_is_no_count=(lambda rows: at(rows, "step", 10).update(window=1.5), "schema", "window is 1.5"),
+    norm_that_is_no_number=(lambda rows: at(rows, "step", 10).update(norms=dict(head="large")), "schema", "norms.head"),
+    batch_of_a_step=(lambda rows: at(rows, "step", 10).update(sequences=4), "tokens", "(4, 128)", "(2, 128)"),
+    length_of_a_step=(lambda rows: at(rows, "step", 10).update(seq_len=256), "tokens", "(2, 256)", "(2, 128)"),
+    stage_of_the_start_alone=(lambda rows: rows[0]["stages"][0].update(seq_len=64), "tokens", "stage 0", "64", "128"),
+    rate_of_a_stage=(lambda rows: rows[0]["stages"][0].update(lr=0.5), "tokens", "stage 0", "'lr': 0.5"),
+    no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "the number of stages is 0", "be 1"),
+    stages_in_the_knobs_alone=(lambda rows: [rows[0][key].update(batch_stages="2x128 4x128") for key in (
+        "knobs", "changed")], "tokens", "5120", str(10 * 256 + 10 * 512)),
+    batch_before_its_stage=(staged(lambda rows: at(rows, "step", 10).update(sequences=4)), "tokens", "(4, 128)"),
+    batch_after_its_stage=(staged(lambda rows: at(rows, "step", 11).update(sequences=2)), "tokens", "(2, 128)"),
+    tokens_of_one_stage=(staged(lambda rows: at(rows, "end").update(tokens=5120)), "tokens", "5120", "7680"),
+    more_tokens_than_the_stream_has_in_stages=(staged(), "tokens", str(10 * 256 + 10 * 512), "7000"),
+    stages_that_are_no_text=(lambda rows: rows[0]["knobs"].update(batch_stages=2), "schema", "batch_stages"),
+    stage_without_sequences=(lambda rows: rows[0]["knobs"].update(batch_stages="0x128"), "schema", "0x128"),
+    stages_without_end=(lambda rows: rows[0]["knobs"].update(batch_stages="1x128 " * 21), "schema", "for 20 steps"),
+    rates_of_other_stages=(lambda rows: rows[0]["knobs"].update(lr_stages="1 1"), "schema", "lr_stages '1 1'"),
+    rate_of_a_stage_that_is_none=(lambda rows: rows[0]["knobs"].update(lr_stages="-1"), "schema", "lr_stages '-1'"),
+    stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75, val_loss=None), "truncated",
+                         "75", "complete"),
+    loss_of_a_run_that_was_stopped=(lambda rows: at(rows, "end").update(status="stopped", code=75), "headline", "None"),
 )
 
 
@@ -96,8 +140,9 @@ DATA = dict(
 )
 
 
-def one_edit(change, *expected):
+def one_edit(version, change, *expected):
     def make(box):
+        box.edit_all(lambda rows: convert(rows, version))
         box.edit(change)
         return expected
     return make
@@ -120,7 +165,8 @@ def in_all_runs(change, *expected):
 
 
 FORGERIES += [pytest.param(in_all_runs(*row), "all", id=name) for name, row in DATA.items()]
-FORGERIES += [pytest.param(one_edit(*row), "all", id=name) for name, row in EVENTS.items()]
+for version, edits in (1, EVENTS | OF_FORMAT_1), (2, EVENTS | OF_FORMAT_2):
+    FORGERIES += [pytest.param(one_edit(version, *row), "all", id=f"{name}-{version}") for name, row in edits.items()]
 FORGERIES += [pytest.param(one_claim(*row), "all", id=name) for name, row in META.items()]
 
 # ---- Losses and runs
@@ -144,26 +190,6 @@ def rounded_loss(box):
     mean = box.meta()["result"]["val_loss_mean"]
     box.claims = dict(result=dict(val_loss_mean=round(mean, 2)))
     return "headline", f"val_loss_mean is {round(mean, 2)}, ", f"be {mean}"
-
-
-@forgery("all")
-def loss_in_the_log_alone(box):
-    box.replace(box.run() / "log.txt", "step:20/20 val_loss:4.6", "step:20/20 val_loss:4.5")
-    return "log-metrics", "'step:20/20 val_loss:4.5", "'step:20/20 val_loss:4.6"
-
-
-@forgery("all")
-def loss_in_metrics_alone(box):
-    log = (box.run() / "log.txt").read_bytes()
-    box.edit(lower)
-    (box.run() / "log.txt").write_bytes(log)
-    return "log-metrics", "'step:20/20 val_loss:4.6", "'step:20/20 val_loss:4.5"
-
-
-@forgery("all")
-def line_more_in_the_log(box):
-    box.replace(box.run() / "log.txt", "exit: 0 complete\n", "exit: 0 complete\nreviewed: fine\n")
-    return "log-metrics", "56 lines", "55"
 
 
 @forgery("all")
@@ -256,6 +282,19 @@ def clock_stopped_where_nothing_is_validated(box):
         rows[place + 1 : place + 1] = marks
     box.edit(stop)
     return "clock", "start"
+
+
+def on_ranks(world_size, *expected):
+    def make(box):
+        stages = ((0, 2, 128, 1.0), (10, 1, 128, 1.0)), "2x128 1x128"
+        box.edit_all(staged(lambda rows: rows[0].update(world_size=world_size), *stages))
+        box.claims = dict(world_size=world_size, changed=dict(box.meta()["changed"], batch_stages=stages[1]))
+        return "tokens", f"batches that {world_size} ranks do not divide", *expected
+    return make
+
+
+for name, ranks, odd in ("ranks_that_divide_one_stage", 2, "[1]"), ("no_ranks", 0, "[2, 1]"):
+    FORGERIES.append(pytest.param(on_ranks(ranks, odd), "all", id=name))
 
 
 @forgery("all")
@@ -399,10 +438,13 @@ def test_forgery_on_a_baseline(fast_box, make, sealed):
     check(fast_box, make, sealed)
 
 
-def test_a_forger_without_a_forgery_passes(fast_box):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_forger_without_a_forgery_passes(fast_box, version):
     """Else what the tests above catch might be the sealing."""
     for name in ("Toy", "Fast"):
-        fast_box.reseal(fast_box.record(name))
+        fast_box.victim = fast_box.record(name)
+        fast_box.edit_all(lambda rows: convert(rows, version))
+        fast_box.reseal(fast_box.victim)
     assert fast_box.main("verify") == (0, "2 records, 0 failed\n", "")
 
 
@@ -413,11 +455,24 @@ def exchange_the_script(box):
     (box.victim / "train_gpt.py").write_bytes(box.extend_script("print('another')\n"))
 
 
+def another_log(box):
+    for i in range(3):
+        box.replace(box.run(i) / "log.txt", "val_loss:", "val_loss:1.0 it was ")
+        (box.run(i) / "log.txt").write_bytes((box.run(i) / "log.txt").read_bytes() + b"reviewed: \xff")
+
+
+def other_rates(rows):
+    convert(rows, 2)
+    for row in (row for row in rows if row["event"] == "step"):
+        row |= dict(lr=0.5, momentum=0.0, window=10**6, norms=dict(head=1e9, blocks="inf"))
+
+
 INVENTED = dict(
     losses=in_all_runs(lambda rows: forge.shift(rows, -0.1)), times=in_all_runs(lambda rows: forge.retime(rows, 0.5)),
     # shards are known by the hashes of the track, not by their lengths
     tokens_to_read=in_all_runs(lambda rows: rows[0]["data"]["train"][0].update(tokens=10**9)),
-    script=exchange_the_script, tolerance=a_little_time_at_every_step)
+    mfu_and_memory=in_all_runs(lambda rows: at(rows, "end").update(mfu=0.9, peak_train_mib=1, reserved_mib=2)),
+    rates=in_all_runs(other_rates), log=another_log, script=exchange_the_script, tolerance=a_little_time_at_every_step)
 
 
 @pytest.mark.parametrize("make", INVENTED.values(), ids=INVENTED)

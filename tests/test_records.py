@@ -1,8 +1,10 @@
 """Records from end to end, on real tiny runs: add, verify, list, compare, plot, rerun and trial; the statistics."""
 
+import dataclasses
 import hashlib
 import json
 import math
+import random
 import shutil
 import statistics
 import subprocess
@@ -96,6 +98,110 @@ def test_place_knobs_are_those_of_the_script(toy):
     import train_gpt
 
     assert set(train_gpt.PLACES) <= set(toy.runs.PLACES)
+
+
+# ---- Stages: batches that change during a run
+
+
+def random_stages(random):
+    """Knobs of up to six stages, and for each step of the run its stage."""
+    count = random.randint(1, 6)
+    shape = lambda: (random.randint(1, 32), 128 * random.randint(1, 400), random.choice([1, 0.7, 0.25]))
+    stages = [shape() for _ in range(count)]
+    steps = random.randint(count, 60)
+    knobs = dict(steps=steps, batch_stages=" ".join(f"{n}x{length}" for n, length, _ in stages),
+                 lr_stages=random.choice(["", " ".join(str(lr) for *_, lr in stages)]))
+    rates = [lr if knobs["lr_stages"] else 1 for *_, lr in stages]
+    borders = [k * steps // count for k in range(count)]
+    last = [max(k for k in range(count) if borders[k] <= step) for step in range(steps)]
+    return knobs, [(borders[k], *stages[k][:2], rates[k]) for k in last]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_of_random_stages(toy, seed):
+    knobs, wanted = random_stages(random.Random(seed))
+    stages, size = toy.runs.stages_of(dict(knobs, sequences_per_step=8, train_seq_len=1024)), 0
+    assert [tuple(stage) for stage in stages] == sorted(set(wanted))
+    for step, own in enumerate(wanted):
+        assert toy.runs.tokens_before(step, stages) == size and tuple(toy.runs.stage_at(step, stages)) == own
+        size += own[1] * own[2]
+    assert toy.runs.tokens_before(len(wanted), stages) == size
+
+
+def test_a_run_without_stages_has_one(toy):
+    knobs = dict(steps=20, sequences_per_step=8, train_seq_len=1024)
+    for more in {}, dict(batch_stages="", lr_stages=""):
+        stages = toy.runs.stages_of(knobs | more)
+        assert [tuple(stage) for stage in stages] == [(0, 8, 1024, 1)]
+        assert [toy.runs.tokens_before(step, stages) for step in (0, 1, 20)] == [0, 8192, 20 * 8192]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_script_and_verify_agree_over_stages(toy, seed):
+    import train_gpt
+
+    if not hasattr(train_gpt, "stages"):
+        pytest.skip("the script knows no stages")
+    knobs, wanted = random_stages(random.Random(seed))
+    hp = dataclasses.replace(train_gpt.Hyperparameters(), **knobs)
+    stages = toy.runs.stages_of(dataclasses.asdict(hp))
+    assert [tuple(stage) for stage in train_gpt.stages(hp)] == [tuple(stage) for stage in stages]
+    for step in range(len(wanted) + 1):
+        assert train_gpt.tokens_before(step, hp) == toy.runs.tokens_before(step, stages)
+
+
+STAGED = dict(batch_stages="1x128 2x128 4x64", lr_stages="0.5 0.75 1")
+PARTS = (0, 1, 128, 0.5), (6, 2, 128, 0.75), (13, 4, 64, 1.0)
+
+
+def add_stages(bare):
+    """Add a record of runs in stages; returns it, and the runs of one stage that they were made of."""
+    base, _ = bare.arms()
+    for i in (4, 5, 6):
+        folder = forge.clone(bare, base[0], bare.root / "staged", 10 * i, i, 1 + 0.01 * i, by=1 + 0.01 * i)
+        rows = bare.events(folder)
+        forge.in_stages(rows, PARTS, **STAGED)
+        bare.rewrite(folder, rows)
+    done = bare.main("add", *(bare.root / "staged").iterdir(), *COMMON)
+    assert done.code == 0, done
+    return bare.record("New"), base
+
+
+def test_a_record_of_stages(bare):
+    record, base = add_stages(bare)
+    assert bare.main("verify") == (0, "1 records, 0 failed\n", "")
+    meta = json.loads((record / "meta.json").read_text())
+    assert meta["changed"]["lr_stages"] == "0.5 0.75 1"
+    assert [run["tokens"] for run in meta["runs"]] == [6 * 128 + 7 * 256 + 7 * 256] * 3
+    done = bare.main("compare", names(base), record.name)
+    assert done.code == 0 and "batch_stages" in done.out and "1x128 2x128 4x64" in done.out
+    assert bare.main("plot", names(base), record.name, "--out", bare.root / "plot.png").code == 0
+
+
+def test_rerun_of_stages_gives_batches_in_one_form(bare, monkeypatch):
+    """A script refuses --batch_stages beside --train_seq_len or --sequences_per_step."""
+    add_stages(bare)
+    called = []
+
+    def launch(script, knobs, *_):
+        called.extend(knobs)
+        raise bare.sets.Undecided("enough")
+
+    monkeypatch.setattr(bare.trials, "launch", launch)
+    monkeypatch.setattr(bare.trials, "differences", lambda *_: [])
+    assert bare.main("rerun", "New", "--yes").code == 3
+    assert "--batch_stages=1x128 2x128 4x64" in called and "--lr_stages=0.5 0.75 1" in called
+    assert not [knob for knob in called if knob.startswith(("--train_seq_len=", "--sequences_per_step="))]
+
+
+def test_a_stopped_run_has_no_loss_at_its_end_in_format_2(box):
+    for version, loss in (1, "the last"), (2, None):
+        rows = box.events(box.run())
+        forge.convert(rows, version)
+        forge.at(rows, "end").update(status="stopped", code=75, **({} if loss else dict(val_loss=None)))
+        box.rewrite(box.run(), rows)
+        run = box.runs.read_run(box.run())
+        assert not run.complete and {code for code, _ in box.runs.check_run(run)} == {"truncated"}
 
 
 # ---- add, verify and list
