@@ -42,6 +42,20 @@ def documents(hp: tg.Hyperparameters, count: int, seed: int = 0) -> list[tuple[t
     return [(row[:-1].int(), row[1:].clone()) for row in ids]
 
 
+def trainer(model: tg.GPT, hp: tg.Hyperparameters, rank: int = 0, world_size: int = 1) -> tg.Trainer:
+    return tg.Trainer(hp, model, tg.build_optimizers(model, hp), rank, world_size)
+
+
+def plan(optimizer) -> list[tuple[str, int]]:
+    """(collective, payload in bytes) of one step of more than one rank, in the order of the calls."""
+    sizes = [bucket.size for bucket in optimizer.buckets]
+    if isinstance(optimizer.exchange, tg.FP8Exchange):
+        sent = [("all_to_all_single", n) for size in sizes for n in (size, size // tg.SCALE_BLOCK * 4)]
+    else:
+        sent = [("reduce_scatter_tensor", 2 * size) for size in sizes]
+    return sent + [("all_gather_into_tensor", 2 * size) for size in sizes]
+
+
 def window_tensor(blocks: int = 0) -> torch.Tensor:
     return torch.tensor(blocks, dtype=torch.int32)
 

@@ -1,6 +1,7 @@
 """The command line: what it takes, what it refuses and in which words."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -32,8 +33,8 @@ def test_explicit_knobs_win_over_a_preset_in_any_order():
 
 
 def test_types():
-    hp = t.parse_overrides(["--logit_cap=15", "--adam_betas=(0,0.9)", "--fp8=False", "--prompt=a=b", "--steps=7"])
-    assert (hp.logit_cap, hp.adam_betas, hp.fp8, hp.prompt, hp.steps) == (15.0, (0.0, 0.9), False, "a=b", 7)
+    hp = t.parse_overrides(["--logit_cap=15", "--adam_betas=(0,0.9)", "--fp8=False", "--resume=a=b", "--steps=7"])
+    assert (hp.logit_cap, hp.adam_betas, hp.fp8, hp.resume, hp.steps) == (15.0, (0.0, 0.9), False, "a=b", 7)
     assert type(hp.logit_cap) is float and type(hp.adam_betas[0]) is float
 
 
@@ -50,6 +51,10 @@ def test_types():
     ("--logit_cap=1e999", ["--logit_cap takes"]),
     ("--adam_betas=(0.9,)", ["--adam_betas takes", "tuple"]),
     ("--adam_betas=0.9", ["--adam_betas takes"]),
+    ("--adam_betas=0.9,x", ["--adam_betas takes", "tuple", "(0.8,0.95)"]),
+    ("--adam_betas=0.9,1.0", ["--adam_betas", "below 1"]),
+    ("--seed=99999999999999999999", ["--seed takes"]),
+    ("--window_max=1000000000000", ["--window_max takes"]),
     ("--preset=81gb", ["unknown preset", "80gb"]),
     ("--train_seq_len=1000", ["--train_seq_len", "multiple of 128", "896", "1024"]),
     ("--val_seq_len=100", ["--val_seq_len", "multiple of 128"]),
@@ -61,6 +66,15 @@ def test_types():
     ("--layer_pattern=XSSSLSS-SSSL", ["L, S and -"]),
     ("--window_min=4096", ["--window_min", "--window_max"]),
     ("--grad_comm=fp16", ["bf16 or fp8"]),
+    ("--weights=latest", ["unknown argument"]),
+    ("--batch_stages=8x128 16", ["--batch_stages", "SEQUENCESxTOKENS"]),
+    ("--batch_stages=8x128,16x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
+    ("--batch_stages=0x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
+    ("--batch_stages=8x128 8x130", ["--batch_stages", "multiple of 128", "128 or 256", "130"]),
+    ("--lr_stages=1 2", ["--lr_stages", "each of the 1 stages"]),
+    ("--lr_stages=-1", ["--lr_stages", "one number"]),
+    ("--batch_stages=1x128 1x256 1x384 1x512 1x640 1x768 1x896 1x1024 1x1152", ["--batch_stages", "8 different"]),
+    ("--lr_stages=half", ["--lr_stages", "one number"]),
 ])
 def test_refusals(argument, words):
     sentence = refusal(argument)
@@ -69,14 +83,57 @@ def test_refusals(argument, words):
 
 def test_ranks_that_do_not_divide_the_step_name_those_that_do():
     assert "1, 2, 4, 8" in refusal(world=3)
+    assert "1, 2, 4, 5" in refusal("--sequences_per_step=1000000000", world=3)
     t.check(t.parse_overrides(["--sequences_per_step=16"]), 16)
+
+
+def test_ranks_must_divide_every_stage():
+    argument = "--batch_stages=4x128 8x256 12x128"
+    assert "counts of ranks are 1, 2, 4" in refusal(argument, world=8) and argument in refusal(argument, world=8)
+    t.check(t.parse_overrides([argument]), 4)
+    assert "--steps=2" in refusal(argument, "--steps=2") and "3 --batch_stages" in refusal(argument, "--steps=2")
+
+
+def test_both_forms_of_a_batch_are_refused_and_a_preset_gives_way(monkeypatch):
+    stages = "--batch_stages=4x128 8x256"
+    for plain in ("--train_seq_len=128", "--sequences_per_step=4"):
+        assert plain.partition("=")[0] in refusal(stages, plain) and "--batch_stages" in refusal(stages, plain)
+    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1"])
+    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5), (hp.steps // 2, 8, 256, 1.0)]
+    monkeypatch.setitem(t.PRESETS, "staged", dict(batch_stages="4x128 8x256", lr_stages="0.5 1"))
+    assert len(t.stages(t.parse_overrides(["--preset=staged"]))) == 2
+    alone = t.parse_overrides(["--preset=staged", "--train_seq_len=1280"])
+    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0)]
+
+
+def test_what_may_be_zero_is_what_has_an_off_value_or_a_rate():
+    """The list is data of its own: it must agree with what the knobs say of themselves."""
+    names = {*notes()}
+    assert {*t.MAY_BE_ZERO, *t.MAY_BE_NEGATIVE} <= names
+    for name, (_, unit, meaning) in notes().items():
+        if "0 = " in meaning or unit == "lr":
+            assert name in t.MAY_BE_ZERO, name
+    assert set(t.FIXED) <= names and set(t.PLACES) <= names
+    assert set(t.FIXED) >= {name for name, (group, *_) in notes().items() if group == "model"}
+
+
+def notes():
+    """{knob: (group, unit, meaning)} as --help shows them."""
+    found, group = {}, ""
+    for row in t.help_text().partition("\npresets")[0].splitlines()[1:]:
+        knob = re.fullmatch(r"  --(\w+)=\S* +\[(.*?)\] (.*)", row)
+        if knob:
+            found[knob[1]] = group, knob[2], knob[3]
+        group = group if knob or not row else row
+    return found
 
 
 def test_help_names_every_knob_and_preset(capsys):
     t.main(["--help"])
     text = capsys.readouterr().out
-    for f in dataclasses.fields(t.Hyperparameters):
-        assert f"--{f.name}=" in text and f.metadata["meaning"] in text and f.metadata["unit"] in text
+    assert text == t.help_text() + "\n" and [*notes()] == [f.name for f in dataclasses.fields(t.Hyperparameters)]
+    for group, unit, meaning in notes().values():
+        assert group and unit and len(meaning) > 10
     for preset in t.PRESETS:
         assert f"--preset={preset}" in text
 

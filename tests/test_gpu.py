@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from reference import attention, random_documents, relative_error, visible
+from small import trainer
 
 import train_gpt as tg
 
@@ -62,29 +64,25 @@ def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model
     hp = small()
     torch.manual_seed(0)
     model = tg.place(tg.GPT(hp, 384), "cuda").train()
-    optimizers = tg.build_optimizers(model, hp)
-    window = torch.zeros((), dtype=torch.int32, device="cuda")
+    t = trainer(model, hp)
+    t.compile()
     ids = [random_documents(hp.train_seq_len + 1, torch.Generator().manual_seed(i)).cuda() for i in range(2)]
     data = [(t[:-1].int(), t[1:]) for t in ids]
     long = random_documents(hp.val_seq_len, torch.Generator().manual_seed(9)).int().cuda()
-    forward = torch.compile(model, dynamic=False, fullgraph=True)
-    features = torch.compile(model.features, dynamic=False, fullgraph=True)
 
     def validate():
         with torch.no_grad():
-            return features(long, window)
+            return t.features(long, t.window)
 
-    for optimizer in optimizers:
-        optimizer.compile()
-    first = float(tg.train_step(forward, model, optimizers, data, hp, 0, window))
+    first = float(t.train_step(0, data))
     model.eval()
     validate()
     model.train()
     seen = set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(hp.steps):
-            loss = float(tg.train_step(forward, model, optimizers, data, hp, step, window))
-            seen.add(int(window))
+            loss = float(t.train_step(step, data))
+            seen.add(int(t.window))
             model.eval()
             out = validate()
             model.train()
@@ -92,7 +90,7 @@ def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model
     model.eval()
     model.use_flex = False
     with torch.no_grad():
-        assert relative_error(out, model.features(long, window)) < 3e-2
+        assert relative_error(out, model.features(long, t.window)) < 3e-2
 
 
 def test_accumulated_sequences_equal_one_batch_of_them():
@@ -108,7 +106,9 @@ def test_accumulated_sequences_equal_one_batch_of_them():
         model.zero_grad()
         for _ in range(copies):
             model(ids[:-1].int(), ids[1:], window).backward()
-        muon = tg.build_optimizers(model, dataclasses.replace(hp, sequences_per_step=copies))[1]
+        t = trainer(model, dataclasses.replace(hp, sequences_per_step=copies))
+        t.set_schedules(0)
+        muon = t.optimizers[1]
         grads.append(muon.buckets[0].pack().float() / muon.grad_divisor)
     assert grads[0].norm() > 0 and relative_error(grads[1], grads[0]) < 1e-2
 
@@ -117,3 +117,22 @@ def test_newton_schulz_in_bf16_orthogonalizes():
     torch.manual_seed(0)
     values = torch.linalg.svdvals(tg.zeropower_via_newtonschulz5(torch.randn(3, 768, 3072, device="cuda")).float())
     assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_stages_never_recompile_and_follow_the_uncompiled_model():
+    """Three stages of two lengths: the warm-up compiles all, the run nothing, and the losses are those of dense
+    attention without a compiler."""
+    torch._dynamo.reset()
+    hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", lr_stages="1 0.5 0.7", steps=9, fp8=False)
+    losses = []
+    for fast in (True, False):
+        t = tg.build(hp, 384, 0, 1, torch.device("cuda"))
+        if fast:
+            t.warm_up()
+        else:
+            t.model.use_flex = False
+            t = trainer(t.model, hp)
+        with torch._dynamo.config.patch(error_on_recompile=fast):
+            stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 60_000).astype(np.uint16)])
+            losses.append([float(t.train_step(step, pairs)) for step, pairs in enumerate(tg.prefetch(stream, hp))])
+    assert losses[0] == pytest.approx(losses[1], abs=0.03) and losses[0][-1] < losses[0][0] - 0.3, losses

@@ -43,6 +43,10 @@ def test_other_bad_data(tmp_path):
     assert "--val_tokens=1999 is the most" in refusal(folder, val_tokens=5000)
     sentence = refusal(folder, steps=100)
     assert "--epochs=10" in sentence and "--steps=10" in sentence
+    sentence = refusal(folder, batch_stages="4x256 8x512", steps=10)  # 5 x 1,024, then 5 x 4,096 of 11,000
+    assert "reads 25600 tokens" in sentence and "--epochs=3" in sentence and "or --steps" not in sentence
+    assert "--epochs=" in refusal(folder, steps=2**30), "and it answers at once"
+    assert "shorter sequences than 11008" in refusal(folder, train_seq_len=11008)
     good = (folder / "train_000001.bin").read_bytes()
     (folder / "train_000001.bin").write_bytes(good[:-100])
     assert "cut short" in refusal(folder)
@@ -103,6 +107,48 @@ def test_ranks_partition_every_step_and_the_stream_wraps():
     assert ids.dtype is t.torch.int32 and targets.dtype is t.torch.int64
 
 
+def random_stages(rng, steps):
+    """Knobs of a run of up to four stages."""
+    batches = [f"{rng.integers(1, 5)}x{128 * rng.integers(1, 4)}" for _ in range(rng.integers(1, 5))]
+    return dataclasses.replace(t.Hyperparameters(), batch_stages=" ".join(batches), steps=steps)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_stages_against_a_walk_written_out(seed):
+    """Where each sequence begins, what was read before a step, and how often the stream was begun."""
+    rng = np.random.default_rng(seed)
+    hp, total = random_stages(rng, steps=int(rng.integers(4, 30))), int(rng.integers(400, 3000))
+    batches = [tuple(map(int, batch.split("x"))) for batch in hp.batch_stages.split()]
+    firsts = [k * hp.steps // len(batches) for k in range(len(batches))]
+    place, read, passes, walked = 0, 0, 1, []
+    for step in range(hp.steps):
+        sequences, seq_len = batches[max(k for k, first in enumerate(firsts) if first <= step)]
+        assert t.stage_at(step, hp)[1:3] == (sequences, seq_len) and t.tokens_before(step, hp) == read
+        starts = []
+        for _ in range(sequences):
+            if place + seq_len + 1 > total:  # with its last target
+                place, passes = 0, passes + 1
+            starts.append(place)
+            place, read = place + seq_len, read + seq_len
+        walked.append((starts, passes))
+    assert list(t.sequence_starts(hp, total)) == walked and t.tokens_before(hp.steps, hp) == read
+
+
+def test_ranks_partition_the_steps_of_every_stage():
+    stream = t.TokenStream([np.arange(3000, dtype=np.uint16)])
+    hp = dataclasses.replace(t.Hyperparameters(), batch_stages="2x128 4x256 4x128", steps=7)
+    whole = list(t.prefetch(stream, hp))
+    assert [[len(ids) for ids, _ in step] for step in whole] == [[128] * 2] * 2 + [[256] * 4] * 2 + [[128] * 4] * 3
+    for world in (2, 4):
+        hp = dataclasses.replace(hp, batch_stages=f"{world}x128 4x256 4x128")
+        whole = list(t.prefetch(stream, hp))
+        ranks = [list(t.prefetch(stream, hp, rank, world, first_step=1)) for rank in range(world)]
+        for step in range(1, 7):
+            dealt = [int(ids[0]) for i in range(len(whole[step]) // world) for ids, _ in
+                     (ranks[rank][step - 1][i] for rank in range(world))]
+            assert dealt == [int(ids[0]) for ids, _ in whole[step]]
+
+
 def test_a_failure_of_the_thread_reaches_the_consumer_and_a_hang_has_a_deadline(monkeypatch):
     hp = dataclasses.replace(t.Hyperparameters(), train_seq_len=128, sequences_per_step=1, steps=4)
 
@@ -115,17 +161,10 @@ def test_a_failure_of_the_thread_reaches_the_consumer_and_a_hang_has_a_deadline(
             t.threading.Event().wait()
 
     tokens = [np.zeros(500, np.uint16)]
-    with pytest.raises(t.Refused, match="the disk is gone") as caught:
+    with pytest.raises(t.RunEnd, match="the disk is gone") as caught:
         next(t.prefetch(Broken(tokens), hp, 0, 1))
     assert caught.value.code == 4
     monkeypatch.setattr(t, "LOADER_DEADLINE", 0.2)
-    with pytest.raises(t.Refused, match="nothing came") as caught:
+    with pytest.raises(t.RunEnd, match="nothing came") as caught:
         next(t.prefetch(Hanging(tokens), hp, 0, 1))
     assert caught.value.code == 4
-
-
-def test_byte_tokens_are_gpt2s():
-    encode, decode = t.text_codec("bytes", "")
-    every = "".join(map(chr, range(128)))
-    assert decode(encode(every)) == every and encode("!\n") == [0, 198]
-    assert encode(" a") == [220, 64] and decode([*encode("na\u00efve"), 256]) == "na\u00efve"

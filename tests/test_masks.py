@@ -62,12 +62,6 @@ def test_no_window_sees_the_whole_document_and_bad_lengths_are_refused():
         tg.create_masks(ids[:100])
 
 
-def test_visible_keys_counts_the_set():
-    ids = random_documents(5 * BLOCK, torch.Generator().manual_seed(2))
-    for window in (1, 2, 4):
-        assert tg.visible_keys(ids.numpy(), window) == pytest.approx(visible(ids, window).sum(1).double().mean().item())
-
-
 def qkv(length: int, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(1, 2, length, 16, generator=g, requires_grad=True) for _ in range(3)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import EOT, relative_error
-from small import ROWS, documents, small_hp, small_model, window_tensor
+from reference import EOT, attention, relative_error, visible
+from small import ROWS, documents, small_hp, small_model, trainer, window_tensor
 
 import train_gpt as tg
 
@@ -65,13 +65,14 @@ def test_a_short_run_is_a_scaled_run():
 def test_a_step_sets_window_learning_rate_and_momentum():
     hp = small_hp(steps=10, layer_pattern="--", value_pattern="..", window_min=128, window_max=512)
     model = small_model(hp)
-    adam, muon = tg.build_optimizers(model, hp)
-    window = window_tensor()
+    t = trainer(model, hp)
+    adam, muon = t.optimizers
     for step in (0, 7, 9):
-        tg.train_step(model, model, [adam, muon], documents(hp, 2), hp, step, window)
-        assert int(window) == tg.window_scheduler(step, 10, 128, 512)
-        assert [g["lr"] for g in adam.param_groups] == pytest.approx(
-            [lr * tg.lr_at(step, hp) for lr in (hp.head_lr, hp.embed_lr, hp.scalar_lr, hp.skip_lr)], rel=1e-12)
+        t.train_step(step, documents(hp, 2))
+        assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
+        lrs = hp.head_lr, hp.embed_lr, hp.embed_lr, hp.scalar_lr, hp.skip_lr
+        found = [group["lr"] for group in adam.param_groups]
+        assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-12)
         group = muon.param_groups[0]
         assert group["lr"] == hp.muon_lr * tg.lr_at(step, hp) and group["momentum"] == tg.momentum_at(step, hp)
         assert all(p.grad is None for p in model.parameters())
@@ -126,7 +127,7 @@ def test_the_document_token_of_a_byte_model_is_row_256():
     (ids, targets), = documents(hp, 1)
     assert EOT in ids and 256 not in ids
     x = model.features(ids, window_tensor(2))
-    embeds = [model.embed, *model.value_embeds]
+    embeds = [model.embed, *model.value_embeds.values()]
     grads = torch.autograd.grad(model.losses(x, targets).sum(), [e.weight for e in embeds])
     for grad in grads:
         assert grad[256].any() and not grad[257:].any() and not grad[100:256].any()
@@ -192,8 +193,8 @@ def test_each_decoder_layer_gets_its_mirrored_encoder_layer(pattern):
     hp = small_hp(layer_pattern=pattern, value_pattern="0" + "." * (len(pattern) - 1))
     model = small_model(hp, awake=True)
     inputs, outputs = {}, {}
-    blocks = [*model.encoder, *model.decoder]
-    for i, block in enumerate(blocks):
+    assert [*model.encoder, *model.decoder] == [*model.blocks]
+    for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda _, args, i=i: inputs.update({i: args[0]}))
         block.register_forward_hook(lambda _, args, out, i=i: outputs.update({i: out}))
     ids = documents(hp, 1)[0][0]
@@ -211,9 +212,9 @@ def test_each_decoder_layer_gets_its_mirrored_encoder_layer(pattern):
 def test_each_layer_gets_its_window_and_value_table(monkeypatch):
     hp = small_hp(train_seq_len=512, layer_pattern="LSSSLSS-SSSL", value_pattern="012......012", window_max=512)
     model, seen, real = small_model(hp, awake=True), [], tg.CausalSelfAttention.forward
-    assert model.decoder[1].attn is None and sum(block.attn is None for block in (*model.encoder, *model.decoder)) == 1
+    assert model.decoder[1].attn is None and sum(block.attn is None for block in model.blocks) == 1
     ids = torch.arange(512, dtype=torch.int32) % 100  # one document: the windows alone differ
-    tables = [table(ids.clamp(max=256)) for table in model.value_embeds]
+    tables = [table(ids.clamp(max=256)) for table in model.value_embeds.values()]
 
     def watch(self, x, value_embed, rotary, mask):
         which = [i for i, table in enumerate(tables) if value_embed is not None and torch.equal(table, value_embed)]
@@ -237,10 +238,11 @@ def test_a_block_starts_as_the_identity_and_x0_is_mixed_in():
     x, x0 = torch.randn(2, 256, 64)
     mask = tg.dense_chunks(tg.create_masks(torch.zeros(256, dtype=torch.int32))[0])
     rotary, values = tg.Rotary(64, 256, 1024.0), torch.randn(256, 64)
-    assert torch.equal(block(x, x0, values, rotary, mask), x)
+    args = {"0": values}, rotary, {"L": mask}
+    assert torch.equal(block(x, x0, *args), x)
     with torch.no_grad():
         block.lambdas.copy_(torch.tensor([0.5, 2.0]))
-    assert torch.allclose(block(x, x0, values, rotary, mask), 0.5 * x + 2 * x0)
+    assert torch.allclose(block(x, x0, *args), 0.5 * x + 2 * x0)
 
 
 def test_the_default_model_has_the_stated_size():
@@ -248,11 +250,53 @@ def test_the_default_model_has_the_stated_size():
     with torch.device("meta"):
         model = tg.GPT(hp, 50304)
     total = sum(p.numel() for p in model.parameters())
-    square, mlp, table, scalars = 768 * 768, 768 * 3072, 50304 * 768, 12 * 2 + 11 + 6 + 6
+    square, mlp, table = 768 * 768, 768 * 3072, 50304 * 768
+    scalars = sum(p.numel() for p in model.parameters() if p.ndim < 2)
     assert total == 11 * 4 * square + 12 * 2 * mlp + 5 * table + scalars and round(total / 1e6, 1) == 275.7
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     assert embeddings == 4 * table and total - embeddings - scalars == 121_208_832, "in matmuls"
     assert len(model.encoder) == len(model.decoder) == 6 and hp.num_heads * hp.head_dim == 768 and hp.head_dim == 128
+
+
+def with_gradients(output, inputs, weight):
+    return output, *torch.autograd.grad((output * weight).sum(), inputs)
+
+
+def test_the_mlp_is_relu_squared_between_two_matrices():
+    mlp = small_model(small_hp(mlp_ratio=3), awake=True).blocks[0].mlp
+    assert mlp.up.shape == (192, 64) and mlp.down.shape == (64, 192)
+    g = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(20, 64, generator=g).requires_grad_(), torch.randn(20, 64, generator=g)
+    inputs = x, mlp.up, mlp.down
+    slow = torch.zeros(20, 64, dtype=torch.float64)
+    for hidden in range(192):
+        z = x.double() @ mlp.up[hidden].double()
+        slow = slow + torch.outer(torch.where(z > 0, z * z, 0), mlp.down[:, hidden].double())
+    for got, want in zip(with_gradients(mlp(x), inputs, weight), with_gradients(slow, inputs, weight)):
+        assert want.any() and relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("table", ["0", "."])
+def test_attention_mixes_the_value_embedding_into_v(table):
+    """Against attention written out in float64: merged QKV, QK-norm, temperature, rotary, mixing, output."""
+    hp = small_hp(num_heads=2, value_pattern="0" + table + "..", layer_pattern="LLLL", attn_scale=0.3)
+    attn = small_model(hp, awake=True).blocks[1].attn
+    assert attn.lambdas.shape == ((2,) if table == "0" else (1,))
+    g = torch.Generator().manual_seed(6)
+    x, values, weight = (torch.randn(256, 64, generator=g) for _ in range(3))
+    x.requires_grad_(), values.requires_grad_()
+    ids = documents(hp, 1)[0][0]
+    mask, rotary = tg.create_masks(ids, window=2)[0], tg.Rotary(32, 256, hp.rope_base)
+    q, k, v = (x.double() @ attn.qkv[i].double().T for i in range(3))
+    v = attn.lambdas[0] * v + (attn.lambdas[1] * values if table == "0" else 0)
+    heads = [t.view(256, 2, 32) for t in (q, k, v)]
+    q, k = (rotary(t / t.square().mean(-1, keepdim=True).sqrt()) for t in heads[:2])
+    q, k, v = (t.transpose(0, 1)[None] for t in (q * 0.3, k, heads[2]))
+    slow = attention(q, k, v, visible(ids, 2))[0].transpose(0, 1).reshape(256, 64) @ attn.out.double().T
+    fast = attn(x, values if table == "0" else None, rotary, tg.dense_chunks(mask))
+    inputs = [x, attn.qkv, attn.out, attn.lambdas] + [values] * (table == "0")
+    for got, want in zip(with_gradients(fast, inputs, weight), with_gradients(slow, inputs, weight)):
+        assert want.any() and relative_error(got, want) < 1e-4
 
 
 # ---- The step
@@ -261,8 +305,8 @@ def test_the_default_model_has_the_stated_size():
 def test_the_gradient_of_two_sequences_is_the_mean_of_both(monkeypatch):
     hp = small_hp(window_max=256)
     model, data = small_model(hp, awake=True), documents(hp, 2)
-    optimizers, got = tg.build_optimizers(model, hp), {}
-    for o in optimizers:
+    t, got = trainer(model, hp), {}
+    for o in t.optimizers:
         def watch(bucket, grad, o=o, real=o.share_update):
             got.update({id(p): g.float() / o.grad_divisor for p, g in zip(bucket.params, bucket.views(grad))})
             return real(bucket, grad)
@@ -271,7 +315,7 @@ def test_the_gradient_of_two_sequences_is_the_mean_of_both(monkeypatch):
     loss = sum(model(*pair, window_tensor(1)) for pair in data) / 2
     want = torch.autograd.grad(loss, list(model.parameters()))
     params = list(model.named_parameters())
-    total = tg.train_step(model, model, optimizers, data, hp, 0, window_tensor())
+    total = t.train_step(0, data)
     assert float(total) == pytest.approx(loss.item(), rel=1e-6)
     for (name, p), grad in zip(params, want):
         assert grad.any() and relative_error(got[id(p)], grad) < 4e-3, name  # gradients travel in bf16
@@ -279,9 +323,8 @@ def test_the_gradient_of_two_sequences_is_the_mean_of_both(monkeypatch):
 
 def test_a_tiny_model_learns_one_batch_by_heart():
     hp = small_hp(steps=30)
-    model, data, window = small_model(hp), documents(hp, 2), window_tensor()
-    optimizers = tg.build_optimizers(model, hp)
-    losses = [float(tg.train_step(model, model, optimizers, data, hp, step, window)) for step in range(hp.steps)]
+    t, data = trainer(small_model(hp), hp), documents(hp, 2)
+    losses = [float(t.train_step(step, data)) for step in range(hp.steps)]
     assert losses[0] == pytest.approx(math.log(ROWS), abs=1e-5) and losses[-1] < 0.5, losses
 
 

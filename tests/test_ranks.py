@@ -1,7 +1,8 @@
-"""1, 2 and 4 ranks over gloo: they train alike, send what the plan says, in one order, and wait for a slow one.
+"""1, 2, 4 and 8 ranks over gloo: they train alike, send what the plan says, in one order, and wait for a slow one.
 
-Four processes are started once; they form groups of 4, then of 2, and leave what they saw in files for the tests."""
+Eight processes are started once; they form groups of 8, 4 and 2, and leave what they saw in files for the tests."""
 
+import dataclasses
 import datetime
 import functools
 import multiprocessing
@@ -11,39 +12,45 @@ import pytest
 import torch
 import torch.distributed as dist
 from reference import relative_error
-from small import documents, join, small_hp, small_model, window_tensor
+from small import documents, join, plan, small_hp, small_model, trainer, window_tensor
 
 import train_gpt as tg
 
-STEPS, DEADLINE = 4, 150  # seconds, after which the processes are ended
+STEPS, DEADLINE = 4, 240  # seconds, after which the processes are ended
 COLLECTIVES = ("all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single broadcast "
                "reduce reduce_scatter reduce_scatter_tensor reduce_scatter_single").split()
 # 8 square matrices, 3 of each MLP shape and 7 small tensors: the shares of 2 and of 4 ranks need padding
 KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", train_seq_len=128, val_seq_len=128,
              window_max=128)
+STAGES = dict(batch_stages="4x128 8x128 4x256", lr_stages="0.5 1 0.8")
+EIGHT = dict(batch_stages="8x128 16x128 8x256", lr_stages="0.5 1 0.8")
+WAYS = dict(bf16=dict(grad_comm="bf16"), fp8=dict(grad_comm="fp8"), stages=STAGES, eight=EIGHT)
+WORLDS = {8: ["eight"], 4: ["bf16", "fp8", "stages"], 2: ["bf16", "fp8", "stages"]}
 
 
-def scenario(comm: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
+def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     """STEPS training steps of this rank, late by half a second if `slow`; returns what the tests look at."""
-    hp = small_hp(**KNOBS, grad_comm=comm, steps=STEPS)
+    hp = small_hp(**KNOBS, **WAYS[way], steps=STEPS)
     model = small_model(hp, awake=True)
-    optimizers = tg.build_optimizers(model, hp)
-    window, losses, shares = window_tensor(), [], []
+    t, losses, shares = trainer(model, hp, rank, world), [], []
+    optimizers = t.optimizers
     for o in optimizers:
         def watch(bucket, grad, real=o.share_update):
-            shares.append((bucket.used, grad.detach().clone()))
+            used = sum(tg.round_up(p.numel(), tg.SCALE_BLOCK) for p in bucket.params)
+            shares.append((used, grad.detach().clone()))
             return real(bucket, grad)
 
         o.share_update = watch
-    each = hp.sequences_per_step // world
     for step in range(STEPS):
         if rank == slow and step < 2:
             time.sleep(0.5)
-        data = documents(hp, hp.sequences_per_step, seed=step)[rank * each : (rank + 1) * each]
-        losses.append(tg.train_step(model, model, optimizers, data, hp, step, window))
+        stage = tg.stage_at(step, hp)
+        each = stage.sequences // world
+        data = documents(dataclasses.replace(hp, train_seq_len=stage.seq_len), stage.sequences, seed=step)
+        losses.append(t.train_step(step, data[rank * each : (rank + 1) * each]))
     state = sum(t.numel() for o in optimizers for s in o.state.values() for t in s.values())
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
-                plan=[list(item) for o in optimizers for item in o.plan()], state=state)
+                plan=[list(item) for o in optimizers for item in plan(o)], state=state)
 
 
 def recorded(calls: list):
@@ -62,12 +69,12 @@ def worker(rank: int, folder: str, go) -> None:
     calls = []
     recorded(calls)
     timeout = datetime.timedelta(seconds=60)
-    for world in (4, 2):
+    for world, ways in WORLDS.items():
         if rank >= world:
             continue
         store = dist.FileStore(f"{folder}/store{world}", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-        for comm in ("bf16", "fp8"):
+        for comm in ways:
             calls.clear()
             seen = scenario(comm, rank, world, slow=1)
             torch.save({**seen, "calls": list(calls)}, f"{folder}/{comm}-{world}-{rank}.pt")
@@ -81,14 +88,14 @@ def seen(tmp_path_factory):
     """seen[comm, world]: what each rank of it saw."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(4)
-    processes = [context.Process(target=worker, args=(rank, str(folder), barrier), daemon=True) for rank in range(4)]
+    barrier = context.Barrier(8)
+    processes = [context.Process(target=worker, args=(rank, str(folder), barrier), daemon=True) for rank in range(8)]
     for process in processes:
         process.start()
-    alone = {(comm, 1): [scenario(comm)] for comm in ("bf16", "fp8")}
+    alone = {(comm, 1): [scenario(comm)] for comm in WAYS}
     join(processes, DEADLINE)
     load = {(comm, world): [torch.load(folder / f"{comm}-{world}-{rank}.pt") for rank in range(world)]
-            for comm in ("bf16", "fp8") for world in (2, 4)}
+            for world, ways in WORLDS.items() for comm in ways}
     return alone | load
 
 
@@ -104,7 +111,7 @@ def movement(seen, key):
     return [p - q.detach() for p, q in zip(seen[key][0]["params"], start.parameters())]
 
 
-@pytest.mark.parametrize("comm,world", [("bf16", 2), ("bf16", 4), ("fp8", 2), ("fp8", 4)])
+@pytest.mark.parametrize("comm,world", [("bf16", 2), ("bf16", 4), ("fp8", 2), ("fp8", 4), ("eight", 8)])
 def test_all_ranks_hold_the_same_bits(seen, comm, world):
     first, *others = (rank["params"] for rank in seen[comm, world])
     for params in others:
@@ -125,6 +132,20 @@ def test_bf16_trains_alike_on_any_count_of_ranks(seen, world):
         # Adam's first steps are signs, which a rounding may flip, and a scalar of few values shows one most; Muon lifts
         # the smallest directions, which roundings decide. The gradients above are compared more strictly.
         assert b.any() and relative_error(a, b) < 0.15
+
+
+@pytest.mark.parametrize("way, world", [("stages", 2), ("stages", 4), ("eight", 8)])
+def test_stages_train_alike_on_any_count_of_ranks(seen, way, world):
+    """Steps of 4 x 128, of 8 x 128, and two of 4 x 256 tokens; of twice as many sequences for eight ranks."""
+    ranks, alone = seen[way, world], seen[way, 1]
+    for step in range(STEPS):
+        for a, b in zip(gradients(ranks, step), gradients(alone, step)):
+            # sums of more and more different weights: a rounding in a step is met again in the next
+            assert b.any() and relative_error(a, b) < (8e-3 if step == 0 else 0.05)
+    assert torch.allclose(sum(rank["losses"] for rank in ranks), alone[0]["losses"], atol=2e-3)
+    for a, b in zip(movement(seen, (way, world)), movement(seen, (way, 1))):
+        assert b.any() and relative_error(a, b) < 0.15
+    assert not torch.equal(alone[0]["losses"], seen["bf16", 1][0]["losses"])
 
 
 def test_fp8_on_one_rank_is_fp8_on_four(seen):
