@@ -97,27 +97,36 @@ def split_of(text, val_fraction):
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-@lru_cache(maxsize=1)  # a worker process makes its own, once
-def make_encoder(encoding, bpe_file=None):
-    """A function from text to its uint16 tokens."""
-    if encoding == "bytes":
-        return lambda text: BYTE_TO_TOKEN[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)]
+def gpt2_vocabulary(bpe_file=None):
+    """tiktoken's Encoding of GPT-2, from a rank file, or from tiktoken's own copy, which it fetches once."""
     try:
         import tiktoken
         if not bpe_file:
-            codec = tiktoken.get_encoding("gpt2")
-        else:
-            pairs = [line.split() for line in Path(bpe_file).read_bytes().splitlines()]  # a token in base64, its rank
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-            if [*ranks.values()] != [*range(END_OF_TEXT)] or [*ranks][:256] != [bytes([b]) for b in BYTE_ORDER]:
-                raise ValueError
-            codec = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                      special_tokens={"<|endoftext|>": END_OF_TEXT})
+            return tiktoken.get_encoding("gpt2")
+        pairs = [line.split() for line in Path(bpe_file).read_bytes().splitlines()]  # a token in base64, its rank
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        if [*ranks.values()] != [*range(END_OF_TEXT)] or [*ranks][:256] != [bytes([b]) for b in BYTE_ORDER]:
+            raise ValueError
+        return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": END_OF_TEXT})
     except (ImportError, OSError, ValueError) as error:  # no package, no network, no such file, or not these ranks
         raise Problem(f"{bpe_file or 'tiktoken'} does not give GPT-2's vocabulary ({type(error).__name__}); name its "
-                      "rank file as --bpe_file, or use --encoding bytes, which needs none") from None
+                      "rank file as --bpe_file") from None
+
+
+@lru_cache(maxsize=1)  # a worker process makes its own, once
+def codec(encoding, bpe_file=None):
+    """(encode: text -> uint16 tokens, decode: tokens -> text, that passes over the end of a document).
+
+    Problem where GPT-2's vocabulary cannot be had. data/sample.py uses it too.
+    """
+    if encoding == "bytes":
+        return (lambda text: BYTE_TO_TOKEN[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)],
+                lambda tokens: bytes(BYTE_ORDER[t] for t in tokens if t < 256).decode("utf-8", "replace"))
+    vocabulary = gpt2_vocabulary(bpe_file)
     # encode_ordinary: a "<|endoftext|>" spelt out in the text is text, not the end of a document.
-    return lambda text: np.array(codec.encode_ordinary(text), dtype=np.uint16)
+    return (lambda text: np.array(vocabulary.encode_ordinary(text), dtype=np.uint16),
+            lambda tokens: vocabulary.decode([t for t in tokens if t < END_OF_TEXT]))
 
 
 def work_units(documents, val_fraction):
@@ -138,14 +147,17 @@ def work_units(documents, val_fraction):
 
 def encode_unit(unit, encoding, bpe_file):
     """{split: tokens} of a unit."""
-    encode, head = make_encoder(encoding, bpe_file), np.array([END_OF_TEXT], dtype=np.uint16)
+    (encode, _), head = codec(encoding, bpe_file), np.array([END_OF_TEXT], dtype=np.uint16)
     return {split: np.concatenate([head[:0]] + [np.append(head[:int(starts)], encode(text)) for starts, text in texts])
             for split, texts in unit.items()}
 
 
 def encode_all(units, encoding, bpe_file, workers):
     """The units' tokens in order. Processes are spawned only where they pay: GPT-2's merges, more than one unit."""
-    make_encoder(encoding, bpe_file)  # what is wrong with the vocabulary is told here, not by every worker
+    try:
+        codec(encoding, bpe_file)  # what is wrong with the vocabulary is told here, not by every worker
+    except Problem as problem:
+        raise Problem(f"{problem}, or use --encoding bytes, which needs none") from None
     work, pool = partial(encode_unit, encoding=encoding, bpe_file=bpe_file), None
     wave = list(itertools.islice(units, 4 * workers))  # what is in memory at a time
     if workers > 1 and len(wave) > 1 and encoding == "gpt2":

@@ -174,6 +174,20 @@ def test_shards_are_cut_at_their_limit_and_replaced_by_the_next_run(tmp_path):
     read_shards(out)  # which refuses files that the manifest does not list
 
 
+def test_bytes_decode_to_their_text():
+    encode, decode = tokenize_text.codec("bytes")
+    text = "".join(texts_for_test(30)) + "".join(map(chr, range(256)))
+    assert decode([50256, *encode(text).tolist(), 50256]) == text
+    assert decode(encode("é").tolist()[:1]) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_gpt2_tokens_decode_to_their_text(rank_file):
+    pytest.importorskip("tiktoken")
+    encode, decode = tokenize_text.codec("gpt2", str(rank_file[0]))
+    text = "".join(texts_for_test(30))
+    assert decode([50256, *encode(text).tolist(), 50256]) == text
+
+
 def test_gpt2_tokens_are_those_of_the_whole_document(tmp_path, rank_file, monkeypatch):
     """Cutting long documents for the workers changes no token, and "<|endoftext|>" in a text is text."""
     tiktoken = pytest.importorskip("tiktoken")
@@ -232,7 +246,7 @@ def test_tiktoken_without_a_network(tmp_path, monkeypatch, capsys):
     def unreachable(name):
         raise OSError("no route to host")
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    tokenize_text.make_encoder.cache_clear()
+    tokenize_text.codec.cache_clear()
     file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5))
     assert tokenize_text.main([file, "--out", str(tmp_path / "out")]) == 2
     error = sentence(capsys)
@@ -310,7 +324,8 @@ def test_out_is_a_file(tmp_path, capsys):
 
 
 def test_importing_does_nothing(tmp_path):
-    run = subprocess.run([sys.executable, "-c", "import tokenize_text, fineweb"], cwd=tmp_path, capture_output=True,
+    command = [sys.executable, "-c", "import tokenize_text, fineweb"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True,
                          env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"},
                          timeout=60, check=False)
     assert (run.returncode, run.stdout, run.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])
