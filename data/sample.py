@@ -1,0 +1,181 @@
+"""Prints a text in the words of a trained model.
+
+    python data/sample.py                                            the newest weights of logs/, a document's start
+    python data/sample.py --prompt="The river" --tokens=100          after a prompt
+    python data/sample.py --weights=logs/RUN/weights.pt --temperature=0 --bpe_file=gpt2.tiktoken
+
+weights.pt holds numbers and knobs only. The model is built by the train_gpt.py beside it, the very script that ran, so
+weights of any age go with their own code. That file is run as Python: name no folder whose script you would not start.
+What is used of it: Hyperparameters (train_seq_len, val_seq_len, window_max), GPT(hp, vocab_size) with features, logits,
+last_row and use_flex, place, BLOCK and EOT.
+
+Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no script that fits them; 6 no memory.
+"""
+import argparse
+import contextlib
+import math
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import tokenize_text
+import torch
+from tokenize_text import Problem
+
+CONTEXT = 2048  # tokens that the model sees of what came before; nothing is cached, so more would be slow
+DEFAULT_TOKENS = {"gpt2": 50, "bytes": 200}  # about 200 characters
+KEYS = {"model", "knobs", "encoding", "vocab_size"}  # what a run saves
+
+
+class Unusable(Problem):
+    """No weights, or none that a script fits, told in one sentence; exit code 5."""
+
+
+def reason(error):
+    """What an exception says, on one line: its type and its first words."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def load(path):
+    """What a run saved: {model: {name: tensor}, knobs, encoding, vocab_size}. Unusable if it cannot be read."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load accepts flipped bits; the archive has checksums
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not KEYS <= saved.keys():
+            raise ValueError(f"it does not hold {', '.join(sorted(KEYS))}")
+        if saved["encoding"] not in DEFAULT_TOKENS:
+            raise ValueError(f"encoding {saved['encoding']!r} is none of {', '.join(DEFAULT_TOKENS)}")
+        return saved
+    except Exception as error:  # every kind of damage raises another
+        raise Unusable(f"{path} is missing, damaged or no weights ({reason(error)})") from None
+
+
+def find(weights):
+    """(path, what it holds) of the file named, or for `latest` of the newest readable one."""
+    if weights != "latest":
+        return Path(weights), load(weights)
+    for path in sorted(Path("logs").glob("*/weights.pt"), reverse=True):  # run folders are named by date
+        try:
+            return path, load(path)
+        except Unusable as problem:
+            print(f"sample.py: {problem}; the next older one is tried.", file=sys.stderr)
+    raise Unusable("there is no usable logs/*/weights.pt here; train first, or name a file as --weights")
+
+
+def load_script(path):
+    """The script of a run folder as a module. Importing it has no effects; no compiled copy is left beside it."""
+    if not path.is_file():
+        raise Unusable(f"{path} is missing, the script that builds the model; put the one that trained it there")
+    script = types.ModuleType("train_gpt_of_weights")
+    script.__file__ = str(path)
+    sys.modules[script.__name__] = script  # where dataclasses look for it
+    try:
+        exec(compile(path.read_bytes(), path, "exec"), vars(script))
+    except Exception as error:
+        raise Unusable(f"{path} cannot be imported ({reason(error)}); put the script there that trained it") from None
+    return script
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Turns what goes wrong between weights and script into Unusable."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a name that is not there, a shape that differs, whatever the script raises
+        raise Unusable(f"{path} does not fit the train_gpt.py beside it ({reason(error)}); put the script there that "
+                       "trained it") from error
+
+
+def build(script, saved):
+    """(hp, model): the weights in the model of their own script, on the GPU if there is one."""
+    hp = script.Hyperparameters(**saved["knobs"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:  # drawing the initial numbers takes seconds on a CPU
+        model = script.GPT(hp, saved["vocab_size"])
+    model.load_state_dict(saved["model"])
+    model = script.place(model, device).eval()
+    model.use_flex = False  # dense attention needs no compiler
+    return hp, model
+
+
+def choose(logits, temperature, generator):
+    """An id from logits (V,): the likeliest at temperature 0, else drawn from softmax(logits / temperature)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(script, hp, model, ids, count, temperature, seed):
+    """Up to `count` ids that follow `ids`; where the document ends before, its end is the last of them."""
+    device = next(model.parameters()).device
+    window = torch.tensor(math.ceil(hp.window_max / script.BLOCK), dtype=torch.int32, device=device)
+    longest = min(CONTEXT, hp.train_seq_len, hp.val_seq_len)
+    generator = torch.Generator().manual_seed(seed)
+    new = []
+    while len(new) < count and new[-1:] != [model.last_row]:
+        context = (ids + new)[-longest:]
+        padding = [script.EOT] * (-len(context) % script.BLOCK)  # later documents: nothing before them sees them
+        input_ids = torch.tensor(context + padding, dtype=torch.int32, device=device)
+        last = model.features(input_ids, window)[len(context) - 1 : len(context)]
+        logits = model.logits(last)[0, : model.last_row + 1]  # further rows are no tokens
+        new.append(choose(logits.float().cpu(), temperature, generator))
+    return new
+
+
+def parse(argv):
+    def refuse(message):
+        raise Problem(f"{message}; --help lists the knobs")
+    parser = argparse.ArgumentParser(description="A text in the words of a trained model.", allow_abbrev=False)
+    parser.error, add = refuse, parser.add_argument  # one sentence, not argparse's usage block
+    add("--weights", default="latest", metavar="FILE", help="weights.pt of a run folder (default: latest, the newest)")
+    add("--prompt", default="", metavar="TEXT", help="what the text begins with (default: a document's start)")
+    add("--tokens", type=int, metavar="N", help="at most so many new tokens (default: 50 of GPT-2, 200 bytes)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="below 1 bolder choices, 0 the likeliest (0.8)")
+    add("--seed", type=int, default=1, metavar="N", help="of the random choices (1)")
+    add("--bpe_file", "--bpe-file", metavar="FILE", help="local rank file of GPT-2 instead of tiktoken's own")
+    args = parser.parse_args(argv)
+    if args.tokens is not None and args.tokens < 1:
+        refuse(f"--tokens must be at least 1, and is {args.tokens}")
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
+        refuse(f"--temperature must be 0 or lie between 0.01 and 100, and is {args.temperature}")
+    if not 0 <= args.seed < 2**63:
+        refuse(f"--seed must lie between 0 and 2^63 - 1, and is {args.seed}")
+    return args
+
+
+def run(args):
+    path, saved = find(args.weights)
+    encode, decode = tokenize_text.codec(saved["encoding"], args.bpe_file)
+    script = load_script(path.with_name("train_gpt.py"))
+    count = args.tokens or DEFAULT_TOKENS[saved["encoding"]]
+    with fitting(path):
+        hp, model = build(script, saved)
+        ids = [script.EOT, *encode(args.prompt).tolist()]
+        new = generate(script, hp, model, ids, count, args.temperature, args.seed)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
+    print(f"sample: {args.prompt}{decode(new)}", flush=True)
+    return 0
+
+
+def main(argv=None):
+    try:
+        return run(parse(argv))
+    except Unusable as problem:
+        code, message = 5, problem
+    except Problem as problem:
+        code, message = 2, problem
+    except (MemoryError, torch.OutOfMemoryError):
+        code, message = 6, "memory ran out; a shorter --prompt needs less, or CUDA_VISIBLE_DEVICES= takes the CPU"
+    print(f"no sample: {message}.", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""data/sample.py: the text is the model's, weights of any age go with their script, every refusal's sentence."""
+
+import base64
+import dataclasses
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import KNOBS, SCRIPT, make_corpus, run, run_folders
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "data"))
+import sample  # noqa: E402
+import tokenize_text  # noqa: E402
+
+OLD_SCRIPTS = sorted(ROOT.glob("records/20*/train_gpt.py"))
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def make_run(folder, script=SCRIPT, encoding="bytes"):
+    """A run folder whose weights are random and large, so that each token depends on all before it; its weights.pt."""
+    folder.mkdir(parents=True)
+    shutil.copy(script, folder / "train_gpt.py")
+    t = sample.load_script(folder / "train_gpt.py")
+    hp = t.parse_overrides(KNOBS)
+    torch.manual_seed(1)
+    model = t.GPT(hp, t.VOCAB[encoding])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    saved = dict(model=model.state_dict(), knobs=dataclasses.asdict(hp))
+    torch.save(saved | dict(encoding=encoding, vocab_size=t.VOCAB[encoding]), folder / "weights.pt")
+    return folder / "weights.pt"
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("lively") / "run")
+
+
+@pytest.fixture
+def logs(lively, tmp_path, monkeypatch):
+    """A folder with one run in logs/, as the current one; the run's folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lively.parent, tmp_path / "logs/20260101-000000-abcdef")
+    return tmp_path / "logs/20260101-000000-abcdef"
+
+
+def said(capsys, *arguments):
+    """The standard output of a sample that comes without complaint."""
+    code = sample.main(list(arguments))
+    captured = capsys.readouterr()
+    assert (code, captured.err) == (0, ""), captured.err
+    return captured.out
+
+
+def refusal(capsys, code, *arguments):
+    """The one sentence with which it ends with this code."""
+    assert sample.main(list(arguments)) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("no sample: "), captured.err
+    assert captured.err.count("\n") == 1 and captured.err.endswith(".\n")
+    return captured.err
+
+
+def resave(path, **change):
+    torch.save(torch.load(path) | change, path)
+
+
+# --- what is printed
+
+
+def behind(model, hp, text, first, chosen):
+    """How far, in logits, each chosen token is behind the likeliest after text[: first + 1], text[: first + 2] and so
+    on, by one pass over the whole text."""
+    padded = torch.tensor(text + [50256] * (512 - len(text)), dtype=torch.int32)
+    window = torch.tensor(math.ceil(hp.window_max / 128), dtype=torch.int32)
+    with torch.no_grad():
+        logits = model.logits(model.features(padded, window))[first : first + len(chosen), : model.last_row + 1]
+    return logits.max(1).values - logits.gather(1, torch.tensor(chosen)[:, None])[:, 0]
+
+
+def test_temperature_0_takes_the_likeliest_token_each_time(lively):
+    script = sample.load_script(lively.with_name("train_gpt.py"))
+    hp, model = sample.build(script, torch.load(lively))
+    ids = [50256, *range(40, 140)]
+    new = sample.generate(script, hp, model, ids, 60, 0, 1)
+    assert len(new) == 60 and new == sample.generate(script, hp, model, ids, 60, 0, 2), "nothing is left to chance"
+    last = len(ids) - 1
+    assert behind(model, hp, ids + new, last, new).max() < 1e-3
+    for wrong in (last - 1, last + 1):
+        assert behind(model, hp, ids + new, wrong, new).median() > 1e-3, "this model tells neighbours apart"
+
+
+def test_a_long_prompt_is_cut_to_the_training_length(lively, monkeypatch):
+    script = sample.load_script(lively.with_name("train_gpt.py"))
+    hp, model = sample.build(script, torch.load(lively))
+    features, seen = model.features, []
+    monkeypatch.setattr(model, "features", lambda ids, window: seen.append(ids.tolist()) or features(ids, window))
+    prompt = [i % 251 for i in range(400)]
+    new = sample.generate(script, hp, model, prompt, 2, 0, 1)
+    assert seen == [prompt[-256:], [*prompt[-255:], new[0]]]
+    seen.clear()
+    sample.generate(script, hp, model, prompt[:130], 1, 0, 1)
+    assert seen == [prompt[:130] + [50256] * 126]
+
+
+def test_the_end_of_the_document_ends_the_text(lively, monkeypatch):
+    script = sample.load_script(lively.with_name("train_gpt.py"))
+    hp, model = sample.build(script, torch.load(lively))
+    ahead = torch.zeros(1, 384)
+    ahead[0, 7], ahead[0, 256], ahead[0, 300] = 1, 2, 3  # a byte, the document's end, a row that is no token
+    monkeypatch.setattr(model, "logits", lambda x: ahead)
+    assert sample.generate(script, hp, model, [50256], 9, 0, 1) == [256]
+    ahead[0, 256] = 0
+    assert sample.generate(script, hp, model, [50256], 9, 0, 1) == [7] * 9
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 3])
+def test_tokens_are_drawn_in_proportion(temperature):
+    logits, count = torch.tensor([0.0, 1.0, 0.5]), 3000
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.tensor([sample.choose(logits, temperature, generator) for _ in range(count)]).bincount(minlength=3)
+    weights = [math.exp(logit / temperature) for logit in logits.tolist()]
+    for n, weight in zip(drawn.tolist(), weights, strict=True):
+        p = weight / sum(weights)
+        assert abs(n - count * p) < 5 * math.sqrt(count * p * (1 - p))
+
+
+def test_the_prompt_is_repeated_and_the_seed_decides(logs, capsys):
+    first = said(capsys, "--prompt=two words", "--tokens=40")
+    assert first.startswith("sample: two words")
+    assert said(capsys, "--prompt=two words", "--tokens=40", "--weights=latest", "--seed=1") == first
+    assert said(capsys, "--prompt=two words", "--tokens=40", f"--weights={logs / 'weights.pt'}") == first
+    assert said(capsys, "--prompt=two words", "--tokens=40", "--seed=2") != first
+    assert sorted(path.name for path in logs.iterdir()) == ["train_gpt.py", "weights.pt"]
+
+
+def test_bytes_become_text(logs, capsys, monkeypatch):
+    """Tokens of the bytes of a word, an incomplete character, and the document's end, which is not printed."""
+    new = [*tokenize_text.codec("bytes")[0]("日本é").tolist()[:-1], 256]
+    monkeypatch.setattr(sample, "generate", lambda *_: new)
+    assert said(capsys, "--prompt=<") == "sample: <日本\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_gpt2_tokens_become_text(tmp_path, capsys):
+    """With a file in the shape of GPT-2's ranks: its single bytes, then numbers."""
+    pytest.importorskip("tiktoken")
+    ranks = [bytes([b]) for b in tokenize_text.BYTE_ORDER] + [b"<%05d>" % i for i in range(256, 50256)]
+    file = tmp_path / "ranks"
+    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    weights = make_run(tmp_path / "run", encoding="gpt2")
+    arguments = f"--weights={weights}", f"--bpe_file={file}", "--temperature=0", "--tokens=6", "--prompt=ab"
+    text = said(capsys, *arguments)
+    script = sample.load_script(weights.with_name("train_gpt.py"))
+    hp, model = sample.build(script, torch.load(weights))
+    new = sample.generate(script, hp, model, [50256, ranks.index(b"a"), ranks.index(b"b")], 6, 0, 1)
+    words = b"".join(ranks[token] for token in new if token < 50256)
+    assert text == f"sample: ab{words.decode('utf-8', 'replace')}\n"
+
+
+@pytest.mark.parametrize("encoding, count", [("bytes", 200), ("gpt2", 50)])
+def test_it_is_about_200_characters_unless_told(logs, capsys, monkeypatch, encoding, count):
+    asked = []
+    monkeypatch.setattr(sample, "generate", lambda script, hp, model, ids, count, *_: asked.append(count) or [])
+    monkeypatch.setattr(tokenize_text, "codec", lambda *_: (lambda text: torch.zeros(0), lambda ids: "words"))
+    resave(logs / "weights.pt", encoding=encoding)
+    said(capsys)
+    said(capsys, "--tokens=7")
+    assert asked == [count, 7]
+
+
+def test_weights_of_a_run_and_a_terminal_that_lacks_letters(tmp_path):
+    make_corpus(tmp_path / "data")
+    run(tmp_path, "--steps=2")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, ROOT / "data/sample.py", "--prompt=日 a", "--tokens=30"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("sample: ? a")
+    names = {path.name for path in run_folders(tmp_path)[0].iterdir()}
+    assert names == {"log.txt", "metrics.jsonl", "train_gpt.py", "weights.pt"}
+
+
+@pytest.mark.parametrize("script", OLD_SCRIPTS, ids=lambda path: path.parent.name)
+def test_weights_of_old_scripts(tmp_path, capsys, script):
+    weights = make_run(tmp_path / "run", script)
+    assert said(capsys, f"--weights={weights}", "--prompt=abc", "--tokens=5").startswith("sample: abc")
+
+
+# --- what is refused
+
+
+def test_damaged_weights_are_passed_over(logs, capsys):
+    newest = shutil.copytree(logs, logs.with_name("20260102-000000-abcdef")) / "weights.pt"
+    flipped = bytearray(newest.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    newest.write_bytes(flipped)
+    (logs.with_name("20260103-000000-abcdef")).mkdir()
+    (logs.with_name("20260103-000000-abcdef") / "weights.pt").write_bytes(flipped[:1000])
+    assert sample.main(["--tokens=5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("sample: ")
+    cut, checksum = captured.err.splitlines()
+    assert "20260103" in cut and "20260102" in checksum and "a checksum is wrong" in checksum
+    assert all(line.endswith("the next older one is tried.") for line in (cut, checksum))
+    assert "a checksum is wrong" in refusal(capsys, 5, f"--weights={newest}")
+
+
+def test_no_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no usable logs/*/weights.pt" in refusal(capsys, 5)
+    assert "nowhere.pt is missing" in refusal(capsys, 5, "--weights=nowhere.pt")
+    torch.save(dict(model={}), tmp_path / "other.pt")
+    assert "does not hold" in refusal(capsys, 5, "--weights=other.pt")
+    torch.save([1], tmp_path / "list.pt")
+    assert "list.pt" in refusal(capsys, 5, "--weights=list.pt")
+
+
+def test_no_script_or_one_that_cannot_be_imported(logs, capsys):
+    (logs / "train_gpt.py").write_text("import nothing_of_this_name")
+    assert "cannot be imported (ModuleNotFoundError" in refusal(capsys, 5)
+    (logs / "train_gpt.py").write_text("def")
+    assert "cannot be imported (SyntaxError" in refusal(capsys, 5)
+    (logs / "train_gpt.py").unlink()
+    assert "train_gpt.py is missing" in refusal(capsys, 5)
+
+
+def test_a_script_that_does_not_fit(logs, capsys):
+    weights, script = logs / "weights.pt", logs / "train_gpt.py"
+    saved = torch.load(weights)
+    name, tensor = list(saved["model"].items())[-1]
+    resave(weights, model={key: value for key, value in saved["model"].items() if key != name})
+    assert f'Missing key(s) in state_dict: "{name}"' in refusal(capsys, 5)
+    resave(weights, model=saved["model"] | {name: tensor[:-1]})
+    assert "size mismatch" in refusal(capsys, 5)
+    resave(weights, model=saved["model"], knobs=saved["knobs"] | dict(no_such_knob=1))
+    assert "no_such_knob" in refusal(capsys, 5)
+    resave(weights, knobs=saved["knobs"], encoding="morse")
+    assert "'morse' is none of" in refusal(capsys, 5, f"--weights={weights}")
+    resave(weights, encoding="bytes")
+    script.write_text(script.read_text().replace("last_row", "last_token"))
+    assert "does not fit the train_gpt.py beside it (AttributeError" in refusal(capsys, 5)
+
+
+def test_no_vocabulary(logs, capsys):
+    pytest.importorskip("tiktoken")
+    resave(logs / "weights.pt", encoding="gpt2")
+    sentence = refusal(capsys, 2, "--bpe_file=absent")
+    assert "absent does not give GPT-2's vocabulary" in sentence and "--encoding" not in sentence
+
+
+def test_memory(logs, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample, "generate", full)
+    assert "memory ran out" in refusal(capsys, 6)
+
+
+@pytest.mark.parametrize("argument", [
+    "--tokens=0", "--tokens=many", "--temperature=-1", "--temperature=nan", "--temperature=0.001", "--temperature=inf",
+    "--seed=-1", "--seed=9223372036854775808", "--temp=1", "words",
+])  # fmt: skip
+def test_bad_knobs(capsys, argument):
+    sentence = refusal(capsys, 2, argument)
+    assert argument.partition("=")[0] in sentence and "--help" in sentence
