@@ -1,6 +1,6 @@
 #!/bin/sh
 # Train on whatever this machine is. Plain POSIX sh.
-#   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, then train; --help lists the knobs
+#   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, train, sample; --help lists the knobs
 #   ./run.sh test [pytest arguments]          run the tests
 #   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
 # A given --preset, --data_dir or NPROC=count wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
@@ -106,12 +106,13 @@ if [ -z "$python" ]; then setup $mode; else
 fi
 [ $mode = train ] || exec "$python" -m pytest -q "$@"
 for argument in "$@"; do case $argument in
-    --help|--weights=*) exec "$python" "$script" "$@" ;;
+    --help) exec "$python" "$script" "$@" ;;
     --preset=*) preset=${argument#*=} ;;
     --data_dir=*) data=${argument#*=} ;;
 esac; done
 given_preset=$preset given_data=$data
-[ -z "$preset" ] || grep -qF "\"$preset\": dict(" "$script" || exec "$python" "$script" "$@"  # which refuses it
+[ -z "$preset" ] || "$python" "$script" --help 2>/dev/null | grep -qF -- "  --preset=$preset " ||
+    exec "$python" "$script" "$@"  # which refuses it
 # nvidia-smi answers at once; torch takes seconds, and is asked where it may see fewer GPUs than nvidia-smi lists.
 answer='' seen=${CUDA_VISIBLE_DEVICES+set}
 case $(torch_of "$python") in *+cpu) seen=cpu ;; esac
@@ -147,7 +148,9 @@ case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is no count of processes." ;;
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"
-# A single process needs no torchrun, which would turn every exit code of the script into 1.
-[ $processes -gt 1 ] || exec "$python" "$script" "$@"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS-$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))}"
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node=$processes "$script" "$@"
+set -- "$script" "$@"
+if [ $processes -gt 1 ]; then  # a single process needs no torchrun, which would turn every exit code into 1
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS-$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))}"
+    set -- -m torch.distributed.run --standalone --nproc_per_node=$processes "$@"
+fi
+exec "$python" data/then_sample.py "$python" "$@"

@@ -1,8 +1,10 @@
 """run.sh: its shell dialect, and what it decides on machines that stand-ins for python and nvidia-smi describe."""
 
+import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -30,6 +32,7 @@ if [ "$1" = -c ]; then
         *) exec "$REAL" "$@" ;;
     esac
 fi
+[ "$1" != data/then_sample.py ] || exec "$REAL" "$@"
 echo "$*" >> "$CALLS"
 case "$1 $2" in
     '-m venv')
@@ -40,10 +43,34 @@ case "$1 $2" in
     '-m pip') [ -z "$NO_PIP" ] || exit 1; [ -e "${0%/bin/*}/torch" ] || echo 2.13.0 > "${0%/bin/*}/torch"
         case $* in *needs.txt*) cp "${0%/bin/*}/constraints.txt" "${0%/bin/*}/needs.txt" "$KEPT" ;; esac ;;
     'data/fineweb.py '*) exit "${FINEWEB:-0}" ;;
+    *'/data/sample.py '*) echo "sample: some words"; exit "${SAMPLE:-0}" ;;
+    *'.py --help') printf '  --preset=%-8s\\n' ${PRESETS-80gb 40gb 24gb tiny cpu}; exit "${HELP:-0}" ;;
     'data/tokenize_text.py '*) mkdir -p data/embedded; echo '{}' > data/embedded/manifest.json ;;
     '-m pytest') exit 7 ;;
-    *train_gpt.py*|*my.py*|'-m torch'*) env > "$KEPT/environment"; exit "${CODE:-0}" ;;
+    *train_gpt.py*|*my.py*|'-m torch'*)
+        env > "$KEPT/environment"
+        [ -z "$WEIGHTS" ] || { mkdir -p "logs/$WEIGHTS"; echo weights > "logs/$WEIGHTS/weights.pt"; }
+        [ -z "$SIGNALS" ] || exec "$REAL" -c "$LISTENER"
+        exit "${CODE:-0}" ;;
 esac
+"""
+
+# A training that says which signals it gets, and ends with $CODE after so many as $SIGNALS says.
+LISTENER = """
+import os, signal, sys
+def say(text):
+    os.write(1, (text + os.linesep).encode())  # print must not be interrupted by itself
+say(f"heard before: {signal.getsignal(signal.SIGINT) == signal.default_int_handler}")
+got = []
+def note(number, frame):
+    got.append(number)
+    say("got " + signal.Signals(number).name)
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    signal.signal(number, note)
+say("ready")
+while len(got) < int(os.environ["SIGNALS"]):
+    signal.pause()
+os._exit(int(os.environ["CODE"]))  # at once: an ordinary end might meet a late signal
 """
 
 
@@ -54,15 +81,14 @@ class Machine:
         self.root, self.tools, self.kept = folder / "a checkout", folder / "python" / "bin", folder / "kept"
         for path in (self.root / "data", self.tools, self.kept):
             path.mkdir(parents=True)
-        for name in ("run.sh", "requirements.txt", "requirements.lock"):
+        for name in ("run.sh", "requirements.txt", "requirements.lock", "data/then_sample.py"):
             shutil.copy(ROOT / name, self.root / name)
-        presets = [f'    "{name}": dict(),' for name in ("80gb", "40gb", "24gb", "tiny", "cpu")]
-        (self.root / "train_gpt.py").write_text("\n".join(presets))
+        (self.root / "train_gpt.py").touch()
         for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
         self.put("python3", INTERPRETER)
         self.environment = {"PATH": str(self.tools), "CALLS": str(self.kept / "calls"), "KEPT": str(self.kept),
-                            "REAL": sys.executable, "GPUS": "0 0"}  # fmt: skip
+                            "REAL": sys.executable, "GPUS": "0 0", "LISTENER": LISTENER}  # fmt: skip
         self.shell = shutil.which("sh")
 
     def put(self, name, text):
@@ -92,7 +118,7 @@ class Machine:
                               stdin=subprocess.DEVNULL, capture_output=True, timeout=60)  # fmt: skip
         self.out, self.err = done.stdout, done.stderr
         assert done.returncode == code, (done.returncode, self.out, self.err)
-        return (self.kept / "calls").read_text().splitlines()
+        return (self.kept / "calls").read_text().replace(f"{self.root}/", "").splitlines()
 
     def as_is(self, *arguments, **keywords):
         """The same with PYTHON=python3, so that only what happens after the installation is left."""
@@ -100,8 +126,35 @@ class Machine:
             self.torch("2.13.0")
         return self.run(*arguments, PYTHON="python3", **keywords)
 
+    def weights(self, run_id):
+        """Saved weights of an earlier run."""
+        folder = self.root / "logs" / run_id
+        folder.mkdir(parents=True)
+        (folder / "weights.pt").touch()
+        os.utime(folder / "weights.pt", (1, 1))
+
+    def start(self, **environment):
+        """run.sh in a session of its own, thus without a terminal, whose training is LISTENER and has begun."""
+        environment = {**self.environment, "PYTHON": "python3", "SIGNALS": "1", "CODE": "75", **environment}
+        self.torch("2.13.0")
+        command = [self.shell, str(self.root / "run.sh")]
+        process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        self.out = said(process.stdout, "ready")
+        return process
+
     def seen(self):  # the environment of the training process
         return dict(line.split("=", 1) for line in (self.kept / "environment").read_text().splitlines() if "=" in line)
+
+
+def said(stream, word):
+    """What a stream says up to the first line that holds this word."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if word in line:
+            return "".join(lines)
+    raise AssertionError(f"{word!r} never came: {''.join(lines)}")
 
 
 @pytest.fixture
@@ -118,8 +171,8 @@ def test_every_shell_parses_it(shell, file):
     subprocess.run([shell, "-n", ROOT / file], check=True, timeout=20)
 
 
-def test_lines_are_short_and_it_is_executable():
-    assert max(map(len, RUN_SH.splitlines())) <= 120
+def test_short_and_executable():
+    assert len(RUN_SH.splitlines()) <= 165 and max(map(len, RUN_SH.splitlines())) <= 120
     assert os.access(ROOT / "run.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
     assert RUN_SH.startswith("#!/bin/sh\n")
 
@@ -210,9 +263,9 @@ def test_one_process_per_gpu_as_far_as_eight_sequences_divide(machine, gpus, pro
 def test_what_the_user_names_wins(machine):
     machine.gpu(1, 81000)
     assert machine.as_is("--data_dir=/mine") == ["train_gpt.py --preset=80gb --data_dir=/mine"]
-    assert machine.as_is("--preset=24gb", "--data_dir=/mine") == ["train_gpt.py --preset=24gb --data_dir=/mine"]
+    assert machine.as_is("--preset=24gb", "--data_dir=/mine")[1:] == ["train_gpt.py --preset=24gb --data_dir=/mine"]
     assert machine.as_is("--preset=tiny")[-1] == "train_gpt.py --data_dir=data/embedded --preset=tiny"
-    assert machine.fineweb().as_is("--preset=24gb") == ["train_gpt.py --data_dir=data/fineweb10B --preset=24gb"]
+    assert machine.fineweb().as_is("--preset=24gb")[1:] == ["train_gpt.py --data_dir=data/fineweb10B --preset=24gb"]
 
 
 def test_fineweb_is_fetched_once(machine):
@@ -390,8 +443,119 @@ def test_the_count_of_processes_can_be_given(machine):
         assert f"NPROC={wrong} is no count" in machine.err
 
 
-def test_a_misspelt_preset_fetches_nothing(machine):
-    assert machine.gpu(1, 81000).as_is("--preset=80bg") == ["train_gpt.py --preset=80bg"]
+@pytest.mark.parametrize("wrong", ["80bg", "80g", "0gb", ".*"])
+def test_a_misspelt_preset_fetches_nothing(machine, wrong):
+    calls = machine.gpu(1, 81000).as_is(f"--preset={wrong}", CODE="2", code=2)
+    assert calls == ["train_gpt.py --help", f"train_gpt.py --preset={wrong}"]
+
+
+def test_the_script_is_asked_for_its_presets(machine):
+    (machine.root / "my.py").write_text('PRESETS = {"words": dict()}')
+    calls = machine.gpu(1, 81000).as_is("my.py", "--preset=words")
+    assert calls == ["my.py --help", "my.py --preset=words"], "its text is not the answer"
+    calls = machine.as_is("my.py", "--preset=mine", "--data_dir=here", PRESETS="cpu mine")
+    assert calls == ["my.py --help", "my.py --preset=mine --data_dir=here"]
+    assert "preset: mine, data: here" in machine.out
+    assert "--help" not in " ".join(machine.as_is("my.py", "--data_dir=here")), "it would cost an import of torch"
+
+
+def test_a_script_that_cannot_start_says_so_itself(machine):
+    calls = machine.as_is("--preset=cpu", PRESETS="", HELP="1", CODE="1", code=1)
+    assert calls == ["train_gpt.py --help", "train_gpt.py --preset=cpu"]
+
+
+# --- signals and the exit code
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_to_run_sh_alone_is_handed_on(machine, shell, name):
+    machine.shell = shutil.which(shell)
+    process = machine.start()
+    assert "heard before: True" in machine.out, "a Ctrl-C must end a training that has not begun"
+    process.send_signal(getattr(signal, name))
+    assert f"got {name}\n" in process.communicate(timeout=60)[0]
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_so_is_a_second_one(machine, shell):
+    machine.shell = shutil.which(shell)
+    process = machine.start(SIGNALS="3", CODE="4")
+    for name in ("SIGTERM", "SIGINT"):
+        process.send_signal(getattr(signal, name))
+        said(process.stdout, f"got {name}")
+        assert process.poll() is None, "run.sh left its training alone"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 4
+    process.communicate()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_ctrl_c_in_a_terminal_reaches_the_training_once(machine, shell):
+    pty = pytest.importorskip("pty")
+    environment = {**machine.torch("2.13.0").environment, "PYTHON": "python3", "SIGNALS": "2", "CODE": "75"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(shutil.which(shell), [shell, str(machine.root / "run.sh")], environment)
+    with open(terminal, "r+b", buffering=0) as stream:
+        lines = io.TextIOWrapper(stream, errors="replace")
+        said(lines, "ready")
+        stream.write(b"\x03")
+        said(lines, "got SIGINT")
+        os.kill(pid, signal.SIGTERM)
+        assert said(lines, "got SIG").endswith("got SIGTERM\n")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_training_that_a_signal_killed_is_told_by_it(machine, number):
+    listener = f"import os; os.kill(os.getpid(), {int(number)})"
+    machine.as_is(SIGNALS="1", LISTENER=listener, code=-number)
+
+
+def test_the_training_keeps_its_standard_input(machine):
+    listener = "import sys; print('ready', flush=True); print('read', sys.stdin.readline())"
+    process = machine.start(LISTENER=listener)
+    assert "read a line" in process.communicate("a line\n", timeout=60)[0]
+
+
+# --- the sample
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_new_weights_are_sampled(machine, shell):
+    machine.shell = shutil.which(shell)
+    machine.weights("99990101-000000-abcdef")  # by a machine whose clock was wrong
+    calls = machine.as_is("--steps=3", WEIGHTS="20260101-000000-abcdef")
+    assert calls[-2].startswith("train_gpt.py") and calls[-2].endswith("--steps=3")
+    assert calls[-1] == "data/sample.py --weights=logs/20260101-000000-abcdef/weights.pt"
+    assert machine.out.endswith("sample: some words\n") and machine.err == ""
+
+
+def test_one_process_samples_what_several_trained(machine):
+    calls = machine.gpu(2, 81000).fineweb().as_is(WEIGHTS="20260101-000000-abcdef")
+    assert [call.split()[:2] for call in calls] == [
+        ["-m", "torch.distributed.run"], ["data/sample.py", "--weights=logs/20260101-000000-abcdef/weights.pt"]
+    ]  # fmt: skip
+
+
+def test_without_new_weights_there_is_no_sample(machine):
+    assert machine.as_is()[-1].startswith("train_gpt.py")
+    assert machine.as_is(WEIGHTS="20260101-000000-abcdef", CODE="3", code=3)[-1].startswith("train_gpt.py")
+    assert machine.as_is()[-1].startswith("train_gpt.py"), "those of an earlier run"
+
+
+def test_a_failed_sample_is_no_failed_run(machine):
+    for number, code in enumerate((1, 2, 5, 75)):
+        calls = machine.as_is(WEIGHTS=f"20260101-00000{number}-abcdef", SAMPLE=str(code))
+        assert calls[-1].startswith("data/sample.py")
+
+
+def test_a_run_that_ends_while_it_is_stopped_is_not_sampled(machine):
+    process = machine.start(WEIGHTS="20260101-000000-abcdef", CODE="0")
+    process.send_signal(signal.SIGTERM)
+    assert "sample:" not in process.communicate(timeout=60)[0] and process.returncode == 0
 
 
 def test_nvidia_smi_spares_the_start_of_torch_unless_that_is_for_cpus(machine):

@@ -324,7 +324,7 @@ def test_out_is_a_file(tmp_path, capsys):
 
 
 def test_importing_does_nothing(tmp_path):
-    command = [sys.executable, "-c", "import tokenize_text, fineweb"]
+    command = [sys.executable, "-c", "import tokenize_text, fineweb, then_sample"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True,
                          env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"},
                          timeout=60, check=False)
