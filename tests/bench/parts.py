@@ -1,15 +1,15 @@
 """Measures on one GPU what the description of this recipe claims, before and after, by patches made here:
 
-    python tests/bench_parts.py --data_dir=DIR [--part=a,b|all] [--rounds=3] [--seconds=540] [--out=FILE] [--knob=value]
+    python tests/bench/parts.py --data_dir=DIR [--part=a,b|all] [--rounds=3] [--seconds=540] [--out=FILE] [--knob=value]
 
 steps: training steps and memory: longer sequences, a bf16 head, all off. masks: bytes, building, equality of our masks
 and create_block_mask's. head: FP8 and bf16. scaling: error and time of its matmuls by kind of scale. optimizer: grouped
 and not, alone and as a share of 8. longest: the longest validation sequence by one dense mask and ours, last, since an
-illegal access ends all. After --seconds, rounds end early and parts are left out. Without CUDA all is --tiny."""
+illegal access ends all. After --seconds, rounds end early and parts are left out. Without CUDA all is --tiny. Exit code
+2: bad input; 1: a part failed or was left out."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +17,6 @@ import gc
 import os
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -27,25 +26,25 @@ if __name__ == "__main__":  # as run.sh has it; torch reads it when it is import
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench_recipe  # noqa: E402
-import bench_scaling  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common  # noqa: E402
+import recipe  # noqa: E402
 import scaling  # noqa: E402
-from claims import emulated_error, logit_gradient, multiply, pieces, product_error, quantise  # noqa: E402
-from tiny import make_corpus  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
+from common import tg  # noqa: E402
+from ranks import HOST, Wire  # noqa: E402
 
 PARTS = ("steps", "masks", "head", "scaling", "optimizer", "longest")
-TINY = [*bench_scaling.TINY, "--model_dim=128", "--steps=3"]  # 128: a block of FP8 scales
+TINY = [*common.TINY, "--model_dim=128", "--steps=3"]  # 128: a block of FP8 scales
 TABLES = [kind + side + what for side in ("kv", "q") for kind in ("", "full_") for what in ("_num_blocks", "_indices")]
 E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
 PRODUCTS = {"y = x W^T": "xw", "dx = g W": "gw", "dW^T = x^T g": "xg"}  # each A B^T, contracted along rows of both
 SCHEMES = [("bf16", BF16), ("tensor, static", E5M2), ("tensor, amax", E5M2), ("tensor, amax", E4M3), ("row", E4M3),
            ("block", E4M3)]  # kind of scale, and format of the gradient
+
 
 def standard_masks(input_ids: Tensor, block_size: int, window: Tensor, max_window: int) -> tuple:
     """What tg.create_masks gives, from torch's create_block_mask: every pair of tokens is looked at."""
@@ -56,10 +55,12 @@ def standard_masks(input_ids: Tensor, block_size: int, window: Tensor, max_windo
         return create_block_mask(visible, None, None, len(docs), len(docs), device=docs.device, BLOCK_SIZE=block_size)
     return build(window.clamp(min=1)), build((window // 2).clamp(min=1))
 
+
 def tables(make, max_window: int, input_ids: Tensor, window: Tensor) -> list[Tensor]:
     """All that both masks of `make` hold: eight tables each, and the documents."""
     masks = make(input_ids, tg.BLOCK, window, max_window)
     return [*(getattr(m, name) for m in masks for name in TABLES), (input_ids == tg.EOT).cumsum(0, dtype=torch.int32)]
+
 
 def grids(held: list[Tensor]) -> Tensor:
     """Both masks by their key and query sides, (4, B, B), query first: 2 a whole block is visible, 1 a part of it."""
@@ -70,6 +71,7 @@ def grids(held: list[Tensor]) -> Tensor:
         side[listed.nonzero()[:, 0], indices[0, 0][listed].long()] = 1 + i % 2
     return seen
 
+
 def whole_mask(mask) -> list:
     """In place of tg.dense_chunks: one piece, with a (T, T) bool mask filled by rows, to need no more memory."""
     at = torch.arange(mask.seq_lengths[0], device=mask.kv_indices.device)
@@ -78,7 +80,75 @@ def whole_mask(mask) -> list:
         seen[rows[0] : rows[-1] + 1] = mask.mask_mod(0, 0, rows[:, None], at)
     return [(slice(0, len(at)), slice(0, len(at)), seen)]
 
-class Parts(bench_scaling.Bench):
+
+# ---- FP8 products by kind of scale
+
+
+def logit_gradient(model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
+    """Gradient of a mean over `tokens` tokens with respect to the head's output for these rows, as backward gets it.
+    x: (n, D) -> (n, V) in the dtype of x."""
+    z = model.lm_head(x).detach().requires_grad_()
+    with torch.enable_grad(), mock.patch.object(model.lm_head, "forward", lambda z: z):
+        return torch.autograd.grad(model.losses(z, targets).sum() / tokens, z)[0]
+
+
+def quantise(x: Tensor, dtype: torch.dtype, tile: tuple[int, int], scale: Tensor | None = None) -> tuple:
+    """x with a scale for each tile (0: all), by default of its largest value: (values, factors that undo it, fp32)."""
+    rows, columns = (n or size for n, size in zip(tile, x.shape))
+    tiles = x.float().view(x.size(0) // rows, rows, x.size(1) // columns, columns)
+    if scale is None:
+        scale = torch.finfo(dtype).max / tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30)
+    values = tg.to_fp8(tiles, scale, dtype).reshape(x.shape).contiguous()
+    return values, scale.reciprocal().view(scale.size(0) if scale.ndim else 1, -1)
+
+
+def dequantise(values: Tensor, factors: Tensor) -> Tensor:
+    rows, columns = (a // b for a, b in zip(values.shape, factors.shape))
+    tiles = values.float().view(factors.size(0), rows, factors.size(1), columns)
+    return (tiles * factors[:, None, :, None]).view(values.shape)
+
+
+def multiply(scheme: str, kinds: str, out: torch.dtype, a: Tensor, fa: Tensor, b: Tensor, fb: Tensor) -> Tensor:
+    """A B^T by the kernel of the scheme; operands and factors as `quantise` gives them."""
+    if scheme == "bf16":
+        return a @ b.t()
+    if scheme == "block":
+        if not a.is_cuda:
+            raise NotImplementedError("needs CUDA")
+        by_column, kind = lambda f: f.t().contiguous().t(), F.ScalingType
+        second, how = by_column(fb), kind.BlockWise1x128
+        if kinds[1] == "w":  # cuBLASLt reads four factors at a time
+            second, how = F.pad(fb, (0, -fb.size(1) % 4)).contiguous().t(), kind.BlockWise128x128
+        return F.scaled_mm(a, b.t(), by_column(fa), kind.BlockWise1x128, second, how, output_dtype=out)
+    shapes = ((-1, 1), (1, -1)) if scheme == "row" else ((), ())
+    factors = [f.reshape(shape).contiguous() for f, shape in zip((fa, fb), shapes)]
+    return torch._scaled_mm(a, b.t(), *factors, out_dtype=out, use_fast_accum=kinds == "xw")  # as the recipe
+
+
+def pieces(total: int, rows: int = 4096) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, total, rows)]
+
+
+def product_error(a: Tensor, b: Tensor, out) -> float:
+    """||out - A B^T|| / ||A B^T||, the reference in fp32. out(rows): these rows of the product."""
+    b, sums = b.float(), torch.zeros(2, dtype=torch.float64, device=b.device)
+    for rows in pieces(len(a)):
+        exact = a[rows].float() @ b.t()
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in (out(rows).float() - exact, exact)]
+        sums += torch.stack(norms).square()
+    return float((sums[0] / sums[1]).sqrt())
+
+
+def emulated_error(a: Tensor, b: Tensor, a8: Tensor, fa: Tensor, b8: Tensor, fb: Tensor) -> float:
+    """The same of the rounded operands, multiplied in fp32: what rounding alone costs, whatever the kernel does."""
+    rounded = dequantise(b8, fb).t()
+    return product_error(a, b, lambda rows: dequantise(a8[rows], fa if len(fa) == 1 else fa[rows]) @ rounded)
+
+
+# ---- Parts
+
+
+class Parts(scaling.Bench):
     """The model on one GPU. The weights to begin with lie on the host: peaks are measured."""
     def __init__(self, hp: tg.Hyperparameters, args, ceiling: float | None):
         super().__init__(hp, args)
@@ -90,8 +160,9 @@ class Parts(bench_scaling.Bench):
     @torch.no_grad()
     def reset(self) -> None:
         """The weights to begin with, and neither gradients nor optimizer state."""
-        for optimizer in sum(self.made.values(), []):
-            optimizer.state.clear()
+        for trainer in self.made.values():
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
         self.model.train().zero_grad()
         self.set_head(self.hp.train_seq_len)
         for tensor, kept in zip(self.tensors, self.first):
@@ -99,8 +170,8 @@ class Parts(bench_scaling.Bench):
 
     def set_head(self, length: int, fp8: bool = True) -> None:
         """As GPT makes it for training sequences of this length."""
-        head = self.model.lm_head
-        head.use_fp8, head.scale[2] = self.fp8 and fp8, self.hp.grad_scale * length / (48 * 1024)
+        self.model.lm_head.use_fp8 = self.fp8 and fp8
+        self.model.set_seq_len(length)
 
     def attempt(self, work) -> tuple:
         """(what work() gives, "none"), or (None, the error as one line) with its memory freed."""
@@ -163,8 +234,10 @@ class Parts(bench_scaling.Bench):
         hp, peaks, rows, T = self.hp, {}, [], self.hp.train_seq_len
         def train(length: int, fp8: bool, off: bool, step: int) -> Tensor:
             self.set_head(length, fp8)
-            with mock.patch.object(tg, "create_masks", standard_masks if off else tg.create_masks):
-                return self.step(*self.arm(1, grouped=not off), data[length], step)
+            wire, trainer = self.arm(1, grouped=not off)
+            own, masks = dataclasses.replace(hp, train_seq_len=length), standard_masks if off else tg.create_masks
+            with mock.patch.object(trainer, "hp", own), mock.patch.object(tg, "create_masks", masks):
+                return self.step(wire, trainer, data[length], step)
         long = -(-T // 96) * 128
         one = {n: dataclasses.replace(hp, train_seq_len=n, steps=1) for n in (T, long)}
         data = {n: next(tg.prefetch(self.corpus.train, one[n], 0, 1, 0, self.cuda)) for n in one}
@@ -280,12 +353,12 @@ class Parts(bench_scaling.Bench):
     def optimizer(self) -> None:
         for p in self.model.parameters():
             p.grad = torch.randn_like(p) * 1e-3
-        wires = {str(rank): scaling.Wire(None, rank, scaling.HOST, local=True) for rank in range(scaling.HOST)}
-        arms = {(rank, grouped): functools.partial(self.update, wire, self.optimizers(wire, grouped=grouped))
-                for grouped in (True, False) for rank, wire in ({"alone": self.wire(1)} | wires).items()}
+        wires = {str(rank): Wire(None, rank, HOST, local=True) for rank in range(HOST)}
+        arms = {(rank, grouped): functools.partial(self.update, wire, self.trainer(wire, grouped=grouped))
+                for grouped in (True, False) for rank, wire in ({"alone": Wire(None, 0, 1)} | wires).items()}
         ms, n = self.medians(arms, 2 * self.args.rounds)
         ms |= {("most", grouped): max(ms[rank, grouped] for rank in wires) for grouped in (True, False)}
-        self.report("optimizer", f"random gradients; one rank alone, each one's share of {scaling.HOST}, copies for "
+        self.report("optimizer", f"random gradients; one rank alone, each one's share of {HOST}, copies for "
                     "exchange. Grouped: a bucket for a shape, else for as few matrices as give each rank one", [
             {"rank": rank, "grouped ms": ms[rank, True], "one matrix at a time ms": ms[rank, False],
              "to grouped": ms[rank, False] / ms[rank, True], "n": n} for rank in ("alone", *wires, "most")])
@@ -333,31 +406,34 @@ class Parts(bench_scaling.Bench):
         return {"peak MiB": peak and peak / 2**20, "loss": float(losses.double().mean()), "gap, first": first,
                 "gap, last": last, "agrees": bool(losses.isfinite().all()) and max(first, last or 0) <= 1e-2}
 
-def main(argv: list[str]) -> int:
-    """The count of parts that failed or were left out."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--part", type=functools.partial(scaling.names, PARTS), default=PARTS,
+
+def parse(argv: list[str]):
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--part", type=functools.partial(common.names, PARTS), default=[*PARTS], metavar="A,B",
                         help=f"of {', '.join(PARTS)}, run as given; default all")
     parser.add_argument("--rounds", type=int, default=3, help="of whole steps; twice or four times as many of the rest")
     parser.add_argument("--seconds", type=float, default=540, help="after which rounds and parts are left out")
-    scaling.data_options(parser)
-    args, given = parser.parse_known_args(argv)
-    cuda, args.gpus, real = torch.cuda.is_available(), [1], tg.dist
-    if not (args.tiny or args.data_dir):
-        parser.error("--data_dir=DIR with shards is needed, or --tiny")
-    ceiling = bench_recipe.ceiling() if cuda else None
-    print(f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, torch {torch.__version__}, bf16 8192^3: "
-          f"{scaling.shown(ceiling)} TFLOP/s", flush=True)
+    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
+    args = common.parse_known(parser, argv)
+    args.gpus = [1]
+    args.knobs = [*(TINY if args.tiny else ["--val_tokens=65536", "--steps=24"]), *args.knobs]
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """1 where a part failed or was left out."""
+    args, cuda, real = parse(argv), torch.cuda.is_available(), tg.dist
     try:
-        with tempfile.TemporaryDirectory() as folder, torch._dynamo.config.patch(recompile_limit=256):
-            data = args.data_dir or make_corpus(Path(folder, "data"), train=(70_000,))
-            sizes = TINY if args.tiny else ["--val_tokens=65536", "--steps=24"]
-            knobs = [*sizes, *given, f"--data_dir={data}"]
-            scaling.check("bench_parts", knobs)
-            bench = Parts(tg.parse_overrides(knobs), args, ceiling)
-            return sum(not bench.run(part) for part in args.part)
+        with common.data_option(args) as data, torch._dynamo.config.patch(recompile_limit=256):
+            hp = common.read_knobs("parts", [*args.knobs, data])
+            ceiling = recipe.ceiling() if cuda else None
+            print(f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, torch {torch.__version__}, bf16 8192^3: "
+                  f"{common.shown(ceiling)} TFLOP/s", flush=True)
+            bench = Parts(hp, args, ceiling)
+            return int(not all([bench.run(part) for part in args.part]))
     finally:
         tg.dist = real
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

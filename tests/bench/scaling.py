@@ -1,11 +1,12 @@
 """Measures how training scales over the GPUs of one machine, and prints a table for each part:
 
-    python tests/bench_scaling.py --data_dir=DIR [--gpus=1,2,4,8] [--part=all] [--steps=128] [--out=FILE] [--knob=value]
+    python tests/bench/scaling.py --data_dir=DIR [--gpus=1,2,4,8] [--part=all] [--steps=128] [--out=FILE] [--knob=value]
 
 equal: N ranks against one that accumulates gradients. speed: tokens/s and efficiency, strong and weak. ablate:
 grouping, overlap and FP8 exchange, each taken away by a patch made here. exposed: NCCL kernels that run while nothing
 computes, and bytes sent. share: each rank's optimizer at 8 ranks, timed on one GPU. faults: SIGKILL, SIGTERM, resume.
-model: step time on paper. Without CUDA, or with --tiny, the model is tiny. Ranks see the environment as it is."""
+model: step time on paper. Without CUDA, or with --tiny, the model is tiny. Ranks see the environment as it is. Exit
+code 2: bad input; 1: a part failed."""
 
 from __future__ import annotations
 
@@ -31,50 +32,58 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import scaling  # noqa: E402
-from tiny import make_corpus  # noqa: E402
-
-import train_gpt as tg  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import ranks  # noqa: E402
+from common import (  # noqa: E402
+    TINY,
+    data_option,
+    environment,
+    make_parser,
+    names,
+    numbers,
+    parse_known,
+    read_knobs,
+    report,
+    shown,
+    tg,
+)
+from ranks import HOST, Wire, efficiency, launch  # noqa: E402
 
 PARTS = ("equal", "speed", "ablate", "exposed", "share", "faults", "model")
-TINY = ("--train_seq_len=256 --val_seq_len=512 --sequences_per_step=8 --model_dim=64 --num_heads=1 --window_max=256 "
-        "--layer_pattern=LS-L --value_pattern=0..0 --val_tokens=1500 --epochs=100").split()
 TRACED = 4  # steps of a trace, and of a count of bytes
+
 
 # ---- The ranks' side
 
+
 class Bench:
-    """One rank: the model compiled once, its weights at the start, and optimizers for every count of ranks."""
+    """One rank: one model, compiled once, its weights at the start, and a trainer of it for every count of ranks."""
+
     def __init__(self, hp: tg.Hyperparameters, args):
         self.args, self.began, self.made = args, time.perf_counter(), {}
         self.rank, self.world, self.device = tg.init_distributed()
-        self.cuda, self.hp, self.corpus = self.device.type == "cuda", hp, tg.load_corpus(hp, thorough=False)
+        self.hp, self.corpus = hp, tg.load_corpus(hp, thorough=False)
         torch._dynamo.config.recompile_limit = 256  # one update serves every bucket of every count of ranks
-        torch.manual_seed(hp.seed)
-        with self.device:
-            self.model = tg.place(tg.GPT(hp, tg.VOCAB[self.corpus.encoding]), self.device)
-        self.model.use_flex = tg.flex_supported(self.device)
-        self.model.lm_head.use_fp8 = hp.fp8 and tg.fp8_supported(self.device)[0]
+        base = tg.build(hp, tg.VOCAB[self.corpus.encoding], self.rank, self.world, self.device)
+        self.model, self.cuda, self.window = base.model, base.cuda, base.window
+        self.forward, self.features, self.losses = base.forward, base.features, base.losses
         self.tensors = list(self.model.state_dict().values())
-        for tensor in self.tensors if self.world > 1 else ():
-            dist.broadcast(tensor, 0)
         self.first = [t.clone() for t in self.tensors]
-        self.window, self.flag = (torch.zeros((), dtype=torch.int32, device=self.device) for _ in "wf")
-        parts = self.model, self.model.features, self.model.losses
-        self.forward, self.features, self.losses = [
-            torch.compile(part, dynamic=False, fullgraph=True) if self.cuda else part for part in parts]
+        self.flag = torch.zeros((), dtype=torch.int32, device=self.device)
         self.groups = {n: dist.new_group(list(range(n))) for n in args.gpus if 1 < n < self.world}
-        stream, T, count = self.corpus.train, hp.train_seq_len, hp.sequences_per_step
-        starts = [(self.rank * count + i) % ((stream.total - 1) // T) * T for i in range(count)]
-        tokens = [torch.from_numpy(stream.read(start, T + 1)) for start in starts]
-        self.pairs = [(t[:-1].clone(), t[1:].long()) for t in tokens]
-        if self.cuda:
-            self.pairs = [tuple(t.pin_memory() for t in pair) for pair in self.pairs]
+        self.pairs = self.sequences()
         self.facts = dict(gpu=torch.cuda.get_device_name() if self.cuda else "CPU, gloo", torch=torch.__version__,
                           ranks=self.world, steps=hp.steps, fp8=self.model.lm_head.use_fp8)
         self.say(" ".join(f"{k}: {v}" for k, v in self.facts.items()))
+
+    def sequences(self) -> list:
+        """As many training sequences as a step has, other ones for each rank: [(input_ids, targets)]."""
+        stream, length, count = self.corpus.train, self.hp.train_seq_len, self.hp.sequences_per_step
+        whole, pairs = (stream.total - 1) // length, []
+        for i in range(self.rank * count, (self.rank + 1) * count):
+            pair = stream.pair(i % whole * length, length)
+            pairs.append(tuple(t.pin_memory() for t in pair) if self.cuda else pair)
+        return pairs
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -82,7 +91,7 @@ class Bench:
 
     def report(self, part: str, title: str, rows: list[dict], **hidden) -> None:
         if self.rank == 0:
-            scaling.report(self.args, part, f"{title} ({self.facts['gpu']})", rows, **self.facts, **hidden)
+            report(self.args, part, f"{title} ({self.facts['gpu']})", rows, **self.facts, **hidden)
 
     def gather(self, value) -> list:
         values = [value] * self.world
@@ -95,27 +104,31 @@ class Bench:
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, self.first)
 
-    def wire(self, n: int, **how) -> scaling.Wire:
-        return scaling.Wire(self.groups.get(n), self.rank if n > 1 else 0, n, **how)
+    def arm(self, n: int, comm: str = "bf16", grouped: bool = True, **how) -> tuple[Wire, tg.Trainer]:
+        """The first n ranks: what they exchange through (`how`: see Wire), and their trainer."""
+        wire = Wire(self.groups.get(n), self.rank if n > 1 else 0, n, **how)
+        return wire, self.trainer(wire, comm, grouped)
 
-    def optimizers(self, wire: scaling.Wire, comm: str = "bf16", grouped: bool = True) -> list:
-        """Made once for each kind, and compiled."""
+    def trainer(self, wire: Wire, comm: str = "bf16", grouped: bool = True) -> tg.Trainer:
+        """Made once for each kind; all share the model and its compiled code."""
         key, tg.dist = (wire.world, wire.rank, comm, grouped), wire
-        if key not in self.made:
-            make = tg.Muon.make_buckets if grouped else scaling.ungrouped(wire.world)
-            hp = dataclasses.replace(self.hp, grad_comm=comm)
-            with mock.patch.object(tg.Muon, "make_buckets", make):
-                self.made[key] = tg.build_optimizers(self.model, hp, wire.world)
-            for optimizer in self.made[key] if self.cuda else ():
-                optimizer.compile()
-        return self.made[key]
+        if key in self.made:
+            return self.made[key]
+        make = tg.Muon.make_buckets if grouped else ranks.ungrouped(wire.world)
+        hp = dataclasses.replace(self.hp, grad_comm=comm)
+        with mock.patch.object(tg.Muon, "make_buckets", make):
+            optimizers = tg.build_optimizers(self.model, hp, wire.world)
+        made = self.made[key] = tg.Trainer(hp, self.model, optimizers, wire.rank, wire.world)
+        made.forward, made.features, made.losses = self.forward, self.features, self.losses
+        made.window = self.window
+        for optimizer in optimizers if self.cuda else ():
+            optimizer.compile()
+        return made
 
-    def step(self, wire: scaling.Wire, optimizers: list, pairs: list, step: int | None = None):
-        """What Run.launch does on the GPU: copy tokens, train, sum the loss over ranks. Default: at half the run."""
+    def step(self, wire: Wire, trainer: tg.Trainer, pairs: list, step: int | None = None):
+        """What the loop does on the GPU: copy tokens, train, sum the loss over ranks. Default: at half the run."""
         tg.dist = wire
-        sequences = ([t.to(self.device, non_blocking=True) for t in pair] for pair in pairs)
-        loss = tg.train_step(self.forward, self.model, optimizers, sequences, self.hp,
-                             self.hp.steps // 2 if step is None else step, self.window)
+        loss = trainer.train_step(self.hp.steps // 2 if step is None else step, pairs)
         if wire.world > 1:
             wire.all_reduce(loss)
         return loss
@@ -166,21 +179,16 @@ class Bench:
 
     def train(self, n: int) -> tuple[list[float], float, float]:
         """The whole run on the first n ranks: training losses, then the validation loss on n ranks and on one."""
-        wire, hp = self.wire(n), self.hp
-        optimizers = self.optimizers(wire)
+        hp, (wire, trainer) = self.hp, self.arm(n)
         self.reset()
-        for optimizer in optimizers:
+        for optimizer in trainer.optimizers:
             optimizer.state.clear()
         batches = tg.prefetch(self.corpus.train, hp, wire.rank, n, 0, self.cuda)
-        losses = torch.stack([self.step(wire, optimizers, pairs, i) for i, pairs in enumerate(batches)]).tolist()
-        self.window.fill_(tg.window_scheduler(hp.steps, hp.steps, hp.window_min, hp.window_max))
-        self.model.eval()
+        losses = torch.stack([self.step(wire, trainer, pairs, i) for i, pairs in enumerate(batches)]).tolist()
         scores = []
-        for ranks in (wire, self.wire(1)):
-            tg.dist = ranks
-            scores.append(tg.evaluate(self.features, self.losses, self.corpus.val, hp, ranks.rank, ranks.world,
-                                      self.window))
-        self.model.train()
+        for ranks_of, scorer in ((wire, trainer), self.arm(1)):
+            tg.dist = ranks_of
+            scores.append(scorer.evaluate(self.corpus.val, hp.val_tokens, hp.steps))
         return losses, *scores
 
     def equal(self) -> None:
@@ -200,15 +208,11 @@ class Bench:
             self.report("equal", "training loss", [{"step": i + 1, "1 rank": a[0][i], "again": b[0][i],
                                                     f"{n} ranks": c[0][i], "once more": d[0][i]} for i in every])
             self.report("equal", f"means differ by {gap:.5f}, two runs of one by up to {band:.5f}. Inside that band: "
-                                 f"{scaling.shown(gap <= band)}; to 1e-3: {scaling.shown(gap < 1e-3)}", rows,
+                                 f"{shown(gap <= band)}; to 1e-3: {shown(gap < 1e-3)}", rows,
                         losses=[run[0] for run in runs])
             self.report("equal", "the same weights scored", [
                 {"ranks": n, "val loss": run[1], "on 1 rank": run[2], "gap": abs(run[1] - run[2]),
                  "equal to 1e-3": abs(run[1] - run[2]) < 1e-3, "tokens": self.hp.val_tokens} for run in (c, d)])
-
-    def arm(self, n: int, comm: str = "bf16", grouped: bool = True, **how) -> tuple[scaling.Wire, list]:
-        wire = self.wire(n, **how)
-        return wire, self.optimizers(wire, comm, grouped)
 
     def speed(self) -> None:
         batch, T, gpus = self.hp.sequences_per_step, self.hp.train_seq_len, self.args.gpus
@@ -221,26 +225,27 @@ class Bench:
         kinds = {f"strong, {batch} a step": lambda n: batch // n, "weak, 1 a GPU": lambda n: 1,
                  f"weak, {batch} a GPU": lambda n: batch}
         rows = [{"scaling": kind, "GPUs": n, "sequences a GPU": each(n), "ms a step": ms[n, each(n)],
-                 "tokens/s": rate[n, each(n)], "efficiency": scaling.efficiency(rate[n, each(n)], n, rate[1, each(1)]),
+                 "tokens/s": rate[n, each(n)], "efficiency": efficiency(rate[n, each(n)], n, rate[1, each(1)]),
                  "n": self.args.rounds * self.args.count} for kind, each in kinds.items() for n in gpus]
         self.report("speed", f"strong: one GPU accumulates {batch} sequences, which amortise its optimizer step", rows)
 
     def gradients(self) -> None:
         """Leave gradients in the model for optimizers timed by themselves. The head is zero before a first step."""
-        self.step(*self.arm(1), self.pairs[:1])
-        self.forward(*(t.to(self.device) for t in self.pairs[0]), self.window).backward()
+        wire, trainer = self.arm(1)
+        self.step(wire, trainer, self.pairs[:1])
+        self.forward(*(t.to(self.device) for t in self.pairs[0]), trainer.window).backward()
 
-    def update(self, wire: scaling.Wire, optimizers: list) -> None:
+    def update(self, wire: Wire, trainer: tg.Trainer) -> None:
         tg.dist = wire
-        for optimizer in optimizers:
+        for optimizer in trainer.optimizers:
             optimizer.step()
 
     def ablate(self) -> None:
-        n, batch, gather = self.world, self.hp.sequences_per_step, scaling.COLLECTIVES[-1:]
+        n, batch, gather = self.world, self.hp.sequences_per_step, ranks.COLLECTIVES[-1:]
         how = {"as it is": {}, "one matrix a rank and bucket": dict(grouped=False),
                "all-gather waited for at once": dict(blocking=gather),
-               "each collective waited for at once": dict(blocking=scaling.COLLECTIVES),
-               "all of these": dict(grouped=False, blocking=scaling.COLLECTIVES), "fp8 gradients": dict(comm="fp8"),
+               "each collective waited for at once": dict(blocking=ranks.COLLECTIVES),
+               "all of these": dict(grouped=False, blocking=ranks.COLLECTIVES), "fp8 gradients": dict(comm="fp8"),
                "no exchange, local copies": dict(local=True)}
         arms = {name: self.arm(n, **knobs) for name, knobs in how.items()}
         steps = {name: (n, functools.partial(self.step, *arm, self.pairs[:1])) for name, arm in arms.items()}
@@ -253,7 +258,7 @@ class Bench:
         self.report("ablate", f"one sequence a GPU; efficiency against one GPU that accumulates {batch}. n: steps, "
                               "and twice as many of the optimizer by itself", [
             {"arm": name, "GPUs": n, "optimizer ms": own[name], "to as it is": own[name] - own[base], "step ms": ms,
-             "step to it": ms - step[base], "efficiency": scaling.efficiency(n / ms, n, batch / one),
+             "step to it": ms - step[base], "efficiency": efficiency(n / ms, n, batch / one),
              "n": self.args.rounds * self.args.count} for name, ms in step.items()])
 
     def traced(self, work) -> dict[str, list]:
@@ -267,26 +272,27 @@ class Bench:
                     if i in (0, TRACED):  # NCCL's barrier too waits for this GPU: no warm-up reaches into the trace
                         torch.cuda.synchronize() if i else dist.barrier()
                     profile.step()
-            return scaling.kernel_spans(json.loads(path.read_text()))
+            return ranks.kernel_spans(json.loads(path.read_text()))
 
     def exposed(self) -> None:
         n, kernels, sent = self.world, [], []
         for comm in ("bf16", "fp8"):
-            wire, optimizers = self.arm(n, comm)
-            work = functools.partial(self.step, wire, optimizers, self.pairs[:1])
+            wire, trainer = self.arm(n, comm)
+            work = functools.partial(self.step, wire, trainer, self.pairs[:1])
             self.timed(work, 1)
             wire.calls.clear()
             before = self.nvlink()
             self.timed(work, TRACED - 1)
             after, calls = self.nvlink(), self.gather(wire.calls)
-            sent.append({"gradients": comm, "GPUs": n, "plan, bytes sent": scaling.plan_bytes(optimizers) * (n - 1) / n,
-                         "counted": sum(b for _, b in calls[0]) / TRACED * (n - 1) / n,
+            part = (n - 1) / n  # of the payload crosses a link
+            sent.append({"gradients": comm, "GPUs": n, "plan, bytes sent": ranks.plan_bytes(trainer.optimizers) * part,
+                         "counted": sum(size for _, size in calls[0]) / TRACED * part,
                          "NVLink counter": None if None in (before, after) else (after - before) / TRACED,
                          "one order on all ranks": all(c == calls[0] for c in calls), "n": TRACED})
             spans = self.traced(work) if self.cuda else {}
             compute = spans.pop("compute", [])
             spans["all"] = [span for kind in spans.values() for span in kind]
-            seen = self.gather({k: (scaling.covered(s), scaling.exposed_time(s, compute)) for k, s in spans.items()})
+            seen = self.gather({k: (ranks.covered(s), ranks.exposed_time(s, compute)) for k, s in spans.items()})
             for kind in sorted(spans) if self.cuda else ():
                 busy, bare = zip(*(s[kind] for s in seen if kind in s))
                 kernels.append({"gradients": comm, "NCCL kernels": kind} | {
@@ -314,40 +320,41 @@ class Bench:
         self.gradients()
         arms = {"whole, bf16": (1, functools.partial(self.update, *self.arm(1)))}
         for comm in ("bf16", "fp8"):
-            for rank in range(scaling.HOST):
-                wire = scaling.Wire(None, rank, scaling.HOST, local=True)
-                arms[rank, comm] = 1, functools.partial(self.update, wire, self.optimizers(wire, comm))
+            for rank in range(HOST):
+                wire = Wire(None, rank, HOST, local=True)
+                arms[rank, comm] = 1, functools.partial(self.update, wire, self.trainer(wire, comm))
         ms = self.compare("share", arms, 2 * self.args.count, lead=True)
-        rows = [{"rank": rank, "bf16 ms": ms[rank, "bf16"], "fp8 ms": ms[rank, "fp8"]} for rank in range(scaling.HOST)]
+        rows = [{"rank": rank, "bf16 ms": ms[rank, "bf16"], "fp8 ms": ms[rank, "fp8"]} for rank in range(HOST)]
         most = {f"{c} ms": max(row[f"{c} ms"] for row in rows) for c in ("bf16", "fp8")}
         whole = ms["whole, bf16"]
-        self.report("share", f"one GPU alone {whole:.2f} ms; {scaling.HOST} ranks' most {most['bf16 ms']:.2f} ms: "
+        self.report("share", f"one GPU alone {whole:.2f} ms; {HOST} ranks' most {most['bf16 ms']:.2f} ms: "
                              f"{whole / most['bf16 ms']:.2f} times faster, local copies for collectives",
                     [*rows, {"rank": "most"} | most], whole=whole, n=2 * self.args.rounds * self.args.count)
 
+
 # ---- The launcher's side
 
+
 def parse(argv: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    names = functools.partial(scaling.names, PARTS)
-    counts = lambda text: [int(n) for n in text.split(",")]
-    gpus = torch.cuda.device_count()
-    parser.add_argument("--part", type=names, default=PARTS, help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--gpus", type=counts, default=[n for n in (1, 2, 4, 8) if n <= (gpus or 2)])
+    parser, count = make_parser(__doc__), torch.cuda.device_count() or 2
+    parser.add_argument("--part", type=functools.partial(names, PARTS), default=[*PARTS], metavar="A,B",
+                        help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--gpus", type=numbers, default=[n for n in (1, 2, 4, 8) if n <= count], metavar="1,2,...")
     parser.add_argument("--steps", type=int, default=128, help="of part equal")
     parser.add_argument("--rounds", type=int, default=3, help="of interleaved arms")
     parser.add_argument("--count", type=int, default=4, help="steps of an arm in a round")
-    scaling.data_options(parser)
+    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args, given = parser.parse_known_args(argv)
-    if not (args.tiny or args.data_dir or args.part == ["model"]):
-        parser.error("--data_dir=DIR is needed: a folder with *train*.bin and *val*.bin shards")
+    on_paper = "--part=model" in argv
+    args = parse_known(parser, [*argv, "--tiny"] if on_paper else argv)
     args.gpus = sorted({1, *args.gpus})
-    return args, [*(TINY if args.tiny else ["--val_tokens=2097152"]), *given, f"--steps={args.steps}"]
+    args.knobs = [*(TINY if args.tiny else ["--val_tokens=2097152"]), *args.knobs, f"--steps={args.steps}"]
+    return args
 
-def worker(args, knobs: list[str]) -> None:
-    bench, failed = Bench(tg.parse_overrides(knobs), args), []
+
+def worker(args) -> int:
+    """A rank: how many parts failed."""
+    bench, failed = Bench(tg.parse_overrides([*args.knobs, f"--data_dir={args.data_dir}"]), args), []
     for part in args.part:
         if part in ("ablate", "exposed", "equal") and bench.world == 1:
             bench.say(f"{part}: needs two ranks, not run")
@@ -362,30 +369,35 @@ def worker(args, knobs: list[str]) -> None:
     if bench.world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    sys.exit(len(failed))
+    return len(failed)
 
-def main() -> None:
-    args, knobs = parse(sys.argv[1:])
+
+def start_ranks(args, argv: list[str], *more: str) -> int:
+    """Run this file as every rank, and give back torchrun's exit code."""
+    process = subprocess.Popen(launch(args.gpus[-1], __file__, *argv, "--worker", *more))
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+
+
+def main(argv: list[str]) -> int:
+    args, code = parse(argv), 0
     if args.worker:
-        return worker(args, [*knobs, f"--data_dir={args.data_dir}"])
+        return worker(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the ranks
-    os.environ.update(scaling.environment(args.gpus[-1]))
-    with tempfile.TemporaryDirectory() as folder:
-        data = f"--data_dir={args.data_dir or make_corpus(Path(folder, 'data'), train=(70_000,))}"
-        inside, code = [part for part in args.part if part not in ("faults", "model")], 0
+    os.environ.update(environment(args.gpus[-1]))
+    with data_option(args) as data:
+        read_knobs("scaling", [*args.knobs, data], args.gpus, data=args.part != ["model"])
         if "model" in args.part:
-            print(f"model: see records/SCALING.md\n\n{scaling.paper()}\n", flush=True)
-        scaling.check("bench_scaling", [*knobs, data], args.gpus, data=args.part != ["model"])
+            print(f"model: see records/SCALING.md\n\n{ranks.paper()}\n", flush=True)
+        inside = [part for part in args.part if part not in ("faults", "model")]
         if inside:
-            own = __file__, *sys.argv[1:], "--worker", f"--part={','.join(inside)}", data
-            ranks = subprocess.Popen(scaling.launch(args.gpus[-1], *own))
-            try:
-                code = ranks.wait()
-            finally:
-                ranks.terminate()
+            code = start_ranks(args, argv, f"--part={','.join(inside)}", data)
         if "faults" in args.part:
-            scaling.faults(args, [*knobs, data])
-    sys.exit(code)
+            ranks.faults(args, [*args.knobs, data])
+    return code
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

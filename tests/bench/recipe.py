@@ -1,7 +1,10 @@
-"""Times the recipe's parts on one GPU and prints one table: python tests/bench_recipe.py [--quick]
+"""Times the recipe's parts on one GPU, by themselves:
 
-bf16 matmul ceiling at 8192^3, forward+backward of one training sequence at the smallest, middle and widest window, the
-optimizer step by itself, and the FP8 head as autograd.Function and as custom operator, arms interleaved. Medians."""
+    python tests/bench/recipe.py [--quick] [--tiny] [--knob=value ...]
+
+bf16 matmul ceiling at 8192^3, forward and backward of one training sequence at four windows, the optimizer step, peak
+memory, and without --quick the FP8 head as autograd.Function and as custom operator, arms interleaved. Medians; tokens
+are made up. Without CUDA all is --tiny, and there is no ceiling and no FP8 head. Exit code 2: a knob cannot work."""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as tg  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import TINY, make_parser, read_knobs, tg  # noqa: E402
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -69,10 +72,16 @@ fp8_forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def median_ms(work, repeats: int, warm: int = 2) -> float:
+    """Median of the ms that work() takes, on the GPU where there is one."""
+    cuda, times = torch.cuda.is_available(), []
     for _ in range(warm):
         work()
-    times = []
     for _ in range(repeats):
+        if not cuda:
+            began = time.perf_counter()
+            work()
+            times.append((time.perf_counter() - began) * 1e3)
+            continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
@@ -82,14 +91,24 @@ def median_ms(work, repeats: int, warm: int = 2) -> float:
     return statistics.median(times)
 
 
-def documents(length: int, generator: torch.Generator, mean: int = 500) -> tuple[Tensor, Tensor]:
-    """Random tokens cut into documents of exponential length; (input_ids, targets) on the GPU."""
+def seconds(work) -> float:
+    """That work() takes once, compilation and all."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def documents(length: int, generator: torch.Generator, device, mean: int = 500) -> tuple[Tensor, Tensor]:
+    """Random tokens cut into documents of exponential length; (input_ids, targets)."""
     ids = torch.randint(0, 50000, (length + 1,), generator=generator)
     ids[torch.rand(length + 1, generator=generator) < 1 / mean] = tg.EOT
-    return ids[:-1].int().cuda(), ids[1:].cuda()
+    return ids[:-1].int().to(device), ids[1:].to(device)
 
 
 def ceiling() -> float:
+    """TFLOP/s of a large bf16 matmul."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / median_ms(lambda: a @ b, 20, 5) / 1e9
 
@@ -103,7 +122,8 @@ def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
     def loss(head):
         logits = model.cap * torch.sigmoid(head(x).float() / model.temp)
         hit = targets[:, None] == torch.arange(logits.size(-1), device=x.device)
-        return ((logits - model.cap).exp().sum(-1).log() + model.cap - torch.where(hit, logits, 0).sum(-1)).mean()
+        log_total = (logits - model.cap).exp().sum(-1).log() + model.cap
+        return (log_total - torch.where(hit, logits, 0).sum(-1)).mean()
 
     heads = {"function": lambda x: tg.FP8Matmul.apply(x, weight, scale),
              "custom op": lambda x: fp8_forward(x, weight, scale)[0]}
@@ -116,42 +136,53 @@ def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def main():
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"bf16 8192^3: {ceiling():.0f} TFLOP/s")
-    hp = tg.Hyperparameters()
-    model = tg.place(tg.GPT(hp, 50304), "cuda").train()
-    model.lm_head.weight.data.normal_(std=0.005)  # at the zero of the start every gradient below the head is zero
+def parse(argv: list[str]):
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="without the FP8 heads")
+    args, args.knobs = parser.parse_known_args(argv)
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    hp = read_knobs("recipe", [*(TINY if args.tiny else []), *args.knobs], data=False)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    print(f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, torch {torch.__version__}")
+    if cuda:
+        print(f"bf16 8192^3: {ceiling():.0f} TFLOP/s")
+    trainer = tg.build(hp, tg.VOCAB["bytes" if args.tiny else "gpt2"], 0, 1, device)
+    trainer.model.lm_head.weight.data.normal_(std=0.005)  # at the zero of the start every gradient below it is zero
     generator = torch.Generator().manual_seed(0)
-    sequences = [documents(hp.train_seq_len, generator) for _ in range(4)]
-    window = torch.zeros((), dtype=torch.int32, device="cuda")
-    forward = torch.compile(model, dynamic=False, fullgraph=True)
-    start = time.perf_counter()
-    forward(*sequences[0], window.fill_(1)).backward()
-    torch.cuda.synchronize()
-    print(f"compile: {time.perf_counter() - start:.1f} s")
-    optimizers = tg.build_optimizers(model, hp)
-    start = time.perf_counter()
-    for optimizer in optimizers:
-        optimizer.compile()
-        optimizer.step()
-    torch.cuda.synchronize()
-    print(f"compile optimizers: {time.perf_counter() - start:.1f} s")
-    for optimizer in optimizers:
+    sequences = [documents(hp.train_seq_len, generator, device) for _ in range(4)]
+    trainer.set_schedules(0)
+
+    def sequence(pair) -> None:
+        trainer.forward(*pair, trainer.window).backward()
+
+    def optimize() -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+
+    print(f"compile: {seconds(lambda: sequence(sequences[0])):.1f} s")
+    print(f"compile optimizers: {seconds(optimize):.1f} s")
+    for optimizer in trainer.optimizers:
         print(f"{type(optimizer).__name__} step: {median_ms(optimizer.step, 20):.2f} ms")
-    print(f"optimizer step: {median_ms(lambda: [o.step() for o in optimizers], 20):.2f} ms")
-    torch.cuda.reset_peak_memory_stats()
-    for blocks in (1, 4, 8, 14):
-        window.fill_(blocks)
-        times = [median_ms(lambda s=s: forward(*s, window).backward(), 5) for s in sequences]
+    print(f"optimizer step: {median_ms(optimize, 20):.2f} ms")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    most = trainer.model.max_window
+    for blocks in sorted({1, *(round(most * part) for part in (2 / 7, 4 / 7)), most} - {0}):
+        trainer.window.fill_(blocks)
+        times = [median_ms(lambda pair=pair: sequence(pair), 5) for pair in sequences]
         print(f"window {blocks:2d} blocks: {statistics.mean(times):.2f} ms a sequence forward+backward")
-    print(f"peak allocated {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-    if "--quick" not in sys.argv:
-        model.zero_grad()
-        for name, ms in head_arms(model, hp.train_seq_len).items():
+    if cuda:
+        print(f"peak allocated {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+    if trainer.model.lm_head.use_fp8 and not args.quick:
+        trainer.model.zero_grad()
+        for name, ms in head_arms(trainer.model, hp.train_seq_len).items():
             print(f"head as {name}: {ms:.2f} ms forward+backward with the loss")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

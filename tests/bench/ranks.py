@@ -1,13 +1,11 @@
-"""What tests/bench_scaling.py is built from: exposed time, efficiency and tables, step time on paper, a stand-in for
-torch.distributed that counts, and faults. As a script it is train_gpt.py that tells its process id first."""
+"""What scaling.py is built from: exposed time of a trace, step time on paper, a stand-in for torch.distributed that
+counts, and faults. As a script it is train_gpt.py that tells its process id first."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -22,14 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
+from common import report, table, tg
+from small import plan
 
 COLLECTIVES = ("reduce_scatter_tensor", "all_to_all_single", "all_gather_into_tensor")
 
+
 # ---- Pure functions
+
 
 def covered(spans) -> float:
     """Length of the union of (start, end) intervals."""
@@ -39,29 +37,16 @@ def covered(spans) -> float:
         reach = max(reach, end)
     return total
 
+
 def exposed_time(spans, cover) -> float:
     """Length of the part of the union of `spans` that no interval of `cover` overlaps."""
     return covered([*spans, *cover]) - covered(cover)
+
 
 def efficiency(rate: float, gpus: int, rate_of_one: float) -> float:
     """Distributed efficiency: tokens/s(N) / (N x tokens/s(1))."""
     return rate / (gpus * rate_of_one)
 
-def shown(value) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "n/a"}[value]
-    if isinstance(value, float):
-        tiny, size = 0 < abs(value) < 1e-3, abs(value)
-        return f"{value:.1e}" if tiny else f"{value:,.{0 if size >= 1000 else 2 if size >= 10 else 4}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-def table(rows: list[dict]) -> str:
-    """Rows with the same keys as aligned text under those keys; "nothing" without rows."""
-    cells = [list(rows[0]), *([shown(v) for v in row.values()] for row in rows)] if rows else [["nothing"]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    words = [isinstance(value, str) for value in (rows[0].values() if rows else cells[0])]
-    lines = ((c.ljust(w) if word else c.rjust(w) for c, w, word in zip(line, widths, words)) for line in cells)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 def kernel_spans(trace: dict) -> dict[str, list]:
     """(start, end) in ms of a trace's GPU work by kind: "compute", or the collective of an NCCL kernel."""
@@ -73,11 +58,13 @@ def kernel_spans(trace: dict) -> dict[str, list]:
             spans[found if "nccl" in name.lower() else "compute"].append((start, start + event["dur"] / 1e3))
     return spans
 
-# ---- Step time on paper. Inputs: record 2026-11-24_CorpusRecipe, bench_recipe.py; vendors' figures for links, memory
+
+# ---- Step time on paper. Inputs: record 2026-11-24_CorpusRecipe, recipe.py; vendors' figures for links, memory
 
 SEQUENCE_MS, OPTIMIZER_MS = 87.6, 8.5  # a sequence of 49,152 tokens with an eighth of the optimizer; that by itself
 NVLINK, NETWORK, MEMORY = 450e9, 50e9, 3.35e12  # bytes/s: half of 900 GB/s is each way; 400 Gb/s; an H100's memory
 HOST = 8  # GPUs on one NVLink
+
 
 @functools.cache
 def planned(world: int, comm: str) -> list:
@@ -85,13 +72,15 @@ def planned(world: int, comm: str) -> list:
     hp = dataclasses.replace(tg.Hyperparameters(), grad_comm=comm)
     with torch.device("meta"):
         model = tg.GPT(hp, tg.VOCAB["gpt2"])
-    for tensor in (model.embed, *model.value_embeds):
-        tensor.bfloat16()
+    model.embed.bfloat16()  # as tg.place does on a GPU
+    model.value_embeds.bfloat16()
     return tg.build_optimizers(model, hp, world)
+
 
 def plan_bytes(optimizers, every: bool = True) -> int:
     """Payload of a step: gradients, and the parameters' updates too where `every`."""
-    return sum(n for o in optimizers for kind, n in o.plan() if every or "all_gather" not in kind)
+    return sum(n for o in optimizers for kind, n in plan(o) if every or "all_gather" not in kind)
+
 
 def exchange_ms(gpus: int, comm: str) -> float:
     """Bytes over link speed, without latency. In a reduce-scatter or all-gather the GPUs of a host share what crosses
@@ -103,17 +92,21 @@ def exchange_ms(gpus: int, comm: str) -> float:
     far = ring / inside * (hosts - 1) / hosts + direct * (gpus - inside) / gpus
     return near / NVLINK * 1e3 + far / NETWORK * 1e3
 
+
 def optimizer_ms(gpus: int) -> float:
     """What every rank does, by bytes: cast gradients that are not bf16, subtract all updates. The rest, by values."""
     params = [p for o in planned(gpus, "bf16") for b in o.buckets for p in b.params]
     moved = sum(p.numel() * (2 + 2 * p.itemsize + (p.itemsize + 2) * (p.itemsize > 2)) for p in params)
     share, whole = (sum(b.share for o in planned(n, "bf16") for b in o.buckets) for n in (gpus, 1))
-    return (every := moved / MEMORY * 1e3) + (OPTIMIZER_MS - every) * share / whole
+    every = moved / MEMORY * 1e3
+    return every + (OPTIMIZER_MS - every) * share / whole
+
 
 def nested_ms(gpus: int) -> float:
     """A remedy: shares over the 8 GPUs of a host as today, and a share's bf16 gradient summed over hosts in a ring."""
     hosts, share = gpus // HOST, plan_bytes(planned(HOST, "bf16"), every=False) / HOST
     return exchange_ms(HOST, "bf16") + 2 * share * (hosts - 1) / hosts / NETWORK * 1e3
+
 
 def paper_row(gpus: int, exchange: str, split: int = 1) -> dict:
     """One step of one sequence for every `split` GPUs. Step time: compute, optimizer and exchange one after another;
@@ -128,17 +121,21 @@ def paper_row(gpus: int, exchange: str, split: int = 1) -> dict:
             "exchange ms": sent, "step ms": slow, "at best ms": fast, "efficiency": ideal / slow,
             "at best": ideal / fast}
 
+
 def paper() -> str:
     """Both tables of records/SCALING.md."""
     sizes = [(n, how) for n in (8, 64, 512) for how in ("bf16", "fp8", "nested") if n > 8 or how != "nested"]
     whole, split = [paper_row(*size) for size in sizes], [paper_row(n, how, n // 8) for n, how in sizes if n > 8]
     return f"One sequence a GPU\n{table(whole)}\n\nEight sequences a step, each over GPUs/8\n{table(split)}"
 
+
 # ---- What stands for a part of train_gpt.py inside the bench
+
 
 class Done:
     def wait(self):
         return True
+
 
 class Wire:
     """Stands for torch.distributed inside train_gpt: the first `world` ranks alone, every payload counted. `blocking`:
@@ -172,6 +169,7 @@ class Wire:
             work.wait()
         return work
 
+
 def ungrouped(world: int):
     """Muon.make_buckets with as few matrices in a bucket as give each rank one, instead of all of a shape."""
     def make(muon, grouped=tg.Muon.make_buckets):
@@ -186,11 +184,14 @@ def ungrouped(world: int):
         return buckets
     return make
 
+
 # ---- Faults: train_gpt.py itself under torchrun
+
 
 def launch(n: int, script: str, *arguments: str) -> list[str]:
     own = "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={n}"  # the address spares looking a name up
     return [sys.executable, "-m", "torch.distributed.run", *own, script, *arguments]
+
 
 def fault_run(n: int, knobs: list[str], folder: str, trigger: int, act=None) -> dict:
     """Train until step `trigger`, then `act(launcher, {rank: pid})`: what was printed, and the seconds it took."""
@@ -222,6 +223,7 @@ def fault_run(n: int, knobs: list[str], folder: str, trigger: int, act=None) -> 
             end()
     return seen | dict(took=time.perf_counter() - (seen["acted"] or began))
 
+
 def faults(args, knobs: list[str]) -> None:
     n, rows = args.gpus[-1], []
     knobs = [*knobs, "--epochs=100000", "--val_every=0", "--save=False", "--checkpoint_every=5"]
@@ -240,47 +242,6 @@ def faults(args, knobs: list[str]) -> None:
             print(f"faults: {rows[-1]}", flush=True)
     report(args, "faults", "torchrun turns any exit code of a rank into 1", rows)
 
-def names(known: tuple, text: str) -> list[str]:
-    """The names that an option asks for: some with commas between, or all."""
-    return known_names(known, list(known) if text == "all" else text.split(","))
-
-def known_names(known: tuple, asked: list[str]) -> list[str]:
-    """`asked`; what argparse says where one of them is not known."""
-    if unknown := [name for name in asked if name not in known]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} are none of {', '.join(known)}")
-    return asked
-
-def check(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> None:
-    """End with the training script's own sentence, and its exit code, where a knob or the data cannot work."""
-    try:
-        hp = tg.parse_overrides(knobs)
-        for n in ranks:
-            tg.check(hp, n)
-        if data:
-            tg.load_corpus(hp, thorough=False)
-    except tg.Refused as refused:
-        print(f"{bench}: {refused}", file=sys.stderr)
-        sys.exit(refused.code)
-
-def data_options(parser) -> None:
-    parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
-    parser.add_argument("--out", type=os.path.abspath, help="file to which the tables are appended as JSON lines")
-    parser.add_argument("--tiny", action="store_true", default=not torch.cuda.is_available(),
-                        help="a tiny model, as always without CUDA")
-
-def report(args, part: str, title: str, rows: list[dict], **facts) -> None:
-    """Print a table and append it to the file of --out."""
-    print(f"\n{part}: {title}\n{table(rows)}\n", flush=True)
-    if args.out:
-        with open(args.out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(part=part, title=title, rows=rows, **facts)) + "\n")
-
-def environment(gpus: int) -> dict[str, str]:
-    """That of this process, with the settings of run.sh where it has none."""
-    cache, cores = ROOT / ".cache", (os.cpu_count() or 1) if torch.cuda.device_count() else 1
-    return dict(TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"), TRITON_CACHE_DIR=str(cache / "triton"),
-                TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="1", PYTORCH_ALLOC_CONF="expandable_segments:True",
-                OMP_NUM_THREADS=str(max(1, cores // gpus))) | os.environ
 
 if __name__ == "__main__":  # a rank of a fault's run
     print(f"rank {os.environ['RANK']} pid {os.getpid()}", flush=True)

@@ -1,0 +1,199 @@
+"""The other benches: each once with a tiny model on the CPU, what they reckon, what stands for parts of the recipe."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from reference import random_documents, visible
+from small import documents, small_hp, small_model, trainer
+from tiny import environment, events, make_corpus, run_folders
+
+BENCHES = Path(__file__).resolve().parent / "bench"
+sys.path.insert(0, str(BENCHES))
+import arms  # noqa: E402
+import common  # noqa: E402
+import parts  # noqa: E402
+import ranks  # noqa: E402
+import scaling  # noqa: E402
+from common import tg  # noqa: E402
+
+BLOCK = tg.BLOCK
+ROW_KERNEL = not torch.__version__.startswith("2.11.")  # 2.11 has no FP8 product with a scale a row on a CPU
+SMALL = "--train_seq_len=256 --layer_pattern=LS --value_pattern=0.".split()
+
+
+def bench(name, *options, cwd=ROOT, code=0):
+    """What a bench printed, by a process of its own; asserts its exit code."""
+    done = subprocess.run([sys.executable, BENCHES / f"{name}.py", *options], cwd=cwd, capture_output=True,
+                          env=environment() | dict(CUDA_VISIBLE_DEVICES=""), encoding="utf-8", timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tables(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- Each once
+
+
+def test_recipe():
+    said = bench("recipe", *SMALL)
+    for line in ("compile optimizers: ", "Muon step: ", "window  1 blocks: ", "window  2 blocks: "):
+        assert f"\n{line}" in said
+    assert "unknown argument '--stepps=3'" in bench("recipe", "--stepps=3", code=2)
+
+
+def test_profiler(tmp_path):
+    make_corpus(tmp_path / "data")
+    said = bench("profiler", "--data_dir=data", "--steps=2", *SMALL, cwd=tmp_path)
+    run, = run_folders(tmp_path)
+    trace = json.loads((run / "trace.json").read_text(encoding="utf-8"))
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") in ("user_annotation", "cpu_op")]
+    assert "Self CPU" in said and "aten::mm" in names and trace.get("host_name", "") == ""
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    assert events(run, "end")[0]["steps"] == 4 and "2 steps are profiled" in events(run, "warning")[0]["text"]
+    for options, sentence in ((["--script=data"], "data is not the name of a Python file"),
+                              (["--steps=0"], "a trace has 1 step"), (["--fp9=1"], "unknown argument '--fp9=1'")):
+        assert sentence in bench("profiler", "--data_dir=data", *options, cwd=tmp_path, code=2)
+
+
+def test_scaling_on_two_ranks(tmp_path):
+    """Two ranks train alike, and send what is planned."""
+    out, which = tmp_path / "rows.jsonl", "model,equal,speed,ablate,exposed,share"
+    said = bench("scaling", *SMALL, "--gpus=1,2", f"--part={which}", "--steps=3", "--rounds=1", "--count=1",
+                 f"--out={out}")
+    assert ranks.paper() in said
+    seen = tables(out)
+    assert [t["part"] for t in seen] == ["equal"] * 3 + ["speed", "ablate"] + ["exposed"] * 2 + ["share"]
+    assert all(common.table(t["rows"]) in said for t in seen)
+    _, runs, same, speed, ablate, sent, _, share = (t["rows"] for t in seen)
+    assert runs[2]["steps"] == 3 and runs[2]["most"] < 2e-3 and all(row["equal to 1e-3"] for row in same)
+    assert {row["efficiency"] for row in speed if row["GPUs"] == 1} == {1.0} and len(speed) == 6
+    assert len(ablate) == 7 and all(row["efficiency"] > 0 for row in ablate) and len(share) == 9
+    for row in sent:
+        assert row["counted"] == row["plan, bytes sent"] > 0 and row["one order on all ranks"]
+
+
+def test_parts(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    bench("parts", *SMALL, "--part=all", "--rounds=1", "--sequences_per_step=2", f"--out={out}")
+    seen = {t["part"]: t["rows"] for t in tables(out)}
+    assert list(seen) == list(parts.PARTS)
+    rows = seen["steps"]
+    assert len(rows) == 12 and [row["tokens"] for row in rows[:4]] == [256, 384, 256, 384]
+    assert [row["window"] for row in rows[::4]] == [1, 1, 2]
+    assert all(row["as ours"] is True and row["error"] == "none" for row in seen["masks"]) and len(seen["masks"]) == 12
+    assert [row["head"] for row in seen["head"]] == ["FP8", "bf16"] and len(seen["optimizer"]) == 10
+    for row in seen["scaling"]:
+        rounding, kernel = row["emulated error"], row["kernel error"]
+        if row["scales"] == "block" or row["scales"] == "row" and not ROW_KERNEL:  # a CPU has no such kernel
+            assert kernel is None and "Error" in row["error"]
+        else:
+            assert kernel == pytest.approx(rounding, abs=1e-3) if rounding else kernel < 5e-3
+    assert all(row["agrees"] is True and row["gap, first"] < 1e-5 for row in seen["longest"])
+
+
+@pytest.mark.parametrize("module, argv, sentence", [
+    (parts, ["--part=stepps"], "stepps are none of steps, masks"), (scaling, ["--gpus=a"], "'a' is not of the form"),
+    (scaling, ["--gpus=1,3"], "--sequences_per_step=8 cannot be dealt to 3 ranks"),
+    (scaling, ["--batch_stages=8x128"], "--batch_stages"), (parts, ["--data_dir=void"], "--data_dir="),
+    (arms, ["--data_dir=void"], "--arm")])
+def test_bad_input_gets_a_sentence(module, argv, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.main([*argv, *(["--tiny"] if module is not arms else [])])
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# ---- What is reckoned
+
+
+def test_exposed_time_of_a_trace():
+    def event(name, ts, cat="kernel"):
+        return dict(ph="X", cat=cat, name=name, ts=ts, dur=500.0)
+
+    spans = ranks.kernel_spans(dict(traceEvents=[
+        event("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(x)", 1000.0), event("ncclDevKernel_Reduce_Sum(x)", 2500.0),
+        event("triton_poi_fused_0", 1250.0), event("Memcpy HtoD", 4000.0, "gpu_memcpy"),
+        event("nccl:all_gather", 1000.0, "gpu_user_annotation"), dict(ph="M", name="process_name")]))
+    assert spans == {"ReduceScatter": [(1.0, 1.5)], "other NCCL": [(2.5, 3.0)], "compute": [(1.25, 1.75), (4.0, 4.5)]}
+    assert ranks.exposed_time(spans["ReduceScatter"], spans["compute"]) == 0.25
+    assert ranks.covered([(5, 6), (0, 2), (1, 3), (1, 2), (3, 3.5)]) == 4.5
+
+
+def test_the_record_holds_the_step_on_paper():
+    text = (ROOT / "records" / "SCALING.md").read_text(encoding="utf-8")
+    assert ranks.paper() in text
+    for n, size in ((1, "1 (were it sent)"), (8, "8"), (64, "64"), (512, "512")):
+        plans = [ranks.planned(n, comm) for comm in ("bf16", "fp8")]
+        slots = ", ".join(str(b.size // b.unit) for b in plans[0][1].buckets)
+        bf16, fp8 = map(ranks.plan_bytes, plans)
+        assert f"| {size} | {bf16:,} bytes | {fp8:,} bytes | {slots} |" in text
+    sent = ranks.plan_bytes(ranks.planned(8, "bf16"))
+    assert ranks.exchange_ms(8, "bf16") == pytest.approx(sent * 7 / 8 / 450e9 * 1e3)
+    assert ranks.nested_ms(64) - ranks.nested_ms(8) == pytest.approx(2 * sent / 2 / 8 * 7 / 8 / 50e9 * 1e3)
+
+
+# ---- What stands for a part of the recipe
+
+
+def test_a_bucket_for_each_ranks_matrix_trains_alike(monkeypatch):
+    moved, counts, hp = [], [], small_hp()
+    for make in (tg.Muon.make_buckets, ranks.ungrouped(1)):
+        monkeypatch.setattr(tg.Muon, "make_buckets", make)
+        model = small_model(hp, awake=True)
+        made = trainer(model, hp)
+        made.train_step(0, documents(hp, 2))
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        counts.append(len(made.optimizers[1].buckets))
+    assert torch.allclose(*moved, atol=1e-6) and counts[0] < counts[1]
+
+
+def test_a_fault_is_timed_from_its_step(monkeypatch):
+    script = ("import os, time\nprint('rank 0 pid', os.getpid(), flush=True)\nprint('resumed from x at step 4')\n"
+              "for i in (4, 5):\n    print(f'step:{i}/9 train_loss:1.0', flush=True)\n"
+              "print('train_gpt: a sentence', flush=True)\ntime.sleep(60)")
+    monkeypatch.setattr(ranks, "launch", lambda *arguments: [sys.executable, "-c", script])
+
+    def act(process, pids):
+        assert pids[0] == process.pid
+        time.sleep(0.2)  # so that the sentence is on its way
+        os.kill(pids[0], signal.SIGTERM)
+
+    seen = ranks.fault_run(1, [], str(ROOT), 5, act)
+    assert seen["code"] == -signal.SIGTERM and seen["said"] == "train_gpt: a sentence"
+    assert seen["resumed"] == "resumed from x at step 4" and seen["acted"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_standard_masks_are_the_defined_ones(seed):
+    """create_block_mask's, by elements and by blocks; test_masks.py has ours."""
+    ids = random_documents(6 * BLOCK, torch.Generator().manual_seed(seed))
+    window, at = torch.tensor(2 * seed + 1, dtype=torch.int32), torch.arange(6 * BLOCK)
+    want = [visible(ids, blocks) for blocks in (2 * seed + 1, max((2 * seed + 1) // 2, 1))]
+    masks = parts.standard_masks(ids, BLOCK, window, 6)
+    assert all(torch.equal(mask.mask_mod(0, 0, at[:, None], at), w) for mask, w in zip(masks, want))
+    tiles = [w.view(6, BLOCK, 6, BLOCK) for w in want for _ in "kq"]
+    grid = torch.stack([(t.any(3).any(1) + t.all(3).all(1).int()).to(torch.int8) for t in tiles])
+    for make in (tg.create_masks, parts.standard_masks):
+        assert torch.equal(parts.grids(parts.tables(make, 6, ids, window)), grid)
+
+
+@pytest.mark.parametrize("tile, shape", [((0, 0), (1, 1)), ((1, 0), (256, 1)), ((1, 128), (256, 3)),
+                                         ((128, 128), (2, 3))])
+def test_each_tile_fills_the_format(tile, shape):
+    x = torch.randn(256, 384) * 10 ** (-8 * torch.linspace(0, 1, 256))[:, None]
+    values, factors = parts.quantise(x, parts.E4M3, tile)
+    assert factors.shape == shape and values.shape == x.shape
+    tiles = values.float().view(shape[0], 256 // shape[0], shape[1], 384 // shape[1])
+    assert torch.equal(tiles.abs().amax((1, 3)), torch.full(shape, 448.0))
+    error = (parts.dequantise(values, factors) - x).abs()
+    largest = x.abs().view(tiles.shape).amax((1, 3), keepdim=True).expand(tiles.shape).reshape(x.shape)
+    assert (error <= x.abs() / 16 + largest * 2**-18).all()  # 3 mantissa bits, and what lies below the smallest
