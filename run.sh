@@ -45,7 +45,7 @@ check_space() {  # before anything is downloaded
     elif has_gpu; then need=9
     else say "installing torch with its CUDA libraries: about 3 GB to download, 9 GB of disk ($free GB are free)." \
         "There is no GPU here, so a CPU-only torch would do (0.2 GB to download, 2 GB of disk): to have one reused," \
-        "stop now (Ctrl-C) and see \"Sparing the download\" in README.md."
+        "stop now (Ctrl-C) and see \"Sparing the download\" in data/README.md."
     fi
     [ "$free" -ge "$need" ] || die "$need GB of disk are needed for .venv, and only $free GB are free in $PWD."
 }

@@ -66,12 +66,12 @@ def launch(script: Path, knobs: list[str], seed: int, title: str, nproc: int = 0
                     print("\r" * live + f"  {safe(line, 110)}", flush=True)
         except BaseException as error:  # an interrupt ends the training too: it must not go on without us
             with contextlib.suppress(BaseException):
-                child.send_signal(signal.SIGINT)
+                child.send_signal(signal.SIGTERM)
                 deque(child.stdout, 0)  # to its end: else its last words would break its pipe
             child.kill()
             if not isinstance(error, KeyboardInterrupt):
                 raise
-    if child.returncode in (75, 130, -signal.SIGINT, -signal.SIGKILL):
+    if child.returncode in (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
         raise Undecided("stopped in this run, which will start again; finished runs are kept: give the same command")
     sha = hashlib.sha256(script.read_bytes()).hexdigest()
     new = runs_of(complete_runs(set(LOGS.glob("*")) - before), sha, knobs, seed)

@@ -140,8 +140,6 @@ def test_a_run_without_stages_has_one(toy):
 def test_the_script_and_verify_agree_over_stages(toy, seed):
     import train_gpt
 
-    if not hasattr(train_gpt, "stages"):
-        pytest.skip("the script knows no stages")
     knobs, wanted = random_stages(random.Random(seed))
     hp = dataclasses.replace(train_gpt.Hyperparameters(), **knobs)
     stages = toy.runs.stages_of(dataclasses.asdict(hp))
