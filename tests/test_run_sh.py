@@ -157,6 +157,17 @@ def said(stream, word):
     raise AssertionError(f"{word!r} never came: {''.join(lines)}")
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """Children inherit what is ignored: after `nohup`, or in the background of a script, they would hear nothing."""
+    ignored = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture
 def machine(tmp_path):
     return Machine(tmp_path)
