@@ -1075,14 +1075,15 @@ class Trainer:
         FP8's gradient scale, the divisor and the rates; `prefetch` brings the new shape, whose
         graph `warm_up` made. Weights, moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
+        lr, momentum = lr_at(step, hp), momentum_at(step, hp)
         self.window.fill_(window_at(step, hp))
         self.model.set_seq_len(stage.seq_len)
         for optimizer in self.optimizers:
             optimizer.grad_divisor.fill_(stage.sequences)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_at(step, hp)
+                group["lr"] = group["initial_lr"] * lr
                 if "momentum" in group:
-                    group["momentum"] = momentum_at(step, hp)
+                    group["momentum"] = momentum
 
     def train_step(self, step: int, pairs) -> Tensor:
         """One optimizer step over this rank's sequences of the batch. pairs: iterable of
@@ -1090,12 +1091,13 @@ class Trainer:
         backward sees the undivided mean of its sequence, which FP8's gradient scale is made for;
         the optimizers divide."""
         self.set_schedules(step)
+        sequences = stage_at(step, self.hp).sequences
         total = torch.zeros((), device=self.device)
         for pair in pairs:
             input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
             loss = self.forward(input_ids, targets, self.window)
             loss.backward()
-            total += loss.detach() / stage_at(step, self.hp).sequences
+            total += loss.detach() / sequences
             for optimizer in self.optimizers:
                 optimizer.accumulate()
         for optimizer in self.optimizers:
