@@ -11,7 +11,6 @@ last_row and use_flex, place, BLOCK and EOT.
 
 Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no script that fits them; 6 no memory.
 """
-import argparse
 import contextlib
 import math
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import tokenize_text
 import torch
-from tokenize_text import Problem
+from tokenize_text import Knobs, Problem
 
 CONTEXT = 2048  # tokens that the model sees of what came before; nothing is cached, so more would be slow
 DEFAULT_TOKENS = {"gpt2": 50, "bytes": 200}  # about 200 characters
@@ -129,10 +128,8 @@ def generate(script, hp, model, ids, count, temperature, seed):
 
 
 def parse(argv):
-    def refuse(message):
-        raise Problem(f"{message}; --help lists the knobs")
-    parser = argparse.ArgumentParser(description="A text in the words of a trained model.", allow_abbrev=False)
-    parser.error, add = refuse, parser.add_argument  # one sentence, not argparse's usage block
+    parser = Knobs(description="A text in the words of a trained model.", allow_abbrev=False)
+    add, refuse = parser.add_argument, parser.error
     add("--weights", default="latest", metavar="FILE", help="weights.pt of a run folder (default: latest, the newest)")
     add("--prompt", default="", metavar="TEXT", help="what the text begins with (default: a document's start)")
     add("--tokens", type=int, metavar="N", help="at most so many new tokens (default: 50 of GPT-2, 200 bytes)")

@@ -203,11 +203,16 @@ def commit(out, encoding, source, files):
     os.replace(out / "manifest.json.part", out / "manifest.json")
 
 
-def parse(argv):
-    def refuse(message):
+class Knobs(argparse.ArgumentParser):
+    """A command line that says what is wrong in one sentence, not in argparse's usage block."""
+
+    def error(self, message):
         raise Problem(f"{message}; --help lists the knobs")
-    parser = argparse.ArgumentParser(description="Text to token shards for train_gpt.py.", allow_abbrev=False)
-    parser.error, add = refuse, parser.add_argument  # one sentence, not argparse's usage block
+
+
+def parse(argv):
+    parser = Knobs(description="Text to token shards for train_gpt.py.", allow_abbrev=False)
+    add, refuse = parser.add_argument, parser.error
     add("files", nargs="*", metavar="FILES", help="text or .jsonl, - for standard input; none: numpy's docstrings")
     add("--out", help="folder, whose train_*.bin and val_*.bin are replaced (with no FILES: data/embedded)")
     add("--encoding", choices=("gpt2", "bytes"), help="default: gpt2, with no FILES bytes; bytes needs no vocabulary")
