@@ -1,4 +1,4 @@
-"""Records: list, verify, add, and, by trials.py, rerun, compare, plot, import and trial.
+"""Records: list, verify, add, and, by sets.py and trials.py, compare, plot, import, rerun and trial.
 
     python records/records.py COMMAND --help
 
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sets
 import trials
+from decide import MARGIN, Undecided, p_below, welch
 from runs import (
     CLAIMS,
     LIMITS,
@@ -57,15 +59,13 @@ from sets import (
     LIST_MARKS,
     LOGS,
     ROOT,
-    Undecided,
     find_record,
     folders,
+    in_turns,
     listing,
     losses,
-    p_below,
     tables,
     times,
-    welch,
     write_list,
 )
 
@@ -78,24 +78,18 @@ def same(found, wanted, digits: float = 1e-9) -> bool:
     numbers = isinstance(found, (int, float)) and isinstance(wanted, (int, float))
     return math.isclose(found, wanted, rel_tol=digits, abs_tol=1e-12) if numbers else found == wanted
 
-def interleaved(a: list[Run], b: list[Run]) -> bool:
-    """Did these runs alternate, on one kind of machine? Run ids begin with the start time."""
-    order = [which for _, which in sorted([(run.name, "a") for run in a] + [(run.name, "b") for run in b])]
-    alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
-    return len(alike) == 1 and sum(x != y for x, y in zip(order, order[1:])) >= max(2, min(len(a), len(b)))
-
 def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
     """The part of meta.json's result that needs no distribution. The gain stands where both sets ran interleaved."""
     sd = lambda values: statistics.stdev(values) if len(values) > 1 else None
     middle = statistics.median(times(runs))
     return dict(n=len(runs), val_loss_mean=statistics.fmean(losses(runs)), val_loss_sd=sd(losses(runs)),
                 train_time_ms_median=middle, train_time_ms_sd=sd(times(runs)),
-                gain_ms=statistics.median(times(baseline)) - middle if interleaved(runs, baseline) else None)
+                gain_ms=statistics.median(times(baseline)) - middle if in_turns(runs, baseline) else None)
 
 def tested_result(runs: list[Run], baseline: list[Run], track: dict) -> dict:
     """The part that needs scipy: p of the mean loss against the target, and the gain's 95 % interval (Welch), in ms."""
     target = track["target_loss"]
-    gain = welch(times(runs), times(baseline)) if interleaved(runs, baseline) else None
+    gain = welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
     p = None if target is None else p_below(losses(runs), target)
     return dict(p=p, gain_ci_ms=list(gain[1:3]) if gain else None)
 
@@ -229,7 +223,7 @@ def check_tests(record: Record, track: dict) -> Iterator[Problem]:
     rows = [("headline", f"result.{k}", result[k], v) for k, v in tested_result(runs, baseline, track).items()
             if not same(result[k], v, 1e-6)]
     if meta["claim"] in ("record", "systems"):
-        time = welch(times(runs), times(baseline)) if interleaved(runs, baseline) else None
+        time = welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
         rows.append(("gain", f"faster than an interleaved baseline, at p < 0.01 (p is {time and time[3]})",
                      bool(time and time[0] > 0 and time[3] < 0.01 and (result["gain_ms"] or 0) > 0), True))
     if meta["claim"] == "record" and track["target_loss"] is None:
@@ -402,17 +396,20 @@ def parser() -> argparse.ArgumentParser:
             ("--leave-out", several | dict(metavar="RUN=REASON", help="runs of this script and knobs, and why")),
             ("--private", switch("the text cannot be passed on")))
     command("rerun", "run a record's own script again, and compare", ("name", {}),
-            ("--yes", switch("do not ask")), ("--venv", switch("install the recorded versions, in .cache/rerun/")),
+            ("--yes", switch("do not ask")),
             ("--data", dict(help="folder with the record's shards; default: looked for in data/")),
             ("--nproc", dict(type=int, default=0, help="ranks; default: as recorded")),
             ("--seed", dict(type=int, help="a recorded one, to compare with that run; default: the next unused")))
-    command("compare", "two sets of runs", ("a", a_set), ("b", a_set))
+    margin = ("--margin", dict(type=float, default=MARGIN, help="losses that differ by less, with their interval, "
+                               f"count as equal; {MARGIN} by default"))
+    command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin)
     command("plot", "loss against time, tokens and steps", ("sets", a_set | dict(nargs="+")),
             ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
     command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")))
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
             ("a", dict(help="a script")), ("b", dict(help="a script")),
-            ("--runs", dict(type=int, default=3, help="of each, with the seeds 1, 2, ...")))
+            ("--runs", dict(type=int, default=3, help="of each, with the seeds 1, 2, ...")), margin,
+            ("--first-seed", dict(type=int, default=1, help="the seeds begin with this one, as to try a winner again")))
     return top
 
 def main(argv: list[str]) -> int:
@@ -432,6 +429,9 @@ def main(argv: list[str]) -> int:
     except Bad as bad:
         print(f"records.py: {safe(bad)} ({bad.code})", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 3
     except (OSError, UnicodeError) as error:
         print(f"records.py: {safe(error, 300)}", file=sys.stderr)
         return 2

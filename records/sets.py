@@ -1,14 +1,17 @@
 """The list of records, and sets of runs that differ by their seed alone: statistics, comparing, drawing, importing."""
 
+import calendar
 import contextlib
 import difflib
 import hashlib
 import json
 import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, look, welch
 from runs import (
     ID,
     NAME,
@@ -31,18 +34,19 @@ from runs import (
 ROOT, LOGS = RECORDS.parent, RECORDS.parent / "logs"
 LIST_MARKS = "<!-- records: written by records.py list --write -->", "<!-- end of records -->"
 
-class Undecided(Exception):
-    """Exit code 3: more runs, or a library, are needed."""
-
 # ---- Runs and records that are here
 
-def complete_runs(folders) -> list[Run]:
-    """Of these run folders, by name; the others died, are still written, or are not of this format."""
+def runs_in(folders) -> list[Run]:
+    """Those of these run folders that can be read, by name."""
     found = []
     for folder in sorted(folders):
         with contextlib.suppress(Bad, OSError):
             found.append(read_run(folder))
-    return [run for run in found if run.complete]
+    return found
+
+def complete_runs(folders) -> list[Run]:
+    """The others died, are still written, or are not of this format."""
+    return [run for run in runs_in(folders) if run.complete]
 
 def folders() -> list[Path]:
     return sorted(path for path in RECORDS.glob("[0-9]*") if path.is_dir() or path.is_symlink())
@@ -130,47 +134,11 @@ def tables(meta: dict) -> str:
              *(f"- left out: {x['run_id']}, {x['reason']}" for x in meta["left_out"])]
     return "\n".join([TABLE[0], *(safe(row, 10**4) for row in rows), TABLE[1]])
 
-# ---- Statistics
-
-def distributions():
-    try:
-        from scipy import stats
-    except ImportError:
-        raise Undecided("unchecked: scipy missing (./run.sh test installs it)") from None
-    return stats
-
-def p_below(losses: list[float], target: float) -> float | None:
-    """One-sided t-test: how likely a mean this far below `target` is if the true mean lies at it."""
-    if len(set(losses)) < 2:
-        return None
-    return float(distributions().ttest_1samp(losses, target, alternative="less").pvalue)
-
-def welch(a: list[float], b: list[float]) -> tuple[float, float, float, float] | None:
-    """(mean b - mean a, low, high, p): the 95 % interval and two-sided p of Welch's t-test; None below two each."""
-    if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
-        return None
-    test = distributions().ttest_ind(b, a, equal_var=False)
-    interval = test.confidence_interval(0.95)
-    return statistics.fmean(b) - statistics.fmean(a), float(interval.low), float(interval.high), float(test.pvalue)
-
-def prediction(losses: list[float]) -> tuple[float, float]:
-    """(mean, half width) of the interval that holds the loss of one new run with 95 %."""
-    if len(losses) < 2:
-        raise Undecided("an interval needs 2 runs at least, and there is 1")
-    t = float(distributions().t.ppf(0.975, len(losses) - 1))
-    return statistics.fmean(losses), t * statistics.stdev(losses) * math.sqrt(1 + 1 / len(losses))
-
-def runs_needed(a: list[float], b: list[float]) -> int:
-    """Runs of each at which this difference, if it is true, would be two standard errors; more than there are, since
-    these do not separate it. 0: there is no difference."""
-    difference, variance = statistics.fmean(b) - statistics.fmean(a), statistics.variance(a) + statistics.variance(b)
-    return max(min(len(a), len(b)) + 1, math.ceil(4 * variance / difference**2)) if difference else 0
+# ---- Sets
 
 def spread(values: list[float], digits: str = ".4f") -> str:
     sd = f"sd {statistics.stdev(values):{digits}}, " if len(values) > 1 else ""
     return f"{statistics.fmean(values):{digits}} ({sd}n = {len(values)})"
-
-# ---- Sets
 
 def losses(runs: list[Run]) -> list[float]:
     return [run.val_loss for run in runs]
@@ -199,9 +167,9 @@ def runs_at(path: Path) -> list[Run]:
     ours, others = [p for p in inside if ID.fullmatch(p.name)], [p for p in inside if p.suffix == ".txt"]
     return [*map(read_run, ours), *map(read_speedrun, others)]
 
-def load(text: str) -> Set:
+def load(text: str | Path) -> Set:
     """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe."""
-    found, script, track = [], None, None
+    found, script, track, text = [], None, None, str(text)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -213,19 +181,21 @@ def load(text: str) -> Set:
         if (path / "train_gpt.py").exists():
             script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
     runs = [run for run in found if run.complete]
+    lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in found if not run.complete)
     recipes = {run.recipe for run in runs}
     if len(recipes) != 1:
         for sha, knobs in sorted(recipes):
             own = [run for run in runs if run.recipe == (sha, knobs)]
-            print(f"script {sha[:12]}, {safe(own[0].start.get('changed', ''), 200)}:", *(safe(r.name) for r in own))
+            print(f"script {sha[:12]}, {differing_knobs(own[0], runs)}:", *(safe(r.name) for r in own))
+        advice = ": name the runs of one, with commas between" if recipes else ""
         raise Bad("knobs", f"{safe(text, 200)} holds {len(runs)} complete runs, {len(found)} in all, of {len(recipes)} "
-                           "recipes (script and knobs): name the runs of one, with commas between")
+                           f"recipes (script and knobs){advice}{lacking}")
     for what in ("name", "seed"):
         values = [value for run in runs if (value := getattr(run, what)) is not None]
         if len(set(values)) < len(values):
             raise Bad("seeds", f"{safe(text, 200)} has a {what} twice, in {sorted(map(str, values))}")
-    if len(runs) < len(found):
-        print(f"note: {safe(text, 60)} has {len(found) - len(runs)} runs that are not complete; they do not count")
+    if lacking:
+        print(f"note: only complete runs count{lacking}")
     for problem in (p for run in runs if run.start for p in check_run(run)):
         raise Bad(*problem)
     names = [Path(name).name for name in text.split(",")]
@@ -256,40 +226,126 @@ def describe(s: Set) -> str:
     return (f"{s.label}: loss {spread(s.losses)}; {s.runs[0].total} steps in {spread(seconds, '.2f')} s, "
             f"{spread(pace, '.2f')} ms a step; {f'peak {max(peaks)} MiB; ' if peaks else ''}{machine(s.runs[0])}")
 
-def compare_sets(a: Set, b: Set) -> tuple[list[str], int]:
-    """(report, exit code): 0 where a difference of the losses is established, 3 where more runs are needed."""
+def how_it_ended(run: Run) -> str:
+    if not run.end:
+        return "died, or is still running" if run.start else "is cut short"
+    how = "was stopped" if run.end["status"] == "stopped" else "failed"
+    return f"{how} at step {run.end['steps']} of {run.total} ({safe(run.end['reason'], 200)})"
+
+def knobs_of(run: Run) -> dict:
+    return json.loads(run.recipe[1])
+
+def differing_knobs(run: Run, others: list[Run]) -> str:
+    """Its knobs that not all of the others have alike."""
+    all_knobs, own = [knobs_of(other) for other in others], knobs_of(run)
+    moved = [name for name in own if any(name in knobs and knobs[name] != own[name] for knobs in all_knobs)]
+    return " ".join(f"{name}={safe(own[name])}" for name in moved)
+
+def changes(a: Run, b: Run) -> str:
+    """What of the knobs changed, and what one script alone has."""
+    old, new = knobs_of(a), knobs_of(b)
+    moved = [f"{k} {old[k]} -> {new[k]}" for k in sorted(old.keys() & new.keys()) if old[k] != new[k]]
+    alone = [f"{side} alone has {', '.join(f'{k}={knobs[k]}' for k in sorted(knobs.keys() - other.keys()))}"
+             for side, knobs, other in (("A", old, new), ("B", new, old)) if knobs.keys() - other.keys()]
+    return safe("; ".join([", ".join(moved) or "none", *alone]))
+
+def name_by_difference(a: Set, b: Set) -> None:
+    """Have sets of one script called by the knobs that differ, as they would be typed."""
+    first, other = a.runs[0], b.runs[0]
+    if first.start and other.start and first.script_sha256 == other.script_sha256:
+        for s, names in ((a, differing_knobs(first, [other])), (b, differing_knobs(other, [first]))):
+            s.label = names or s.label
+
+def start_of(run: Run) -> float:
+    """Seconds since 1970, by its id."""
+    return calendar.timegm(time.strptime(run.name[:15], "%Y%m%d-%H%M%S"))
+
+def in_turns(a: list[Run], b: list[Run]) -> bool:
+    """Did these runs alternate, one at a time, on one kind of machine? Run ids begin with the start time."""
+    if not all(run.start for run in a + b):
+        return False
+    ordered = sorted(a + b, key=lambda run: run.name)
+    alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
+    neighbours = list(zip(ordered, ordered[1:]))
+    # ids are good to a second
+    apart = all(start_of(x) + x.end.get("wall_s", math.inf) < start_of(y) + 2 for x, y in neighbours)
+    switches = sum((x in a) != (y in a) for x, y in neighbours)
+    return apart and len(alike) == 1 and switches >= max(2, min(len(a), len(b)))
+
+def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
+    """How long B takes beside A; `equal`: in what sense their losses are, or nothing."""
+    if not all(run.train_ms for run in duel.a + duel.b):
+        return "no time was measured"
+    pace = duel.decide(lambda run: math.log(run.train_ms))
+    plain = f"no verdict on time (x {statistics.fmean(times(duel.b)) / statistics.fmean(times(duel.a)):.3f}):"
+    if pace is None:
+        return f"{plain} one run of each has no interval"
+    if not fresh or not in_turns(duel.a, duel.b):
+        return f"{plain} these runs did not all take turns on one machine"
+    if pace.high - pace.low > 0.4:
+        return f"{plain} the times scatter too much (did other programs run?)"
+    ratio, low, high = (math.exp(x) for x in pace[:3])
+    what = f"time to equal loss, {equal}," if equal else "training time, not at equal loss,"
+    return f"{what} x {ratio:.3f} (95 % interval x {low:.3f} to {high:.3f})"
+
+def interval_of(found: Estimate) -> str:
+    return f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
+
+def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]:
+    """What the losses and times say, its last line the verdict; exit code as `compare_sets`."""
+    duel, seeds = Duel(a.runs, b.runs), "the one seed that both have"
+    gap, by_welch = duel.decide(lambda run: run.val_loss), welch(a.losses, b.losses)
+    if duel.identical:
+        seeds = f"each of {len(duel.pairs)} seeds" if len(duel.pairs) > 1 else seeds
+        return [time_sentence(duel, "to the last digit", fresh),
+                f"{b.label}: identical losses, to the last digit, with {seeds}: what is computed did not change"], 0
+    if gap is None:
+        pairs = [[run.val_loss for run in runs] for runs in zip(*duel.pairs)] or [a.losses, b.losses]
+        plain = statistics.fmean(pairs[1]) - statistics.fmean(pairs[0])
+        how = "by runs of one seed" if duel.pairs else duel.size
+        return [f"{b.label}: its loss is {plain:+.4f} from {a.label}'s ({how}). Whether that is noise takes an interval"
+                f" to say, and so {PAIRS} runs of each, with the same seeds"], 3
+    tests = [(gap, duel.size if duel.by_pairs else "Welch", ", which decides")]
+    tests += [(by_welch, "Welch", "")] if duel.by_pairs and by_welch else []
+    lines = [f"loss, {b.label} - {a.label}: {found.gap:+.4f}, {interval_of(found)} ({how}), p = {found.p:.2g}{role}"
+             for found, how, role in tests]
+    lines += look(LOGS / "looks.jsonl", duel).sentences(duel.by_pairs)
+    equal = f"within {margin:g}" if gap.inside(margin) else ""
+    sure = f"{interval_of(gap)}, {duel.size}, p = {gap.p:.2g}); {time_sentence(duel, equal, fresh)}"
+    if gap.apart:
+        return [*lines, f"{b.label} {'helped' if gap.gap < 0 else 'hurt'}: its loss is {gap.gap:+.4f} ({sure}"], 0
+    if equal:
+        return [*lines, f"{b.label}: equal to {a.label} {equal}, {gap.gap:+.4f} ({sure}"], 0
+    return [*lines, f"the losses are not separated: {duel.runs_still_needed()}",
+            f"{b.label}: no effect on the loss that could be told from noise, {gap.gap:+.4f} ({sure}"], 3
+
+def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True) -> tuple[list[str], int]:
+    """(report, exit code): 0 where the losses differ, are identical, or are equal within `margin`, 3 where more runs
+    are needed to say so. `fresh`: all runs are of one trial."""
     first, other, lines = a.runs[0], b.runs[0], []
     if None in (first.val_sha256, other.val_sha256):
         lines.append("note: public logs do not name their validation tokens; losses compare only if they were the same")
     elif first.val_sha256 != other.val_sha256:
         raise Bad("data", f"{a.label} was validated on the tokens {first.val_sha256[:12]} and {b.label} on "
                           f"{other.val_sha256[:12]}: their losses cannot be compared")
-    knobs = [json.loads(run.recipe[1]) for run in (first, other)]
-    moved = [f"{k} {knobs[0].get(k)} -> {knobs[1].get(k)}" for k in sorted(knobs[0].keys() | knobs[1].keys())
-             if knobs[0].get(k) != knobs[1].get(k)]
-    known = all(run.start for run in (first, other))
-    lines += [f"changed knobs: {(safe(', '.join(moved)) or 'none') if known else 'not known of public logs'}",
+    known = first.start and other.start
+    lines += [f"changed knobs: {changes(first, other) if known else 'not known of public logs'}",
               describe(a), describe(b)]
     machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
     if len(machines) > 1:
         lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
-    gap, pace = welch(a.losses, b.losses), statistics.fmean(b.times) / (statistics.fmean(a.times) or math.nan)
-    if gap is None:
-        return [*lines, "not decidable: an interval needs at least 2 runs of each, with distinct seeds"], 3
-    lines.append(f"loss, {b.label} - {a.label}: {gap[0]:+.4f}, 95 % interval {gap[1]:+.4f} to {gap[2]:+.4f} (Welch), "
-                 f"p = {gap[3]:.2g}")
-    if not gap[1] <= 0 <= gap[2]:
-        return [*lines, f"no time at equal loss, since the losses at the ends differ; the schedules have {first.total} "
-                        f"and {other.total} steps ({other.total - first.total:+d}), and the time is x {pace:.3f}"], 0
-    need = runs_needed(a.losses, b.losses)
-    more = (f"if {abs(gap[0]):.4f} is the true difference, {need} runs of each, {need - min(len(a.runs), len(b.runs))} "
-            "more, would put it at 2 standard errors") if need else "there is no difference to resolve"
-    return [*lines, f"time to equal loss (complete schedules whose ends these runs cannot tell apart): {b.label} takes "
-            f"x {pace:.3f} of {a.label}'s", f"the losses are not separated: {more}"], 3
+    lines += [f"note: {s.label}: {safe(text)}" for s in (a, b) for text in library_notes(s)]
+    said, code = verdict(a, b, margin, fresh)
+    return lines + said, code
+
+def library_notes(s: Set) -> list[str]:
+    """What the runs warn of that makes the script kept beside them no proof of what ran."""
+    return sorted({row["text"] for run in s.runs for row in run.events if row["event"] == "warning"
+                   and "not be the script kept" in row["text"]})
 
 def compare(args) -> int:
     a, b = load(args.a), load(args.b)
-    lines, code = compare_sets(a, b)
+    name_by_difference(a, b)
     bare = next((s for s in (a, b) if s.script is None), None)
     if a.runs[0].script_sha256 == b.runs[0].script_sha256:
         scripts = ["scripts: the same"]
@@ -297,6 +353,7 @@ def compare(args) -> int:
         scripts = [f"scripts: not the same, and that of {bare.label} is not kept: no diff"]
     else:
         scripts = diff(a.script, b.script, (a.label, b.label))
+    lines, code = compare_sets(a, b, args.margin)
     print(*scripts, *lines, sep="\n")
     return code
 

@@ -3,6 +3,7 @@
 Both start what `./run.sh script --knob=value` would start.
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -16,70 +17,98 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, safe, script_knobs
+from decide import LEVEL, Undecided, distributions, prediction, rule
+from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, read_run, safe, script_knobs
+from seeds import MARK
 from sets import (
     LOGS,
     ROOT,
     Set,
-    Undecided,
     compare_sets,
     complete_runs,
     describe,
     diff,
-    distributions,
     find_record,
+    knobs_of,
     losses,
-    prediction,
+    runs_in,
     times,
-    welch,
 )
 
 # ---- Starting a script, and finding its run
 
-def runs_of(runs: list[Run], sha: str, knobs: list[str], seed: int) -> list[Run]:
-    """Those of this script, seed and arguments, what run.sh adds aside."""
-    places, split = {f"--{name}" for name in PLACES}, [knob.partition("=") for knob in knobs]
-    wanted = {f"{name}={Path(value).name if name in places else value}" for name, _, value in split}
-    added, given = ("--preset=", "--data_dir=", "--bpe_file=", "--save=", "--seed="), lambda run: set(run.start["argv"])
-    return [run for run in runs if (run.script_sha256, run.seed) == (sha, seed) and wanted <= given(run)
-            and all(argument.startswith(added) for argument in given(run) - wanted)]
+class Training:
+    """A process that trains, through run.sh. `tail`: its last lines, the standard error's among them."""
 
-def launch(script: Path, knobs: list[str], seed: int, title: str, nproc: int = 0, python: str = "") -> Run:
-    """Start `./run.sh script knobs --seed`, show its validations, and return its complete run."""
-    python = python or os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
-    env = os.environ | dict(PYTHON=python) | (dict(NPROC=str(nproc)) if nproc else {})
-    before, tail, live = set(LOGS.glob("*")), deque(maxlen=25), sys.stdout.isatty()
+    def __init__(self, script: Path, knobs: list[str], python: str = "", prefix: str = "", **surroundings: str):
+        python = python or os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
+        self.began, self.prefix, self.tail = set(LOGS.glob("*")), prefix, deque(maxlen=25)
+        self.live = sys.stdout.isatty() and not prefix
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            ["sh", str(ROOT / "run.sh"), str(script), *knobs], cwd=ROOT, encoding="utf-8", errors="replace", **pipes,
+            env=os.environ | dict(PYTHON=python) | surroundings)
+
+    def read(self) -> str | None:
+        """Show its lines until it answers, as seeds.py does; None where it ends."""
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return line[len(MARK) :]
+            self.tail.append(line.rstrip())
+            line = line.strip()
+            if "train_loss:" in line:
+                print(f"\r  {safe(line, 70)}  ", end="", flush=True) if self.live else None
+            elif re.match("run.sh: |step:|warning: ", line):
+                print("\r" * self.live + f"  {self.prefix}{safe(line, 110)}", flush=True)
+        return None
+
+    def ask(self, words: str) -> dict | None:
+        """Its answer; None where it ends instead."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(words + "\n")
+            self.process.stdin.flush()
+        answer = self.read()
+        return answer and json.loads(answer)
+
+    def stop(self) -> None:
+        """The training ends and saves nothing: it must not go on without us."""
+        with contextlib.suppress(BaseException):
+            self.process.send_signal(signal.SIGTERM)
+            deque(self.process.stdout, 0)  # to its end: else its last words would break its pipe
+        self.process.kill()
+
+    def failure(self, name: str, sha: str) -> Exception:
+        """Why it ended without an answer or a complete run. Prints its last lines, which tell a fault of the script."""
+        code = self.process.wait()
+        if code in (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
+            return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
+        if code == 2:  # it comes with one sentence
+            return Bad("knobs", safe(self.tail[-1] if self.tail else name))
+        print(*map(safe, self.tail), sep="\n")
+        own = [run for run in runs_in(set(LOGS.glob("*")) - self.began) if run.script_sha256 == sha and run.end]
+        why = f", {own[-1].end['reason']}" if own else ""
+        return Bad("truncated", f"{safe(name)} ended with exit code {code}{safe(why, 300)}: no complete run")
+
+def launch(script: Path, knobs: list[str], seed: int, title: str, python: str = "", **surroundings: str) -> Run:
+    """Start `./run.sh script knobs --seed` by itself, show its validations, and return its complete run."""
     print(title, flush=True)
-    command = ["sh", str(ROOT / "run.sh"), str(script), *knobs, f"--seed={seed}"]
-    text = dict(encoding="utf-8", errors="replace")
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, **text) as child:
-        try:
-            for line in map(str.strip, child.stdout):
-                tail.append(line)
-                if "train_loss:" in line:
-                    print(f"\r  {safe(line, 70)}  ", end="", flush=True) if live else None
-                elif re.match("run.sh: |step:|warning: ", line):
-                    print("\r" * live + f"  {safe(line, 110)}", flush=True)
-        except BaseException as error:  # an interrupt ends the training too: it must not go on without us
-            with contextlib.suppress(BaseException):
-                child.send_signal(signal.SIGTERM)
-                deque(child.stdout, 0)  # to its end: else its last words would break its pipe
-            child.kill()
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-    if child.returncode in (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
-        raise Undecided("stopped in this run, which will start again; finished runs are kept: give the same command")
-    sha = hashlib.sha256(script.read_bytes()).hexdigest()
-    new = runs_of(complete_runs(set(LOGS.glob("*")) - before), sha, knobs, seed)
-    if child.returncode or not new:
-        if child.returncode != 2:  # which comes with one sentence, on the standard error
-            print(*map(safe, tail), sep="\n")
-        why = " (its loss is not finite)" if child.returncode == 3 else ""
-        raise Bad("truncated", f"{safe(script.name)} ended with exit code {child.returncode}{why}: no complete run")
+    training = Training(script, [*knobs, f"--seed={seed}"], python, **surroundings)
+    try:
+        training.read()
+    except BaseException as error:
+        training.stop()
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+    code, sha = training.process.wait(), hashlib.sha256(script.read_bytes()).hexdigest()
+    new = complete_runs(set(LOGS.glob("*")) - training.began)
+    new = [run for run in new if (run.script_sha256, run.seed) == (sha, seed)]
+    if code or not new:
+        raise training.failure(script.name, sha)
     return new[-1]
 
 # ---- rerun
@@ -126,19 +155,6 @@ def differences(meta: dict, python: str) -> list[str]:
         now["driver"] = (subprocess.run(query, capture_output=True, text=True).stdout.split() or [None])[0]
     return [f"  {key}: {safe(then[key], 60)} then, {safe(now[key], 60)} now" for key in now if now[key] != then[key]]
 
-def isolated(meta: dict) -> str:
-    """The interpreter of a virtual environment with the recorded versions, made at the first call."""
-    folder = ROOT / ".cache" / "rerun" / meta["name"]
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)])
-        wanted = [f"{name}=={version}" for name, version in meta["software"]["packages"].items()]
-        odd = [w for w in wanted if not re.fullmatch("[A-Za-z0-9_.-]+==[A-Za-z0-9_.+!-]+", w)]
-        if odd or subprocess.run([str(python), "-m", "pip", "install", *wanted]).returncode:
-            raise Bad("path", f"the recorded versions could not be installed: {safe(odd or wanted, 200)}")
-        (folder / "complete").touch()
-    return str(python)
-
 def flags(knobs: dict) -> list[str]:
     """Arguments that give these values; a list loses its spaces, a path keeps them."""
     shown = lambda value: str(value).replace(" ", "") if isinstance(value, list) else str(value)
@@ -160,8 +176,8 @@ def rerun(args, verify: Callable) -> int:
         print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")
     data, taken = find_data(meta["data"], args.data, python), {run.seed: run for run in runs}
     seed = args.seed if args.seed is not None else next(s for s in range(1, 10**6) if s not in taken)
-    odd = [f"  versions: as recorded, in {ROOT.name}/.cache/rerun"] if args.venv else differences(meta, python)
-    print("then and now (Python, torch, CUDA, GPU, driver):", *(odd or ["  the same"]), sep="\n")
+    odd = differences(meta, python) or ["  the same"]
+    print("then and now (Python, torch, CUDA, GPU, driver):", *odd, sep="\n")
     minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
     print(f"data: {safe(data.name)}, the same; seed {seed}; {nproc} processes; a recorded run took "
           f"{minutes:.1f} minutes on its machine")
@@ -171,7 +187,6 @@ def rerun(args, verify: Callable) -> int:
     except EOFError:
         print("not run")
         return 2
-    python = isolated(meta) if args.venv else python
     own = runs[0].start["knobs"]
     # batches are given in one form: a script refuses both
     unused = (*PLACES, "seed", *(("train_seq_len", "sequences_per_step") if own.get("batch_stages") else ()))
@@ -179,7 +194,7 @@ def rerun(args, verify: Callable) -> int:
     keep = dict(save=False) if "save" in own else {}
     knobs = flags(recorded | keep | dict(preset="80gb", data_dir=data.resolve()))
     title = f"rerun of {record.folder.name}, seed {seed}"
-    new = launch(record.folder / "train_gpt.py", knobs, seed, title, nproc, python)
+    new = launch(record.folder / "train_gpt.py", knobs, seed, title, python, NPROC=str(nproc))
     kept = LOGS / "reruns" / record.folder.name / new.name  # not among the runs that a record could have left out
     kept.parent.mkdir(parents=True, exist_ok=True)
     new.folder.rename(kept)
@@ -196,33 +211,68 @@ def rerun(args, verify: Callable) -> int:
 
 # ---- trial
 
-def sentence(a: Set, b: Set) -> str:
-    """Whether B helped, by how much, and how sure."""
-    gap, pace, mean = welch(a.losses, b.losses), welch(a.times, b.times), statistics.fmean(a.times)
-    if gap is None:
-        return "One run of each says nothing about a difference: take --runs 3 or more."
-    time_ = f"its training time is x {statistics.fmean(b.times) / mean:.3f}" if mean else "no time was measured"
-    if pace and mean and (pace[2] - pace[1]) / mean < 0.4:
-        time_ += f" (95 % interval x {1 + pace[1] / mean:.3f} to {1 + pace[2] / mean:.3f})"
-    elif pace and mean:
-        time_ += ", but the times scatter too much to say (did other programs run?)"
-    sure = f"95 % interval {gap[1]:+.4f} to {gap[2]:+.4f}, n = {len(a.runs)} and {len(b.runs)}, p = {gap[3]:.2g}"
-    if gap[1] <= 0 <= gap[2]:
-        return f"{b.label}: no effect on the loss that could be told from noise, {gap[0]:+.4f} ({sure}); {time_}."
-    return f"{b.label} {'helped' if gap[0] < 0 else 'hurt'}: its loss is {gap[0]:+.4f} ({sure}); {time_}."
+KEPT = {"Hyperparameters", "train_once", "machine"}  # what a script must have for its seeds to share a process
 
-def noise_floor(a: Set, b: Set) -> str:
-    gap, times = statistics.fmean(b.losses) - statistics.fmean(a.losses), a.times + b.times
-    pooled = math.sqrt((statistics.variance(a.losses) + statistics.variance(b.losses)) / 2)
-    noise, jitter = 2 * pooled * math.sqrt(2 / len(a.runs)), 100 * statistics.stdev(times) / statistics.fmean(times)
-    return (f"Noise floor: with {len(a.runs)} runs of each, loss differences below {noise:.4f} (two standard errors) "
-            f"are within the noise. A run's loss has sd {pooled:.4f}, its time {jitter:.2f} %; these two sets of one "
-            f"recipe differ by {gap:+.4f}.")
+class Arm:
+    """One side of a trial: a script as it is now, with knobs. Its runs share a process, and so their compiled code,
+    where a run is of one rank; else each is started by itself."""
 
-def context(run: Run) -> str:
-    """What all runs of a trial share: the machine, versions, data, and what run.sh chose."""
-    preset = sorted(argument for argument in run.start["argv"] if argument.startswith("--preset="))
-    return json.dumps([run.hardware(), run.software(), run.start["data"], run.start["world_size"], preset])
+    def __init__(self, typed: str, label: str, knobs: list[str], nproc: int):
+        self.label, self.knobs, self.surroundings = label, knobs, dict(NPROC=str(nproc))
+        self.script, self.source = freeze(typed)
+        self.sha, self.training = hashlib.sha256(self.source).hexdigest(), None
+        self.known = names_in(self.source) >= KEPT
+        self.kept, self.nproc, self.prefix = self.known and nproc == 1, nproc, ""
+
+    def arguments(self) -> list[str]:
+        """With the one by which a run keeps no weights, and is not sampled, for a script that has that knob."""
+        given = any(knob.startswith("--save=") for knob in self.knobs)
+        return [*self.knobs, *(["--save=False"] if "save" in script_knobs(self.source) and not given else [])]
+
+    def ask(self, words: str) -> dict:
+        if self.training is None:
+            surroundings = self.surroundings | dict(TRIAL_SCRIPT=str(self.script), NPROC="1")
+            self.training = Training(RECORDS / "seeds.py", self.arguments(), prefix=self.prefix, **surroundings)
+        answer = self.training.ask(words)
+        if answer is None:
+            raise self.training.failure(self.script.name, self.sha)
+        return answer
+
+    def train(self, seed: int, title: str) -> Run:
+        if not self.kept:
+            return launch(self.script, self.arguments(), seed, title, **self.surroundings)
+        print(title, flush=True)
+        return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
+
+    def earlier(self, seeds: list[int]) -> dict[int, Run]:
+        """Complete runs of `logs/` that this arm would only repeat: of its script, knobs, data, machine, versions."""
+        old = [run for run in complete_runs(LOGS.glob("*")) if run.script_sha256 == self.sha and run.seed in seeds]
+        if not (old and self.known):
+            return {}
+        now = self.ask("context")
+        now |= dict(world_size=self.nproc, gpu_count=self.nproc * (now["gpu"] is not None))
+        if not self.kept:
+            self.end()
+        own = {name: value for name, value in now.pop("knobs").items() if name not in (*PLACES, "seed")}
+        found, other = {}, defaultdict(list)
+        for run in (run for run in old if knobs_of(run) == own):
+            differ = ", ".join(key for key in now if run.start[key] != now[key])
+            if differ:
+                other[differ].append(run.name)
+            else:
+                found[run.seed] = run
+        for differ, names in other.items():
+            print(f"{self.label}: not counted, since {differ} differ now: {', '.join(names)}")
+        return found
+
+    def end(self) -> None:
+        if self.training:
+            self.training.stop()
+        self.training = None
+
+def names_in(source: bytes) -> set[str]:
+    """What a script defines at its top."""
+    return {node.name for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
 def freeze(name: str) -> tuple[Path, bytes]:
     """A copy of the script as it is now: it may be edited while the trial runs."""
@@ -234,65 +284,117 @@ def freeze(name: str) -> tuple[Path, bytes]:
         compile(source, path.name, "exec")  # which runs nothing
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Bad("script", f"{safe(path.name, 80)} is no Python that can be compiled: {error}") from None
+    if not script_knobs(source):
+        raise Bad("script", f"{safe(path.name, 80)} has no class Hyperparameters: a trial takes a copy of train_gpt.py "
+                            "with the change in it (cp train_gpt.py my.py, then edit), not a script that imports it")
     copy = ROOT / ".cache" / "trial" / hashlib.sha256(source).hexdigest()[:12] / path.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(source)
     return copy, source
 
-def arms_of(args, knobs: list[str]) -> list[list[str]]:
-    """The knobs of both arms."""
+def knobs_of_arms(args, knobs: list[str]) -> list[list[str]]:
     for knob in knobs:
         if not re.fullmatch(r"--([ab]\.)?\w+=.*", knob, re.A | re.S):
             raise Bad("knobs", f"{safe(knob, 80)} is not --runs N, nor --knob=value for both scripts, --a.knob=value "
                                "or --b.knob=value for one")
         if re.match(r"--([ab]\.)?seed=", knob):
-            raise Bad("knobs", f"{safe(knob, 80)}: trial chooses the seeds itself, 1 to --runs")
-    if args.runs < 1:
-        raise Bad("knobs", f"--runs {args.runs} is not 1 or more")
+            raise Bad("knobs", f"{safe(knob, 80)}: trial chooses the seeds itself, --runs of them from --first-seed on")
+    if args.runs < 1 or args.first_seed < 0 or not args.margin > 0:
+        raise Bad("knobs", f"--runs {args.runs} must be 1 or more, --first-seed {args.first_seed} 0 or more and "
+                           f"--margin {args.margin} above 0")
     common = [k for k in knobs if not re.match(r"--[ab]\.", k)]
     return [common + [f"--{k[4:]}" for k in knobs if k.startswith(f"--{arm}.")] for arm in "ab"]
 
-def unsaved(knobs: list[str], source: bytes) -> list[str]:
-    """The argument by which a run keeps no weights, and so is not sampled: nothing for a script without that knob."""
-    given = any(knob.startswith("--save=") for knob in knobs)
-    return ["--save=False"] if "save" in script_knobs(source) and not given else []
+def labels(typed: list[str], own: list[list[str]], one_script: bool) -> list[str]:
+    """What to call the arms: by their scripts, and where that is one by the knobs that differ."""
+    only = [" ".join(k[2:] for k in own[i] if k not in own[1 - i]) for i in (0, 1)]
+    if one_script and typed[0] == typed[1]:
+        return [only[i] or safe(typed[i], 60) for i in (0, 1)] if only[0] != only[1] else [
+            f"{safe(typed[i], 60)} ({'AB'[i]})" for i in (0, 1)]
+    return [f"{safe(typed[i], 60)} {only[i]}".strip() for i in (0, 1)]
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, without asking torch, which takes seconds."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i, _ in enumerate(re.findall("^GPU ", listed, re.M))]
+
+def in_turn(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> None:
+    """Train what is to do, one run after the other, into `done`."""
+    spent = []
+    for i, (arm, seed) in enumerate(todo):
+        left = f", about {statistics.fmean(spent) * (len(todo) - i) / 60:.1f} minutes left" if spent else ""
+        began, count = time.monotonic(), total - len(todo) + i + 1
+        done[arm, seed] = arms[arm].train(seed, f"run {count} of {total}: {arms[arm].label}, seed {seed}{left}")
+        spent.append(time.monotonic() - began)
+
+def side_by_side(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> None:
+    """The same with a thread and a GPU for each arm."""
+    def work(arm: int) -> None:
+        own = [key for key in todo if key[0] == arm]
+        for i, key in enumerate(own):
+            done[key] = arms[arm].train(key[1], f"run {i + 1} of {len(own)}: {arms[arm].label}, seed {key[1]}")
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for ended in as_completed([pool.submit(work, arm) for arm in (0, 1)]):
+                ended.result()
+        finally:  # where one failed, the other's thread waits for its training
+            for arm in arms:
+                arm.end()
 
 def trial(args, knobs: list[str]) -> int:
-    """Both arms in turn with the same seeds, on this machine and data; what logs/ already holds is not run again."""
+    """Both arms with the same seeds, on this machine and data; what logs/ already holds is not run again."""
     distributions()  # before hours of training, not after
-    own, scripts = arms_of(args, knobs), [freeze(args.a), freeze(args.b)]
-    sources = [hashlib.sha256(source).hexdigest() for _, source in scripts]
-    floor = sources[0] == sources[1] and sorted(own[0]) == sorted(own[1])
+    own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
+    one_script = freeze(args.a)[1] == freeze(args.b)[1]
+    floor = one_script and sorted(own[0]) == sorted(own[1])
+    nproc = os.environ.get("NPROC") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
+        raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
+    arms = [Arm(*row, int(nproc)) for row in zip(typed, labels(typed, own, one_script), own)]
     # B A A B: an error in B shows first, and a drift of the machine hits both alike
-    turns = [(arm, seed) for seed in range(1, args.runs + 1) for arm in ((1, 0) if seed % 2 else (0, 1))]
-    plan = [(arm, seed + args.runs if floor and arm else seed) for arm, seed in turns]  # A A: other seeds, else B is A
-    labels = [" ".join([path.name, *(k for k in own[i] if k not in own[1 - i])]) for i, (path, _) in enumerate(scripts)]
-    if labels[0] == labels[1]:
-        labels = [label + tag for label, tag in zip(labels, (" (A)", " (B)"))]
-    logged = complete_runs(LOGS.glob("*"))
-    done = {key: found[-1] for key in plan if (found := runs_of(logged, sources[key[0]], own[key[0]], key[1]))}
-    newest, spent = max(done.values(), key=lambda run: run.name, default=None), []
-    done = {key: run for key, run in done.items() if context(run) == context(newest)}
-    for (arm, seed), run in done.items():
-        print(f"already in logs/: {labels[arm]}, seed {seed}: {run.name}")
-    while todo := [key for key in plan if key not in done]:
-        arm, seed = todo[0]
-        left = f", about {statistics.fmean(spent) * len(todo) / 60:.1f} minutes left" if spent else ""
-        began, save = time.monotonic(), unsaved(own[arm], scripts[arm][1])
-        title = f"run {len(plan) - len(todo) + 1} of {len(plan)}: {labels[arm]}, seed {seed}{left}"
-        new = launch(scripts[arm][0], [*own[arm], *save], seed, title)
-        for key, run in [*done.items()]:
-            if context(run) != context(new):
-                print(f"not counted, since machine, data, versions or preset differ now: {run.name}")
-                del done[key]
-        done[arm, seed] = new
-        spent.append(time.monotonic() - began)
-    a, b = (Set(labels[i], [done[key] for key in sorted(plan) if key[0] == i], scripts[i][1]) for i in (0, 1))
-    if any(len({run.recipe for run in s.runs}) > 1 for s in (a, b)):
-        raise Bad("knobs", "the runs of an arm differ in more than their seeds: give --preset and --steps by name")
+    turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
+    plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
+    print("noise floor: one recipe, and other seeds in B" if floor else f"before the runs: {rule(args.runs)}")
+    gpus = visible_gpus()
+    try:
+        done = {}
+        for i, arm in enumerate(arms):
+            done |= {(i, seed): run for seed, run in arm.earlier([seed for j, seed in plan if j == i]).items()}
+        for (i, seed), run in done.items():
+            print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
+        reused, todo = len(done), [key for key in plan if key not in done]
+        if todo and len(gpus) > 1 and all(arm.kept for arm in arms):
+            print(f"side by side on 2 of {len(gpus)} GPUs; NPROC=1 with one visible GPU would have them take turns")
+            for arm, gpu in zip(arms, gpus):
+                arm.end()
+                arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
+            side_by_side(arms, todo, done, len(plan))
+        else:
+            in_turn(arms, todo, done, len(plan))
+    except KeyboardInterrupt:
+        raise Undecided("stopped: finished runs are kept, and the same command goes on") from None
+    finally:
+        for arm in arms:
+            arm.end()
+    runs = [[done[key] for key in sorted(plan) if key[0] == i] for i in (0, 1)]
+    a, b = (Set(arm.label, own, arm.source) for arm, own in zip(arms, runs))
     if floor and args.runs > 1:
         print(describe(a), describe(b), noise_floor(a, b), sep="\n")
         return 0
-    lines, code = compare_sets(a, b)
-    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sentence(a, b), sep="\n")
+    lines, code = compare_sets(a, b, args.margin, fresh=reused in (0, len(plan)))
+    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
     return code
+
+def noise_floor(a: Set, b: Set) -> str:
+    """How far one recipe differs from itself, by the t of two sets of n runs."""
+    gap, took = statistics.fmean(b.losses) - statistics.fmean(a.losses), a.times + b.times
+    n, pooled = len(a.runs), math.sqrt((statistics.variance(a.losses) + statistics.variance(b.losses)) / 2)
+    noise = float(distributions().t.ppf((1 + LEVEL) / 2, 2 * n - 2)) * pooled * math.sqrt(2 / n)
+    jitter = 100 * statistics.stdev(took) / statistics.fmean(took)
+    return (f"Noise floor: two sets of {n} runs of one recipe, with other seeds, differ by up to {noise:.4f} in 95 % "
+            f"of cases, and these by {gap:+.4f}. A run's loss has sd {pooled:.4f}, its time {jitter:.2f} %. A trial of "
+            "two recipes pairs the seeds, and so sees smaller differences")

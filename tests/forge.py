@@ -41,7 +41,7 @@ class Done(NamedTuple):
 
 def load(folder):
     """The modules of a records/ folder, their paths its own; the import system forgets them again."""
-    names, kept, bare = ("runs", "sets", "trials", "records"), sys.path[:], sys.dont_write_bytecode
+    names, kept, bare = ("decide", "runs", "seeds", "sets", "trials", "records"), sys.path[:], sys.dont_write_bytecode
     loaded = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # those of another folder
     sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = False  # compiled once, and copied with the checkout
@@ -60,7 +60,7 @@ class Checkout:
 
     def __init__(self, root):
         self.root, self.logs = root, root / "logs"
-        self.runs, self.sets, self.trials, self.records = load(root / "records")
+        self.decide, self.runs, _, self.sets, self.trials, self.records = load(root / "records")
         self.environment = environment() | dict(PYTHON=str(root / "python"), CUDA_VISIBLE_DEVICES="")
 
     def main(self, *argv, answer=""):
@@ -87,6 +87,10 @@ class Checkout:
         done = subprocess.run([sys.executable, "records/records.py", *map(str, argv)], cwd=self.root,
                               env=self.environment | more, capture_output=True, encoding="utf-8", timeout=300)
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def shell(self, *argv):
+        """`./run.sh argv`, which must do well."""
+        subprocess.run(["./run.sh", *argv], cwd=self.root, check=True, capture_output=True, env=self.environment)
 
     def tree(self):
         """Every file but compiled ones, with its bytes."""
@@ -274,8 +278,7 @@ def build(root):
     done = checkout.process("trial", "train_gpt.py", "train_gpt.py", "--runs=2", COLD, *KNOBS)
     assert done.code == 0, done
     (root / "trial.txt").write_text(done.out)
-    subprocess.run(["./run.sh", *KNOBS, "--save=False", "--seed=3"], cwd=root, check=True, capture_output=True,
-                   env=checkout.environment)
+    checkout.shell(*KNOBS, "--save=False", "--seed=3")
     base, cold = checkout.arms()
     common = ["--track", TRACK, "--author", "a tester"]
     done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
@@ -308,6 +311,10 @@ def made(tmp_path_factory):
         build(part)
         part.rename(root)
     return Checkout(root)
+
+
+def losses(checkout, folders):
+    return [checkout.events(folder)[-1]["val_loss"] for folder in folders]
 
 
 def today():

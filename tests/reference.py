@@ -1,4 +1,8 @@
-"""Slow, obvious versions of what train_gpt.py does fast. Tests compare the two."""
+"""Slow, obvious versions of what train_gpt.py does fast, and of what records/ leaves to scipy. Tests compare the two.
+"""
+
+import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -34,3 +38,26 @@ def random_documents(length: int, generator: torch.Generator) -> Tensor:
 def relative_error(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def t_below(t, df, pieces=2000):
+    """P(T < t) of Student's distribution, by Simpson's rule."""
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    ys = [scale * (1 + (t * i / pieces) ** 2 / df) ** (-(df + 1) / 2) for i in range(pieces + 1)]
+    return 0.5 + t / pieces / 3 * (ys[0] + ys[-1] + 4 * sum(ys[1:-1:2]) + 2 * sum(ys[2:-1:2]))
+
+
+def t_quantile(p, df):
+    low, high = 0.0, 1000.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_below(middle, df) < p else (low, middle)
+    return low
+
+
+def slow_welch(a, b):
+    parts = [statistics.variance(x) / len(x) for x in (a, b)]
+    df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b)))
+    gap, error = statistics.fmean(b) - statistics.fmean(a), math.sqrt(sum(parts))
+    half = t_quantile(0.975, df) * error
+    return gap, gap - half, gap + half, 2 * (1 - t_below(abs(gap) / error, df))

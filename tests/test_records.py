@@ -1,4 +1,4 @@
-"""Records from end to end, on real tiny runs: add, verify, list, compare, plot, rerun and trial; the statistics."""
+"""Records from end to end, on real tiny runs: add, verify, list, compare and plot."""
 
 import dataclasses
 import hashlib
@@ -12,9 +12,9 @@ import sys
 
 import forge
 import pytest
-from forge import KNOBS, TARGET, TRACK, without
+from forge import TARGET, TRACK, losses, without
+from reference import slow_welch, t_below, t_quantile
 
-PUBLISHED = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2769, 3.2775, 3.2806, 3.2779, 3.2816]
 COMMON = ["--track", TRACK, "--author", "a tester", "--summary", "a set", "--name", "New", "--claim", "result"]
 
 
@@ -40,58 +40,6 @@ def bare(box):
     for name in ("Toy", "Fast"):
         shutil.rmtree(box.record(name))
     return box
-
-
-def losses(checkout, folders):
-    return [checkout.events(folder)[-1]["val_loss"] for folder in folders]
-
-
-# ---- Statistics, against slow and obvious references
-
-
-def t_below(t, df, pieces=2000):
-    """P(T < t) of Student's distribution, by Simpson's rule."""
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    ys = [scale * (1 + (t * i / pieces) ** 2 / df) ** (-(df + 1) / 2) for i in range(pieces + 1)]
-    return 0.5 + t / pieces / 3 * (ys[0] + ys[-1] + 4 * sum(ys[1:-1:2]) + 2 * sum(ys[2:-1:2]))
-
-
-def t_quantile(p, df):
-    low, high = 0.0, 1000.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_below(middle, df) < p else (low, middle)
-    return low
-
-
-def slow_welch(a, b):
-    parts = [statistics.variance(x) / len(x) for x in (a, b)]
-    df = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b)))
-    gap, error = statistics.fmean(b) - statistics.fmean(a), math.sqrt(sum(parts))
-    half = t_quantile(0.975, df) * error
-    return gap, gap - half, gap + half, 2 * (1 - t_below(abs(gap) / error, df))
-
-
-def test_published_losses(toy):
-    assert statistics.fmean(PUBLISHED) == pytest.approx(3.27836923, abs=5e-9)
-    assert statistics.stdev(PUBLISHED) == pytest.approx(0.00141562, abs=5e-9)
-    assert toy.sets.p_below(PUBLISHED, 3.28) == pytest.approx(0.00066906, abs=5e-9)
-    t = (3.28 - statistics.fmean(PUBLISHED)) / (statistics.stdev(PUBLISHED) / math.sqrt(13))
-    assert 1 - t_below(t, 12) == pytest.approx(0.00066906, abs=5e-9)
-    assert toy.sets.p_below([3.27] * 3, 3.28) is None
-
-
-@pytest.mark.parametrize("cut, shift", [(6, 0), (3, 0.002), (10, -0.01)])
-def test_welch_prediction_and_runs_needed(toy, cut, shift):
-    a, b = PUBLISHED[:cut], [x + shift for x in PUBLISHED[cut:]]
-    assert toy.sets.welch(a, b) == pytest.approx(slow_welch(a, b), rel=1e-5, abs=1e-9)
-    mean, half = toy.sets.prediction(a)
-    assert mean == pytest.approx(sum(a) / cut)
-    assert half == pytest.approx(t_quantile(0.975, cut - 1) * statistics.stdev(a) * math.sqrt(1 + 1 / cut), rel=1e-6)
-    gap, spread = abs(statistics.fmean(b) - statistics.fmean(a)), statistics.variance(a) + statistics.variance(b)
-    assert toy.sets.runs_needed(a, b) == next(
-        n for n in range(min(len(a), len(b)) + 1, 10**6) if gap >= 2 * math.sqrt(spread / n))
-    assert toy.sets.welch(a[:1], b) is None
 
 
 def test_place_knobs_are_those_of_the_script(toy):
@@ -181,7 +129,7 @@ def test_rerun_of_stages_gives_batches_in_one_form(bare, monkeypatch):
     add_stages(bare)
     called = []
 
-    def launch(script, knobs, *_):
+    def launch(script, knobs, *_, **__):
         called.extend(knobs)
         raise bare.sets.Undecided("enough")
 
@@ -343,24 +291,119 @@ def test_compare_a_record_with_a_set_of_runs(toy):
     done = toy.main("compare", toy.record("Toy").name, names(cold))
     gap, low, high, _ = slow_welch(losses(toy, base), losses(toy, cold))
     assert done.code == 0 and done.out.startswith("scripts: the same\nchanged knobs: head_lr 0.008 -> 0.0001\n")
-    assert f": {gap:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (Welch)" in done.out
-    assert "no time at equal loss" in done.out and "20 and 20 steps (+0)" in done.out and "note:" not in done.out
+    interval = f"95 % interval {low:+.4f} to {high:+.4f} (Welch)"
+    assert f"loss, head_lr=0.0001 - head_lr=0.008: {gap:+.4f}, {interval}" in done.out
+    assert "(Welch), p = " in done.out and "which decides" in done.out  # two seeds in common
+    assert "training time, not at equal loss" in done.out or "no verdict on time" in done.out
     inside = toy.main("compare", toy.record("Toy") / "runs", toy.record("Toy") / "arms" / "cold")  # keep no script
-    assert inside.out.split("\n")[:2] == done.out.split("\n")[:2] and "_Toy/arms/cold: loss" in inside.out
+    assert inside.out == done.out
 
 
-def test_compare_says_how_many_runs_it_takes(toy):
-    a, b = toy.record("Toy"), toy.record("Fast")
-    done = toy.main("compare", a.name, b.name)
-    sets = [losses(toy, sorted((record / "runs").iterdir())) for record in (a, b)]
-    times = [statistics.fmean(run["train_time_ms"] for run in json.loads((record / "meta.json").read_text())["runs"])
-             for record in (a, b)]
-    need = toy.sets.runs_needed(*sets)
-    assert done.code == 3 and f"{need} runs of each, {need - 3} more" in done.out
-    assert f"{b.name} takes x {times[1] / times[0]:.3f} of {a.name}'s" in done.out
-    assert "changed knobs: mlp_ratio 4 -> 3" in done.out
-    done = toy.main("compare", names(toy.arms()[0][:2]), toy.arms()[0][2].name)
-    assert done.code == 3 and "not decidable" in done.out
+def test_the_knob_that_differs_is_never_cut_off(box):
+    """By which sets and runs are called, and of which a mixed set is told."""
+    base, _ = box.arms()
+    pattern = "LS" * 100
+    long = forge.clone(box, base[0], box.root / "long", 5, 1, by=0.1, layer_pattern=pattern, value_pattern="0." * 100)
+    done = box.main("compare", base[0].name, long)
+    assert done.code == 3 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: its loss is +0.1000" in done.out
+    mixed = box.main("compare", f"{base[0].name},{long}", base[1].name)
+    assert mixed.code == 2 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: {long.name}\n" in mixed.out
+
+
+@pytest.mark.parametrize("status, words", [
+    ("stopped", "was stopped at step 7 of 20 (a signal stopped step 7)"),
+    ("failed", "failed at step 7 of 20 (a signal stopped step 7)"), (None, "died, or is still running")])
+def test_a_run_without_its_end_is_called_by_how_it_ended(box, status, words):
+    base, cold = box.arms()
+    rows = box.events(base[0])
+    rows[-1] |= dict(status=status, code=75, reason="a signal stopped step 7", steps=7, val_loss=None)
+    box.rewrite(base[0], rows if status else rows[:-1])
+    done = box.main("compare", base[0], cold[0])
+    assert done.code == 2 and f"{base[0].name} {words}" in done.err
+    done = box.main("compare", f"{base[0]},{base[1]}", cold[0])
+    assert done.code == 3 and f"note: only complete runs count; {base[0].name} {words}" in done.out
+
+
+def test_the_same_losses_are_a_pure_refactoring(box):
+    base, _ = box.arms()
+    same = [forge.clone(box, run, box.root / "same", 3600 + 60 * i, i, pace=0.5) for i, run in enumerate(base, 1)]
+    for folder in same:
+        script = (folder / "train_gpt.py").read_bytes() + b"# written anew\n"
+        (folder / "train_gpt.py").write_bytes(script)
+        rows = box.events(folder)
+        rows[0]["script_sha256"] = hashlib.sha256(script).hexdigest()
+        box.rewrite(folder, rows)
+    done = box.main("compare", names(base), "same")
+    assert done.code == 0 and "same: identical losses, to the last digit, with each of 3 seeds" in done.out
+    assert box.main("compare", base[0], same[0]).code == 0
+    forge.shift(rows, 1e-9)
+    box.rewrite(folder, rows)
+    done = box.main("compare", names(base), "same")
+    assert done.code == 0 and "identical" not in done.out and "equal to 3 runs within 0.01" not in done.out
+    assert "equal to" in done.out and "within 0.01" in done.out
+
+
+def alternating(box, *shifts, pace=0.5):
+    """Sets A and B of clones that took turns; the losses of B lie `shifts` from those of A, by seed."""
+    base, _ = box.arms()
+    for i, by in enumerate(shifts, 1):
+        forge.clone(box, base[0], box.root / "a", 100 * i, i, 1 + 0.001 * i, 0.01 * i)
+        forge.clone(box, base[0], box.root / "b", 100 * i + 50, i, pace + 0.001 * i, 0.01 * i + by, head_lr=0.5)
+    return "a", "b"
+
+
+@pytest.mark.parametrize("shifts, options, code, words", [
+    ((0.001, -0.002, 0.002), [], 0, "equal to head_lr=0.008 within 0.01"),
+    ((0.001, -0.002, 0.002), ["--margin=0.001"], 3, "the losses are not separated"),
+    ((0.03, -0.02, 0.02), [], 3, "no effect on the loss that could be told from noise"),
+    ((-0.03, -0.02, -0.025), [], 0, "head_lr=0.5 helped: its loss is -0.0250"),
+    ((0.003, 0.002, 0.0025), [], 0, "head_lr=0.5 hurt: its loss is +0.0025")])
+def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, options, code, words):
+    done = box.main("compare", *alternating(box, *shifts), *options)
+    margin = float((options or ["=0.01"])[0].partition("=")[2])
+    low, high = (float(x) for x in done.out.split("95 % interval ")[1].split(" (")[0].split(" to "))
+    assert done.code == code and words in done.out and "3 pairs of one seed" in done.out
+    inside = -margin < low and high < margin
+    assert (f"time to equal loss, within {margin:g}, x 0.5" in done.out) == inside, done.out
+    assert ("training time, not at equal loss, x 0.5" in done.out) == (not inside)
+    ratios = [math.log((0.5 + 0.001 * i) / (1 + 0.001 * i)) for i in (1, 2, 3)]
+    half = t_quantile(0.975, 2) * statistics.stdev(ratios) / math.sqrt(3)
+    mean, first, last = (math.exp(statistics.fmean(ratios) + k * half) for k in (0, -1, 1))
+    assert f"x {mean:.3f} (95 % interval x {first:.3f} to {last:.3f})" in done.out
+
+
+def test_runs_that_did_not_take_turns_give_no_verdict_on_time(box):
+    a, b = alternating(box, 0.001, 0.002, 0.0015)
+    one_time = "no verdict on time (x 0.5"
+    assert one_time not in box.main("compare", a, b).out
+    for folder in (box.root / "b").iterdir():  # each begins while another of A still runs
+        rows = box.events(folder)
+        run_id, rows[0]["utc"] = forge.later(folder.name, -49)
+        rows[0]["run_id"] = run_id
+        box.rewrite(folder, rows)
+        folder.rename(folder.with_name(run_id))
+    for folder in (box.root / "a").iterdir():
+        rows = box.events(folder)
+        for row in rows:
+            row |= {key: row[key] + 10 for key in ("wall_s",) if key in row}
+        box.rewrite(folder, rows)
+    done = box.main("compare", a, b)
+    assert one_time in done.out and "did not all take turns" in done.out
+
+
+def test_compare_says_how_many_runs_it_takes(box):
+    a, b = alternating(box, 0.03, -0.02, 0.02)
+    done = box.main("compare", a, b)
+    runs = [box.sets.load(box.root / name).runs for name in (a, b)]
+    duel, (x, y) = box.decide.Duel(*runs), ([run.val_loss for run in own] for own in runs)
+    gap = statistics.fmean(y) - statistics.fmean(x)
+    counts = duel.needed(0.5), duel.needed(0.8)
+    assert f"if {gap:+.4f} is the true difference, telling it takes n = {counts[0]} for an even chance" in done.out
+    assert f"n = {counts[1]} for 80 %" in done.out and done.code == 3 and counts[1] > counts[0] > 3
+    done = box.main("compare", names(box.arms()[0][:2]), box.arms()[0][2].name)
+    assert done.code == 3 and "takes an interval to say, and so 3 runs of each" in done.out
+    one = box.main("compare", *(sorted((box.root / name).iterdir())[0] for name in (a, b)))
+    assert one.code == 3 and "head_lr=0.5: its loss is +0.0300 from head_lr=0.008's (by runs of one seed)" in one.out
 
 
 def test_compare_other_machines_scripts_and_streams(box):
@@ -393,130 +436,3 @@ def test_plot(toy, tmp_path):
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     assert done == (0, f"{out}: {len(data)} bytes\n", "")
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) <= 100 * 1024 and width > 2 * height > 400
-
-
-# ---- rerun and trial
-
-
-def test_rerun_of_a_recorded_seed_gives_its_loss(box):
-    name, before = box.record("Toy").name, box.tree()
-    done = box.main("rerun", name, "--yes", "--seed=2")
-    assert done.code == 0 and ", inside 3 sd of run " in done.out, done
-    assert "all of it is records/" in done.out and "then and now" in done.out and "  torch: " not in done.out
-    again, = (box.logs / "reruns" / name).iterdir()
-    base, _ = box.arms()
-    assert losses(box, [again])[0] == pytest.approx(losses(box, base)[1], abs=1e-4)
-    assert box.events(again)[0]["seed"] == 2 and set(before) == {p for p in box.tree() if again not in p.parents}
-    assert box.main("verify").code == 0
-
-
-@pytest.mark.parametrize("shift, place, code", [(0.9, "inside", 0), (1.1, "OUTSIDE", 1), (-1.1, "OUTSIDE", 1)])
-def test_rerun_of_a_new_seed_says_whether_it_lies_inside(box, monkeypatch, shift, place, code):
-    """In place of a run comes one whose loss lies `shift` half widths of the interval from the mean."""
-    base, _ = box.arms()
-    values = losses(box, base)
-    half = t_quantile(0.975, 2) * statistics.stdev(values) * math.sqrt(4 / 3)
-    called = []
-
-    def launch(script, knobs, seed, *_):
-        called.extend([script, seed, *knobs])
-        off = statistics.fmean(values) + shift * half - values[0]
-        return box.runs.read_run(forge.clone(box, base[0], box.logs, 5, 4, by=off))
-
-    monkeypatch.setattr(box.trials, "launch", launch)
-    monkeypatch.setattr(box.trials, "differences", lambda *_: [])
-    done = box.main("rerun", box.record("Toy").name, answer="y\n")
-    assert done.code == code and f", {place} the 95 % prediction interval of 3 runs: " in done.out
-    assert f"{statistics.fmean(values):.6f} +- {half:.6f}" in done.out and 4 in called
-    assert called[0] == box.record("Toy") / "train_gpt.py" and box.arms()[0] == base
-
-
-@pytest.mark.parametrize("argv, answer, code", [
-    (["--yes", "--data=nowhere"], "", 2), (["--data=data", "--yes"], "", 2), ([], "n\n", 2), ([], "", 2)])
-def test_rerun_runs_nothing_without_data_or_consent(box, monkeypatch, argv, answer, code):
-    monkeypatch.setattr(box.trials, "launch", None)
-    monkeypatch.setattr(box.trials, "differences", lambda *_: [])
-    before = box.tree()
-    done = box.main("rerun", box.record("Toy").name, *argv, answer=answer)
-    assert done.code == code and box.tree() == before
-    assert ("run this script" in done.out) == (not argv)
-    assert not argv or f"val_sha256 {box.meta()['data']['val_sha256']}" in done.err
-
-
-def test_rerun_runs_no_record_that_fails(box, monkeypatch):
-    monkeypatch.setattr(box.trials, "launch", None)
-    script = box.record("Toy") / "train_gpt.py"
-    script.write_text("print('mine')\n")
-    done = box.main("rerun", box.record("Toy").name, "--yes")
-    assert done.code == 1 and " script: " in done.out
-
-
-def test_trial_goes_on_where_it_stopped(box, monkeypatch):
-    said = (box.root / "trial.txt").read_text()
-    assert "run 1 of 4: train_gpt.py --head_lr=0.0001, seed 1\n" in said and "run 3 of 4: train_gpt.py, seed 2" in said
-    base, cold = box.arms()
-    assert sorted([*base, *cold]) == [cold[0], base[0], base[1], cold[1], base[2]]  # B A A B, and the run by run.sh
-    gap, low, high, _ = slow_welch(losses(box, base[:2]), losses(box, cold))
-    assert f"--head_lr=0.0001 hurt: its loss is {gap:+.4f} (95 % interval {low:+.4f} to {high:+.4f}" in said
-    lost, called = shutil.move(cold[1], box.root / "lost"), []
-
-    def launch(script, knobs, seed, title):
-        called.extend([title, seed, *knobs])
-        return box.runs.read_run(shutil.move(lost, cold[1]))
-
-    monkeypatch.setattr(box.trials, "launch", launch)
-    done = box.main("trial", "train_gpt.py", "train_gpt.py", "--runs=2", forge.COLD, *KNOBS)
-    assert done.code == 0 and done.out.count("already in logs/") == 3 and called[0].startswith("run 4 of 4: ")
-    assert called[1] == 2 and sorted(called[2:]) == sorted([*KNOBS, "--head_lr=0.0001", "--save=False"])
-    assert done.out.splitlines()[-1] == said.splitlines()[-1]
-
-
-@pytest.mark.parametrize("line, knobs, given", [
-    ("    save: bool = True\n", [], ["--save=False"]), ("    save: bool = knob(True)\n", [], ["--save=False"]),
-    ("    save: bool = True\n", ["--save=True"], ["--save=True"]), ("    keep: bool = True\n", [], []), ("", [], [])])
-def test_trial_keeps_no_weights_where_the_script_can_be_told(box, monkeypatch, line, knobs, given):
-    """So that no run of a trial is sampled. A script without the knob `save` would refuse it."""
-    called = []
-
-    def launch(script, knobs, *_):
-        called.extend(knobs)
-        raise box.sets.Undecided("enough")
-
-    monkeypatch.setattr(box.trials, "launch", launch)
-    (box.root / "mine.py").write_text(f"class Hyperparameters:\n    steps: int = 20\n{line}")
-    assert box.main("trial", "train_gpt.py", "mine.py", *knobs).code == 3
-    assert [knob for knob in called if knob.startswith("--save")] == given
-    assert not list(box.logs.rglob("weights.pt"))
-
-
-def test_trial_of_a_script_with_itself_is_the_noise_floor(box, monkeypatch):
-    base, _ = box.arms()
-    forge.clone(box, base[2], box.logs, 5, 4, by=0.02)
-    monkeypatch.setattr(box.trials, "launch", None)
-    done = box.main("trial", "train_gpt.py", "train_gpt.py", "--runs=2", *KNOBS)
-    assert sorted(line.split(", ")[1][:6] for line in done.out.splitlines() if "already" in line) == [
-        f"seed {seed}" for seed in (1, 2, 3, 4)]
-    a, b = losses(box, base[:2]), losses(box, box.arms()[0][2:])
-    pooled = math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
-    assert done.code == 0 and "Noise floor: with 2 runs of each" in done.out
-    for number in (f"sd {pooled:.4f}", f"{2 * pooled:.4f}", f"{statistics.fmean(b) - statistics.fmean(a):+.4f}"):
-        assert number in done.out.splitlines()[-1]
-    done = box.main("trial", "train_gpt.py", "train_gpt.py", "--runs=1", *KNOBS)
-    assert done.code == 3 and "One run of each says nothing" in done.out
-
-
-def test_trial_does_not_count_runs_of_another_preset(box, monkeypatch):
-    base, _ = box.arms()
-    odd = forge.clone(box, base[1], box.logs, -100, 2, by=1, epochs=3)
-    rows = box.events(odd)
-    rows[0]["argv"] = ["--preset=tiny" if a.startswith("--preset") else a for a in box.events(base[1])[0]["argv"]]
-    box.rewrite(odd, rows)
-    kept, called = shutil.move(base[1], box.root / "kept"), []
-
-    def launch(script, knobs, seed, title):
-        called.append(seed)
-        return box.runs.read_run(shutil.move(kept, base[1]))
-
-    monkeypatch.setattr(box.trials, "launch", launch)
-    done = box.main("trial", "train_gpt.py", "train_gpt.py", "--runs=2", forge.COLD, *KNOBS)
-    assert called == [2] and odd.name not in done.out and done.code == 0

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import ROOT, environment, load_script, numbers, table, tg  # noqa: E402
 
 sys.path.append(str(ROOT / "records"))
-from sets import Undecided, prediction, welch  # noqa: E402
+from decide import Undecided, prediction, welch  # noqa: E402
 
 STATE = Path(".cache", "arms")
 

@@ -1,0 +1,200 @@
+"""Does B differ from A? Tests, intervals, the runs still needed, and what looking again costs.
+
+Where two sets share PAIRS seeds or more, the differences between runs of one seed decide, by Student's t: they began
+with the same random numbers and read the same tokens in the same order, so most of a seed's luck cancels. Else Welch's
+t decides. Which of the two it is follows from the seeds alone, before any loss is known.
+"""
+
+import hashlib
+import json
+import math
+import statistics
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+LEVEL = 0.95  # of every interval; a difference counts where its interval excludes 0
+PAIRS = 3  # the interval of two differences is 12.7 standard errors wide to each side
+MARGIN = 0.01  # nats, unless given: losses whose difference lies inside it with its interval count as equal
+CHANCES = ((0.5, "an even chance"), (0.8, "80 %"))
+MOST_RUNS = 10_000  # more are not worth saying
+
+class Undecided(Exception):
+    """Exit code 3: more runs, or a library, are needed."""
+
+class Estimate(NamedTuple):
+    """A difference B - A, its interval, and the two-sided p of no difference."""
+    gap: float
+    low: float
+    high: float
+    p: float
+
+    apart = property(lambda self: not self.low <= 0 <= self.high)
+
+    def inside(self, margin: float) -> bool:
+        return -margin < self.low and self.high < margin
+
+def distributions():
+    try:
+        from scipy import stats
+
+        warnings.filterwarnings("ignore", "Precision loss")  # of runs that hardly scatter
+    except ImportError:
+        raise Undecided("unchecked: scipy missing (./run.sh test installs it)") from None
+    return stats
+
+def p_below(losses: list[float], target: float) -> float | None:
+    """One-sided t-test: how likely a mean this far below `target` is if the true mean lies at it."""
+    if len(set(losses)) < 2:
+        return None
+    return float(distributions().ttest_1samp(losses, target, alternative="less").pvalue)
+
+def prediction(losses: list[float]) -> tuple[float, float]:
+    """(mean, half width) of the interval that holds the loss of one new run with 95 %."""
+    if len(losses) < 2:
+        raise Undecided("an interval needs 2 runs at least, and there is 1")
+    t = float(distributions().t.ppf((1 + LEVEL) / 2, len(losses) - 1))
+    return statistics.fmean(losses), t * statistics.stdev(losses) * math.sqrt(1 + 1 / len(losses))
+
+def estimate(gap: float, test) -> Estimate:
+    interval = test.confidence_interval(LEVEL)
+    return Estimate(gap, float(interval.low), float(interval.high), float(test.pvalue))
+
+def welch(a: list[float], b: list[float]) -> Estimate | None:
+    """Of the means, by Welch's t-test. None below two values each, and where neither set scatters."""
+    if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
+        return None
+    return estimate(statistics.fmean(b) - statistics.fmean(a), distributions().ttest_ind(b, a, equal_var=False))
+
+def paired(a: list[float], b: list[float]) -> Estimate | None:
+    """Of the mean of b[i] - a[i], by Student's t-test. None below two pairs."""
+    gaps = [y - x for x, y in zip(a, b, strict=True)]
+    if len(gaps) < 2:
+        return None
+    if len(set(gaps)) == 1:  # as of equal sets: there is nothing to divide by
+        return Estimate(gaps[0], gaps[0], gaps[0], float(gaps[0] == 0))
+    return estimate(statistics.fmean(gaps), distributions().ttest_rel(b, a))
+
+def rule(pairs: int) -> str:
+    """What decides between two sets with so many seeds in common."""
+    if pairs >= PAIRS:
+        return f"the differences between runs of one seed decide ({pairs} pairs, Student's t)"
+    return f"Welch's t decides, as there are {pairs} seeds in common: pairs decide from {PAIRS} on"
+
+class Duel:
+    """Two sets of runs, and how they are compared. `pairs`: runs of one seed, in the order of the seeds."""
+
+    def __init__(self, a: list, b: list):
+        self.a, self.b = a, b
+        mine, other = ({run.seed: run for run in runs if run.seed is not None} for runs in (a, b))
+        self.pairs = [(mine[seed], other[seed]) for seed in sorted(mine.keys() & other.keys())]
+        self.by_pairs = len(self.pairs) >= PAIRS
+
+    n = property(lambda self: len(self.pairs) if self.by_pairs else min(len(self.a), len(self.b)))
+    size = property(lambda self: f"{self.n} pairs of one seed" if self.by_pairs
+                    else f"n = {len(self.a)} and {len(self.b)}")
+
+    @property
+    def identical(self) -> bool:
+        """Did each seed of either set give the other the same loss, to the last digit?"""
+        everyone = len(self.pairs) == len(self.a) == len(self.b) > 0
+        return everyone and all(x.val_loss == y.val_loss for x, y in self.pairs)
+
+    def values(self, value) -> tuple[list, list]:
+        """value(run) of A and of B: of the pairs where these decide."""
+        runs = zip(*self.pairs) if self.by_pairs else (self.a, self.b)
+        a, b = ([value(run) for run in each] for each in runs)
+        return a, b
+
+    def decide(self, value) -> Estimate | None:
+        """The difference of value(run), by the test that decides."""
+        return (paired if self.by_pairs else welch)(*self.values(value))
+
+    def power(self, n: int) -> float:
+        """How likely n runs of each show a difference, if the one seen and its scatter are the true ones."""
+        stats, (a, b) = distributions(), self.values(lambda run: run.val_loss)
+        gap = abs(statistics.fmean(b) - statistics.fmean(a))
+        if self.by_pairs:
+            parts = [statistics.variance([y - x for x, y in zip(a, b)]) / n]
+        else:
+            parts = [statistics.variance(values) / n for values in (a, b)]
+        df = (n - 1) * sum(parts) ** 2 / sum(part**2 for part in parts)
+        return float(stats.nct.sf(stats.t.ppf((1 + LEVEL) / 2, df), df, gap / math.sqrt(sum(parts))))
+
+    def needed(self, chance: float) -> int | None:
+        """The least n, above that of today, whose power is `chance`. None above MOST_RUNS."""
+        low, high = self.n, self.n + 1
+        while high <= MOST_RUNS and self.power(high) < chance:
+            low, high = high, 2 * high
+        while high <= MOST_RUNS and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.power(middle) >= chance else (middle, high)
+        return high if high <= MOST_RUNS else None
+
+    def runs_still_needed(self) -> str:
+        """A sentence with the counts of runs at which this difference, if it is the true one, would likely be told."""
+        counts = [(name, self.needed(chance)) for chance, name in CHANCES]
+        a, b = self.values(lambda run: run.val_loss)
+        shown = " and ".join(f"{f'n = {n}' if n else f'over {MOST_RUNS} runs'} for {name}" for name, n in counts)
+        gap = f"{statistics.fmean(b) - statistics.fmean(a):+.4f}"
+        return f"if {gap} is the true difference, telling it takes {shown}"
+
+# ---- Looking again
+
+def false_alarms(counts: list[int], by_pairs: bool, draws: int = 20_000) -> float:
+    """How often one look at least, of those after so many runs of each, sees a difference where there is none: by so
+    many draws of normal noise, the same in every call."""
+    import numpy as np
+
+    stats, rng = distributions(), np.random.default_rng(0)
+    a, b = rng.standard_normal((2, draws, max(counts)))
+    ever = np.zeros(draws, bool)
+    for n in counts:
+        test = stats.ttest_1samp(a[:, :n], 0, axis=1) if by_pairs else stats.ttest_ind(
+            a[:, :n], b[:, :n], axis=1, equal_var=False)
+        ever |= test.pvalue < 1 - LEVEL
+    return float(ever.mean())
+
+def key(run) -> str:
+    """What a set of runs is, seeds aside: script, knobs, data and machine."""
+    return hashlib.sha256(json.dumps([run.recipe, run.start["data"], run.gpu, run.gpu_count]).encode()).hexdigest()[:16]
+
+class Looks(NamedTuple):
+    """At two sets so far, this one included. `ideas`: sets that A has been compared with."""
+    counts: list[int]
+    ideas: int
+
+    def sentences(self, by_pairs: bool) -> list[str]:
+        counts = sorted({n for n in self.counts if n > 1})
+        said = []
+        if len(counts) > 1:
+            rate = false_alarms(counts, by_pairs)
+            shown = ", ".join(map(str, counts))
+            said.append(f"look {len(counts)} at these two, after n = {shown}: where nothing differs, one of these "
+                        f"looks says otherwise in {100 * rate:.0f} % of cases, not 5 %")
+        if self.ideas > 1:
+            said.append(f"{self.ideas} ideas have met this baseline: if none mattered, one at least would seem to in "
+                        f"{100 * (1 - LEVEL**self.ideas):.0f} % of cases; try a winner again, with other seeds")
+        return said
+
+def look(file: Path, duel: Duel) -> Looks:
+    """Note a look at two sets in `file`, logs/looks.jsonl, and say how many there were. One that sees the same runs
+    again is none. Runs that do not lie beside the file, as those of a record, leave no note."""
+    ours = all(run.start and run.folder.resolve().parent == file.parent.resolve() for run in duel.a + duel.b)
+    if not ours:
+        return Looks([duel.n], 1)
+    row = dict(a=key(duel.a[0]), b=key(duel.b[0]), n=duel.n, runs=sorted(run.name for run in duel.a + duel.b))
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found = json.loads(line)
+            rows.append({name: found[name] for name in row})
+        except (ValueError, TypeError, KeyError):  # half a line, of a full disk
+            continue
+    if row not in rows:
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+        rows.append(row)
+    both = {row["a"], row["b"]}
+    met = [{other["a"], other["b"]} for other in rows if row["a"] in (other["a"], other["b"])]
+    return Looks([other["n"] for other in rows if {other["a"], other["b"]} == both], len(set(map(frozenset, met))))

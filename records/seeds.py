@@ -1,0 +1,58 @@
+"""Trains one script with one seed after the other, in one process on one compiled graph. `trial` starts it.
+
+    TRIAL_SCRIPT=my.py ./run.sh records/seeds.py --knob=value ...
+
+run.sh takes this for the script, chooses preset and data, and hands standard input on. A line there is a command, and
+the answer a line of JSON behind MARK: `context`, what a run would say of machine, data and knobs; `train SEED`, the
+name of a complete run's folder in logs/. A run that does not end well ends this process, as it would its own.
+"""
+
+import gc
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+MARK = "\x1etrial "  # no line of a training begins with the record separator
+
+def load(path: Path):
+    """The script as the module it would be for an import."""
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def context(script, argv: list[str]) -> dict:
+    """What decides whether an earlier run counts beside those of now."""
+    hp = script.parse_overrides(argv)
+    script.check(hp, 1)
+    corpus, (_, world_size, device) = script.load_corpus(hp, thorough=True), script.init_distributed()
+    data, machine = corpus.facts(hp.val_tokens), script.machine(device, world_size)
+    return dict(machine, data=data, world_size=world_size, knobs=script.public_knobs(hp))
+
+def train(script, argv: list[str], source: bytes, seed: str) -> dict:
+    """One run. Its process would end here: what it left is cleared away, the compiled code kept."""
+    run_id = script.train_once([*argv, f"--seed={seed}"], source).log.run_id
+    gc.unfreeze()  # the warm-up froze what was there
+    gc.collect()
+    if script.torch.cuda.is_available():
+        script.torch.cuda.empty_cache()
+    return dict(run_id=run_id)
+
+def main(argv: list[str]) -> None:
+    path = Path(os.environ["TRIAL_SCRIPT"])
+    source, script = path.read_bytes(), load(path)
+    if "--help" in argv:
+        return script.main(argv)  # run.sh asks for the presets
+    script.torch._dynamo.config.recompile_limit = 64  # of one function for all seeds, and not for one
+    for word, *seed in map(str.split, sys.stdin):
+        try:
+            answer = train(script, argv, source, *seed) if word == "train" else context(script, argv)
+        except script.RunEnd as end:  # train_once says and exits with these itself
+            print(f"train_gpt: {end}", file=sys.stderr)
+            sys.exit(end.code)
+        print(MARK + json.dumps(answer), flush=True)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
