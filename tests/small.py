@@ -10,12 +10,20 @@ import train_gpt as tg
 
 torch.set_num_threads(1)  # a second thread gains nothing here, and on shared cores makes a step many times slower
 ROWS = 384  # vocabulary rows of a byte model
+SMALL = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, layer_pattern="LS-S", value_pattern="0..0",
+             sequences_per_step=2, steps=20)
+# On these depends what tests find, and a script under test may have other defaults, or lack a knob.
+RECIPE = dict(batch_stages="", lr_stages="", cooldown=0.4, lr_floor=0.1, momentum_warmup=0.0, muon_momentum=0.95,
+              muon_momentum_start=0.85, window_min=1, window_max=1728, mlp_ratio=4, attn_scale=0.12, rope_base=1024.0,
+              logit_cap=30.0, logit_temp=7.5, adam_betas=(0.8, 0.95), adam_eps=1e-10, head_lr=0.008, embed_lr=0.6,
+              scalar_lr=0.04, skip_lr=0.01, muon_lr=0.05, newton_schulz_steps=5, x_scale=2.0, w_scale=2.0**9,
+              grad_scale=2.0**19, grad_comm="bf16")
 
 
 def small_hp(**knobs) -> tg.Hyperparameters:
-    knobs = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, layer_pattern="LS-S",
-                 value_pattern="0..0", sequences_per_step=2, steps=20) | knobs
-    return dataclasses.replace(tg.Hyperparameters(), **knobs)
+    names = {field.name for field in dataclasses.fields(tg.Hyperparameters)}
+    recipe = {name: value for name, value in RECIPE.items() if name in names}
+    return dataclasses.replace(tg.Hyperparameters(), **recipe | SMALL | knobs)
 
 
 def small_model(hp: tg.Hyperparameters, seed: int = 0, awake: bool = False) -> tg.GPT:

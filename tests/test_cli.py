@@ -51,7 +51,7 @@ def test_types():
     ("--logit_cap=1e999", ["--logit_cap takes"]),
     ("--adam_betas=(0.9,)", ["--adam_betas takes", "tuple"]),
     ("--adam_betas=0.9", ["--adam_betas takes"]),
-    ("--adam_betas=0.9,x", ["--adam_betas takes", "tuple", "(0.8,0.95)"]),
+    ("--adam_betas=0.9,x", ["--adam_betas takes", "tuple", "({},{})".format(*t.Hyperparameters().adam_betas)]),
     ("--adam_betas=0.9,1.0", ["--adam_betas", "below 1"]),
     ("--seed=99999999999999999999", ["--seed takes"]),
     ("--window_max=1000000000000", ["--window_max takes"]),

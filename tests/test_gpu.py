@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import attention, random_documents, relative_error, visible
-from small import trainer
+from small import small_hp, trainer
 
 import train_gpt as tg
 
@@ -17,7 +17,7 @@ BLOCK = tg.BLOCK
 def small(**knobs) -> tg.Hyperparameters:
     knobs = dict(train_seq_len=16 * BLOCK, val_seq_len=32 * BLOCK, layer_pattern="LS-SLS", value_pattern="01..01",
                  model_dim=256, num_heads=2, sequences_per_step=2, steps=40) | knobs
-    return dataclasses.replace(tg.Hyperparameters(), **knobs)
+    return small_hp(**knobs)
 
 
 def test_flex_attention_forward_and_gradients_equal_the_reference():

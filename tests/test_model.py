@@ -24,8 +24,8 @@ def test_the_window_grows_from_one_block_to_fourteen():
     assert set(windows) == set(range(1, 15))
     tokens = [128 + (1792 - 128) * step / 1770 for step in range(1771)]
     assert all(128 * (w - 1) < t <= 128 * w + 1e-6 for w, t in zip(windows, tokens))
-    hp, record_21 = tg.Hyperparameters(), [max(1, math.ceil(1728 * step / 1770 / 128)) for step in range(1772)]
-    windows = [tg.window_scheduler(step, 1770, hp.window_min, hp.window_max) for step in range(1771)]
+    record_21 = [max(1, math.ceil(1728 * step / 1770 / 128)) for step in range(1772)]
+    windows = [tg.window_scheduler(step, 1770, 1, 1728) for step in range(1771)]
     assert all(ours in theirs for ours, theirs in zip(windows, zip(record_21, record_21[1:]))), "at most a step earlier"
     assert {tg.window_scheduler(step, 10, 512, 512) for step in range(11)} == {4}, "equal ends: no schedule"
     assert [tg.window_scheduler(step, 2, 100, 300) for step in range(3)] == [1, 2, 3]
@@ -41,7 +41,7 @@ def test_spans_are_fractions_up_to_one_and_counts_above():
 
 
 def test_learning_rate_and_momentum_at_their_end_points():
-    hp = tg.Hyperparameters()
+    hp = small_hp(steps=1770)
     rates = {step: tg.lr_at(step, hp) for step in (0, 1062, 1063, 1416, 1769, 1770)}
     assert rates[0] == rates[1062] == 1 > rates[1063] and rates[1416] == pytest.approx(0.55)
     assert rates[1770] == pytest.approx(0.1) and 0.1 < rates[1769] < 0.102
@@ -54,7 +54,7 @@ def test_learning_rate_and_momentum_at_their_end_points():
 
 
 def test_a_short_run_is_a_scaled_run():
-    long = tg.Hyperparameters(momentum_warmup=300 / 1770)
+    long = small_hp(steps=1770, momentum_warmup=300 / 1770)
     short = dataclasses.replace(long, steps=177)
     for step in range(178):
         assert tg.lr_at(step, short) == pytest.approx(tg.lr_at(10 * step, long))

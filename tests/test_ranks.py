@@ -107,8 +107,10 @@ def gradients(ranks, step=0):
 
 
 def movement(seen, key):
+    """How far each matrix went, and all that is less in one vector: a scalar alone may owe its way to roundings."""
     start = small_model(small_hp(**KNOBS), awake=True)
-    return [p - q.detach() for p, q in zip(seen[key][0]["params"], start.parameters())]
+    moves = [p - q.detach() for p, q in zip(seen[key][0]["params"], start.parameters())]
+    return [m for m in moves if m.ndim >= 2] + [torch.cat([m.flatten() for m in moves if m.ndim < 2])]
 
 
 @pytest.mark.parametrize("comm,world", [("bf16", 2), ("bf16", 4), ("fp8", 2), ("fp8", 4), ("eight", 8)])
@@ -129,8 +131,8 @@ def test_bf16_trains_alike_on_any_count_of_ranks(seen, world):
     total = sum(rank["losses"] for rank in ranks)
     assert torch.allclose(total, alone[0]["losses"], atol=2e-3) and total[-1] < total[0] - 0.1
     for a, b in zip(movement(seen, ("bf16", world)), movement(seen, ("bf16", 1))):
-        # Adam's first steps are signs, which a rounding may flip, and a scalar of few values shows one most; Muon lifts
-        # the smallest directions, which roundings decide. The gradients above are compared more strictly.
+        # Adam's first steps are signs, which a rounding may flip; Muon lifts the smallest directions, which roundings
+        # decide. The gradients above are compared more strictly.
         assert b.any() and relative_error(a, b) < 0.15
 
 
@@ -155,8 +157,10 @@ def test_fp8_on_one_rank_is_fp8_on_four(seen):
     assert torch.allclose(sum(rank["losses"] for rank in seen["fp8", 4]), seen["fp8", 1][0]["losses"], atol=1e-5)
     for a, b in zip(movement(seen, ("fp8", 4)), movement(seen, ("fp8", 1))):
         assert relative_error(a, b) < 1e-3
-    rounded = [relative_error(a, b) for a, b in zip(gradients(seen["fp8", 4]), gradients(seen["bf16", 4]))]
-    assert min(rounded) > 0.01 and max(rounded) < 0.07, "and it is FP8"
+    pairs = [*zip(gradients(seen["fp8", 4]), gradients(seen["bf16", 4]))]
+    assert all(relative_error(a, b) < 0.07 for a, b in pairs)
+    many = [pair for pair in pairs if pair[1].count_nonzero() > 1000]  # the few scalars may be lucky
+    assert len(many) > 3 and all(relative_error(a, b) > 0.01 for a, b in many), "and it is FP8"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
