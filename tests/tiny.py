@@ -1,5 +1,6 @@
 """A tiny corpus, a tiny model and a subprocess to run them in, for the tests of the harness."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+SCRIPT = Path(importlib.util.find_spec("train_gpt").origin)  # what tests import: it may be a copy
 KNOBS = ("--train_seq_len=256 --val_seq_len=512 --sequences_per_step=4 --val_tokens=1200 --steps=8 --val_every=0 "
          "--model_dim=64 --num_heads=2 --layer_pattern=LS-L --value_pattern=0..0 --window_max=512").split()
 
