@@ -1,8 +1,13 @@
 #!/bin/sh
 # Train on whatever this machine is. Plain POSIX sh.
 #   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, train, sample; --help lists the knobs
+#   ./run.sh trial a.py b.py [--runs 3] ...   does b.py help? Another command of records/records.py instead of trial:
+#                                             compare, plot, rerun, verify, list, add, import; --help explains each
+#   ./run.sh sample [--prompt=...] ...        text in the words of trained weights, by data/sample.py
 #   ./run.sh test [pytest arguments]          run the tests
+#   SCRIPT=my.py ./run.sh test ...            run those of the script on my.py, a copy of train_gpt.py
 #   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
+# Each installs first what it needs and lacks. Paths start at this folder, wherever you stand.
 # A given --preset, --data_dir or NPROC=count wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
 
 say() { echo "run.sh: $*"; }
@@ -75,6 +80,27 @@ setup() {  # setup train|test: .venv with what training needs, or the tests too;
     for done in train "$1"; do echo "$wanted" > ".venv/installed-$done"; done
 }
 
+check_copy() {  # what SCRIPT names, before anything is installed; tests/conftest.py puts it in place of train_gpt.py
+    [ -f "$SCRIPT" ] || die "there is no script SCRIPT=$SCRIPT (paths start at $PWD)."
+    for mark in '^class Hyperparameters' '^class GPT(' '^class Muon(' '^def main('; do
+        grep -q "$mark" 2>/dev/null < "$SCRIPT" || die "SCRIPT=$SCRIPT is no copy of train_gpt.py."
+    done
+    say "testing $SCRIPT, by the tests of the script alone"
+}
+
+nearest() {  # word; candidates from standard input -> the one that takes the fewest edits, of a script without its .py
+    word=$1 awk '
+        { name = $0; sub(/[.]py$/, "", name); word = substr(ENVIRON["word"], 1, 40); m = length(word); n = length(name)
+          for (j = 0; j <= n; j++) d[0, j] = j
+          for (i = 1; i <= m; i++) { d[i, 0] = i; for (k = 1; k <= n; k++) {
+              edits = d[i - 1, k - 1] + (substr(word, i, 1) != substr(name, k, 1))
+              if (d[i - 1, k] + 1 < edits) edits = d[i - 1, k] + 1
+              if (d[i, k - 1] + 1 < edits) edits = d[i, k - 1] + 1
+              d[i, k] = edits } }
+          if (!best || d[m, n] < least) { best = $0; least = d[m, n] } }
+        END { print best }'
+}
+
 embedded_text() {  # sets data: the prose that comes with numpy, made into shards once
     data=data/embedded
     [ -f $data/manifest.json ] || "$python" data/tokenize_text.py --encoding bytes --out $data || exit
@@ -95,18 +121,30 @@ case $PWD in *[!A-Za-z0-9_./@%+=:,~-]*) ;; *)
 esac
 export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="${TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD-1}"
 
-mode=train script=train_gpt.py preset='' data=''
-case $1 in test) mode=test; shift ;; *.py) script=$1; shift ;; esac
-[ $mode = test ] || [ -f "$script" ] || die "there is no script $script."
+mode=train needs=train script=train_gpt.py preset='' data=''
+case ${1---} in  # nothing at all counts as a knob
+    --*|-h) ;;
+    *.py) script=$1; shift ;;
+    test) mode=test needs=test; shift ;;
+    sample) mode=tool; shift; set -- data/sample.py "$@" ;;
+    list) mode=tool; set -- records/records.py "$@" ;;  # the others need scipy or matplotlib
+    trial|compare|plot|rerun|verify|add|import) mode=tool needs=test; set -- records/records.py "$@" ;;
+    *=*) die "'$1' is no command, script.py or --knob=value: a knob is written --${1#-}." ;;
+    *) close=$(printf '%s\n' test trial compare plot rerun verify list add import sample --help *.py | nearest "$1")
+        die "'$1' is no command, script.py or --knob=value: the nearest is $close, and the top of run.sh names all." ;;
+esac
+[ $mode != train ] || [ -f "$script" ] || die "there is no script $script."
+[ $mode != test ] || [ -z "$SCRIPT" ] || check_copy
 python=$PYTHON
-if [ -z "$python" ]; then setup $mode; else
+if [ -z "$python" ] && [ $mode = tool ]; then setup $needs >&2  # its standard output may go into a file or a pipe
+elif [ -z "$python" ]; then setup $needs; else
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "PYTHON=$PYTHON is not a Python of version 3.10 or newer."
     [ -n "$(torch_of "$python")" ] || die "PYTHON=$PYTHON has no torch, and nothing is installed when PYTHON is set."
 fi
-[ $mode = train ] || exec "$python" -m pytest -q "$@"
+case $mode in tool) exec "$python" "$@" ;; test) exec "$python" -m pytest -q "$@" ;; esac
 for argument in "$@"; do case $argument in
-    --help) exec "$python" "$script" "$@" ;;
+    --help|-h) exec "$python" "$script" "$@" ;;
     --preset=*) preset=${argument#*=} ;;
     --data_dir=*) data=${argument#*=} ;;
 esac; done

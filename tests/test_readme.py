@@ -24,7 +24,7 @@ SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 KNOBS = {f.name for f in dataclasses.fields(t.Hyperparameters)}
 LAUNCHER = {"standalone", "nnodes", "node_rank", "nproc_per_node", "master_addr", "master_port"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-INLINE = re.compile(r"`((?:[A-Z]+=\w+ )?(?:\./run\.sh|(?:(?:\.venv/bin/)?python|cp|trial) )[^`]*)`")
+INLINE = re.compile(r"`((?:[A-Z]+=[\w.]+ )?(?:\./run\.sh|(?:(?:\.venv/bin/)?python|cp|trial) )[^`]*)`")
 SNIPPETS = [body for language, body in FENCE.findall(README) if language == "python"]
 
 
@@ -258,7 +258,8 @@ def check_script(path, words, command):
 def check_command(command):
     """Raises where a command names a program, file, option, knob or value that does not exist."""
     program, *words = shlex.split(re.sub("<[^>]*>", "", command))
-    if re.match("(PYTHON|NPROC)=", program):
+    if re.match("(PYTHON|NPROC|SCRIPT)=", program):
+        assert not program.startswith("SCRIPT=") or words[:2] == ["./run.sh", "test"], command
         program, *words = words
     if program == "cp":
         return None
@@ -267,6 +268,10 @@ def check_command(command):
     if program == "./run.sh":
         if words[:1] == ["test"]:
             return check_pytest(words[1:])
+        if words[:1] == ["sample"]:
+            return tool("data/sample.py").parse(words[1:])
+        if words and not words[0].startswith("--") and words[0] != "my.py":
+            return check_records(words, command)
         return check_knobs(words[words[:1] == ["my.py"]:])
     assert re.fullmatch(r"(\.venv/bin/)?python3?", program), command
     return check_module(words[1:], command) if words[0] == "-m" else check_script(words[0], words[1:], command)
@@ -287,9 +292,12 @@ def test_commands_are_found_in_every_page():
     "python train_gpt.py --train_seq_len=1000", "python records/records.py trial a.py b.py --b.muonlr=1",
     "python records/records.py verify 2026-11-24_Nowhere", "trial a.py b.py --step=3", "./run.sh test tests/test_no.py",
     "python data/fineweb.py --shard=3", "python -m torch.run train_gpt.py", "python tests/bench/none.py",
-    "python tests/bench/recipe.py --stepps=3", "GPUS=1 ./run.sh"])
+    "python tests/bench/recipe.py --stepps=3", "GPUS=1 ./run.sh", "./run.sh tria a.py b.py",
+    "./run.sh sample --token=3", "./run.sh trial a.py b.py --b.muonlr=1", "./run.sh verify 2026-11-24_Nowhere",
+    "./run.sh list --all", "SCRIPT=my.py ./run.sh"])
 def test_a_wrong_command_is_found(command):
-    with pytest.raises((AssertionError, SystemExit, t.Refused, tool("data/fineweb.py").Problem)) as found:
+    problems = tool("data/fineweb.py").Problem, tool("data/sample.py").Problem
+    with pytest.raises((AssertionError, SystemExit, t.Refused, *problems)) as found:
         check_command(command)
     assert not isinstance(found.value, SystemExit) or found.value.code == 2
 

@@ -46,7 +46,9 @@ case "$1 $2" in
     *'/data/sample.py '*) echo "sample: some words"; exit "${SAMPLE:-0}" ;;
     *'.py --help') printf '  --preset=%-8s\\n' ${PRESETS-80gb 40gb 24gb tiny cpu}; exit "${HELP:-0}" ;;
     'data/tokenize_text.py '*) mkdir -p data/embedded; echo '{}' > data/embedded/manifest.json ;;
-    '-m pytest') exit 7 ;;
+    '-m pytest') echo "tested: ${SCRIPT:-all}"; exit 7 ;;
+    'records/records.py '*|'data/sample.py '*)
+        read -r line; echo "heard $line"; echo complaint >&2; exit "${TOOL:-0}" ;;
     *train_gpt.py*|*my.py*|'-m torch'*)
         env > "$KEPT/environment"
         [ -z "$WEIGHTS" ] || { mkdir -p "logs/$WEIGHTS"; echo weights > "logs/$WEIGHTS/weights.pt"; }
@@ -110,12 +112,12 @@ class Machine:
         (self.root / "data/fineweb10B/manifest.json").touch()
         return self
 
-    def run(self, *arguments, code=0, **environment):
+    def run(self, *arguments, code=0, stdin="", **environment):
         """Runs run.sh from another folder; returns the calls to the interpreter since the last run."""
         (self.kept / "calls").write_text("")
         command = [self.shell, str(self.root / "run.sh"), *arguments]
         done = subprocess.run(command, cwd=self.kept, env={**self.environment, **environment}, text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=60)  # fmt: skip
+                              input=stdin, capture_output=True, timeout=60)  # fmt: skip
         self.out, self.err = done.stdout, done.stderr
         assert done.returncode == code, (done.returncode, self.out, self.err)
         return (self.kept / "calls").read_text().replace(f"{self.root}/", "").splitlines()
@@ -473,6 +475,85 @@ def test_the_script_is_asked_for_its_presets(machine):
 def test_a_script_that_cannot_start_says_so_itself(machine):
     calls = machine.as_is("--preset=cpu", PRESETS="", HELP="1", CODE="1", code=1)
     assert calls == ["train_gpt.py --help", "train_gpt.py --preset=cpu"]
+
+
+# --- the commands of other programs
+
+COMMANDS = {name: f"records/records.py {name}" for name in "trial compare plot rerun verify list add import".split()}
+COMMANDS["sample"] = "data/sample.py"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_handed_to_its_program_as_it_stands(machine, name):
+    calls = machine.as_is(name, "my.py", "two words", "--knob=value", stdin="an answer\n")
+    assert calls == [f"{COMMANDS[name]} my.py two words --knob=value"]
+    assert (machine.out, machine.err) == ("heard an answer\n", "complaint\n")
+    for code in (1, 2, 3, 5, 143):
+        machine.as_is(name, TOOL=str(code), code=code)
+
+
+def test_the_commands_are_those_of_the_program(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "records"))
+    import records
+
+    own = next(action.choices for action in records.parser()._actions if action.choices)
+    assert set(own) == set(COMMANDS) - {"sample"}
+    usage = RUN_SH.partition("\n\n")[0]
+    assert all(re.search(rf"\b{name}\b", usage) for name in COMMANDS), "the comment at the top names each"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_installs_what_it_needs_and_says_so_aside(machine, name):
+    calls = machine.run(name, "one")
+    assert calls[0] == "-m venv --clear .venv" and calls[1].startswith("-m pip install"), calls
+    assert calls[2:] == [f"{COMMANDS[name]} one"]
+    assert ("scipy" in (machine.kept / "needs.txt").read_text()) == (name not in ("list", "sample"))
+    assert machine.out == "heard \n", "what it prints may be kept in a file"
+    assert machine.run(name) == [COMMANDS[name]]
+    assert machine.run("list") == ["records/records.py list"], "it needs no more than any other"
+
+
+@pytest.mark.parametrize("name", ["trial", "sample"])
+def test_a_command_does_not_start_without_its_needs(machine, name):
+    assert machine.run(name, NO_PIP="1", code=2)[-1].startswith("-m pip install")
+    assert machine.run(name, PYTHON="python3", code=2) == [] and "has no torch" in machine.err
+
+
+@pytest.mark.parametrize("word, nearest", [
+    ("tria", "trial"), ("trail", "trial"), ("tests", "test"), ("verfiy", "verify"), ("ls", "list"), ("run", "rerun"),
+    ("samples", "sample"), ("Compare", "compare"), ("help", "--help"), ("my", "my.py"), ("my_idea", "my_ideas.py"),
+    ("train", "trial"), ("train_gpt", "train_gpt.py"), ("steps=3", "--steps=3"), ("-steps=3", "--steps=3")])
+def test_a_word_that_is_nothing_gets_the_nearest_and_installs_nothing(machine, word, nearest):
+    for name in ("my.py", "my_ideas.py"):
+        (machine.root / name).touch()
+    assert machine.run(word, "my.py", code=2) == [] and not (machine.root / ".venv").exists()
+    assert machine.err.startswith(f"run.sh: '{word}' is no command, script.py or --knob=value: ") and machine.out == ""
+    assert f" {nearest}" in machine.err.partition(": ")[2] and machine.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["", " ", "-x", "a'b", "*", "a" * 5000])
+def test_odd_words_are_refused_too(machine, word):
+    assert machine.run(word, code=2) == [] and machine.err.count("\n") == 1
+
+
+def test_h_is_help(machine):
+    assert machine.as_is("-h") == ["train_gpt.py -h"]
+    assert machine.as_is("--steps=3", "-h") == ["train_gpt.py --steps=3 -h"]
+
+
+# --- the tests of a copy
+
+def test_a_copy_to_test_is_checked_before_the_installation(machine):
+    (machine.root / "my.py").write_text("class Hyperparameters: pass\n")
+    assert machine.run("test", SCRIPT="none.py", code=2) == []
+    assert machine.err.startswith("run.sh: there is no script SCRIPT=none.py") and machine.err.count("\n") == 1
+    assert machine.run("test", SCRIPT="my.py", code=2) == []
+    assert machine.err == "run.sh: SCRIPT=my.py is no copy of train_gpt.py.\n"
+    assert not (machine.root / ".venv").exists()
+    shutil.copy(ROOT / "train_gpt.py", machine.root / "my.py")
+    assert machine.as_is("test", "-x", SCRIPT="my.py", code=7) == ["-m pytest -q -x"]
+    assert "testing my.py" in machine.out and machine.out.endswith("tested: my.py\n")
+    assert machine.as_is(SCRIPT="none.py")[-1].startswith("train_gpt.py"), "it is about the tests alone"
 
 
 # --- signals and the exit code
