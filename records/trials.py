@@ -368,7 +368,7 @@ def trial(args, knobs: list[str]) -> int:
             print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
         reused, todo = len(done), [key for key in plan if key not in done]
         if todo and len(gpus) > 1 and all(arm.kept for arm in arms):
-            print(f"side by side on 2 of {len(gpus)} GPUs; NPROC=1 with one visible GPU would have them take turns")
+            print(f"side by side on 2 of {len(gpus)} GPUs; CUDA_VISIBLE_DEVICES={gpus[0]} would have them take turns")
             for arm, gpu in zip(arms, gpus):
                 arm.end()
                 arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
