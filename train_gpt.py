@@ -122,6 +122,7 @@ class Hyperparameters:
     resume: str = ""  # [path] checkpoint to go on from, or latest; empty = start afresh
     save: bool = True  # [switch] write the final weights to the run folder
     target_loss: float = 0.0  # [nats] say at the end whether it was met; 0 = none
+    log_norms: int = 0  # [steps] between norms of gradients and updates by kind; 0 = none
     peak_tflops: float = 0.0  # [TFLOP/s] dense bf16 peak of one GPU for MFU; 0 = known GPUs only
 
     @property
@@ -824,7 +825,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """What Muon and Adam share. One code path for 1 and N ranks; without a process group the
     collectives drop out. `grad_divisor`, which may change every step, divides the summed gradient;
     `grad_comm` is the format in which that travels. world_size: the process group's, unless
-    given to plan for another. Raises ValueError for parameters after the constructor's."""
+    given to plan for another. Where `squares` is not () but fp32 (2, param_groups), `step` adds the
+    squares of this rank's share of the undivided gradient and of the update to it, by param_group.
+    Raises ValueError for parameters after the constructor's."""
+
+    squares = ()
 
     def __init__(self, params, defaults: dict, grad_divisor=1, grad_comm="bf16", world_size=None):
         super().__init__(params, defaults)
@@ -833,6 +838,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank = dist.get_rank() if together else 0
         self.buckets = self.make_buckets()
         device = self.buckets[0].params[0].device
+        for bucket in self.buckets:
+            counts = torch.tensor(bucket.strides) // SCALE_BLOCK
+            owners = torch.tensor(bucket.groups).repeat_interleave(counts)
+            # the param_group of each block of 4,096 values in this rank's share
+            bucket.group_of_block = owners.view(self.world_size, -1)[self.rank].to(device)
         self.grad_divisor = torch.full((), float(grad_divisor), device=device)
         exchange = FP8Exchange if grad_comm == "fp8" else BF16Exchange
         self.exchange = exchange(self.world_size)
@@ -860,7 +870,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
         updates = []
         for bucket, in_flight in zip(self.buckets, gradients):
-            update = self.share_update(bucket, self.exchange.receive(in_flight))
+            gradient = self.exchange.receive(in_flight)
+            update = self.share_update(bucket, gradient)
+            # what fills a share up is zero in both
+            for total, values in zip(self.squares, (gradient, update)):
+                blocks = values.view(-1, SCALE_BLOCK).float()
+                total.index_add_(0, bucket.group_of_block, blocks.square().sum(1))
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             updates.append(gathered)
@@ -936,13 +951,7 @@ class Adam(ShardedOptimizer):
                 by_key[id(p) if p.ndim >= 2 else alike].append((p, g))
         buckets = []
         for pairs in by_key.values():
-            bucket = Bucket(*map(list, zip(*pairs)), SCALE_BLOCK, self.world_size)
-            counts = torch.tensor(bucket.strides) // SCALE_BLOCK
-            owners = torch.tensor(bucket.groups).repeat_interleave(counts)
-            # the param_group of each block of 4,096 values in this rank's share
-            own = owners.view(self.world_size, -1)[self.rank]
-            bucket.group_of_block = own.to(bucket.params[0].device)
-            buckets.append(bucket)
+            buckets.append(Bucket(*map(list, zip(*pairs)), SCALE_BLOCK, self.world_size))
         return buckets
 
     def share_update(self, bucket, grad):
@@ -973,8 +982,8 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
     adam = Adam(adam_groups, betas=hp.adam_betas, eps=hp.adam_eps, **exchange)
     ns_steps = hp.newton_schulz_steps
     muon = Muon(groups["matrices"], hp.muon_lr, hp.muon_momentum, ns_steps, **exchange)
-    for group in (*adam.param_groups, *muon.param_groups):
-        group["initial_lr"] = group["lr"]
+    for kind, group in zip((*lrs, "matrices"), adam.param_groups + muon.param_groups):
+        group.update(name=kind, initial_lr=group["lr"])
     return [adam, muon]
 
 
@@ -1100,16 +1109,22 @@ class Trainer:
             total += loss.detach() / sequences
             for optimizer in self.optimizers:
                 optimizer.accumulate()
+        every = self.hp.log_norms
+        due = every and not (step + 1) % every
         for optimizer in self.optimizers:
+            optimizer.squares = torch.zeros(
+                2, len(optimizer.param_groups), device=self.device
+            ) if due else ()
             optimizer.step()
         self.model.zero_grad()
         return total
 
     @torch.no_grad()
-    def evaluate(self, stream: TokenStream, val_tokens: int, step: int) -> float:
+    def evaluate(self, stream: TokenStream, val_tokens: int, step: int, *each) -> float:
         """Mean loss in nats over exactly the first val_tokens tokens at the window of `step`, the
         same on any count of ranks: pieces begin at multiples of val_seq_len, are dealt out, and
-        each has its own fp64 sum."""
+        each has its own fp64 sum. each: fp32 zeros (pieces, val_seq_len), if any, that are filled
+        with the loss of each token."""
         self.window.fill_(window_at(step, self.hp))
         self.model.eval()
         length = self.hp.val_seq_len
@@ -1123,9 +1138,12 @@ class Trainer:
             x = self.features(input_ids, self.window)
             for start in range(0, length, rows):
                 part = slice(start, start + rows)
-                sums[piece] += self.losses(x[part], targets[part]).double().sum()
-        if self.world_size > 1:
-            dist.all_reduce(sums)
+                losses = self.losses(x[part], targets[part])
+                sums[piece] += losses.double().sum()
+                for kept in each:
+                    kept[piece, part] = losses
+        for values in (sums, *each) if self.world_size > 1 else ():
+            dist.all_reduce(values)
         self.model.train()
         return float(sums.sum() / val_tokens)
 
@@ -1169,11 +1187,12 @@ STEP_DEADLINE = 120.0  # seconds to wait for a launched step of several ranks
 
 
 class Outcome:
-    """A step's loss and whether a rank wants to stop, summed over ranks, on their way to the host
-    while the next step runs."""
+    """A step's loss, whether a rank wants to stop, and the optimizers' `squares` if any, summed
+    over ranks, on their way to the host while the next step runs."""
 
-    def __init__(self, loss: Tensor, stop: bool, world_size: int):
-        values = torch.stack((loss, torch.full_like(loss, float(stop))))
+    def __init__(self, loss: Tensor, stop: bool, world_size: int, optimizers=()):
+        squares = [value for o in optimizers for pair in zip(*o.squares) for value in pair]
+        values = torch.stack((loss, torch.full_like(loss, float(stop)), *squares))
         self.event, self.world_size = None, world_size
         if world_size > 1:
             dist.all_reduce(values)
@@ -1182,16 +1201,17 @@ class Outcome:
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
-    def wait(self) -> tuple[float, bool]:
-        """(loss, stop). RunEnd 4 where the GPU does not answer in time."""
+    def wait(self) -> tuple[float, bool, list[float]]:
+        """(loss, stop, [squares of a group's gradient, of its update, ...]). RunEnd 4 where the GPU
+        does not answer in time."""
         end = time.monotonic() + STEP_DEADLINE
         while self.event and not self.event.query():
             if self.world_size > 1 and time.monotonic() > end:
                 late = f"a step took longer than {STEP_DEADLINE:.0f} s"
                 raise RunEnd(4, f"{late}: another rank has died or hangs")
             time.sleep(1e-4)
-        loss, stop = self.values.tolist()
-        return loss, stop > 0
+        loss, stop, *squares = self.values.tolist()
+        return loss, stop > 0, squares
 
 
 def train(trainer: Trainer, stream: TokenStream, run):
@@ -1207,7 +1227,7 @@ def train(trainer: Trainer, stream: TokenStream, run):
     for step in range(run.step, hp.steps):
         run.clock.start()
         loss = trainer.train_step(step, next(loader))
-        pending.append(Outcome(loss, bool(run.signals), world_size))
+        pending.append(Outcome(loss, bool(run.signals), world_size, trainer.optimizers))
         stop = False
         if len(pending) > lag:
             stop = run.report(pending.pop(0))
@@ -1244,7 +1264,8 @@ FIXED = [*PLAIN_BATCH, "batch_stages", *SHAPE, "attn_scale", "rope_base", "logit
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
     "cooldown momentum_warmup adam_eps head_lr embed_lr scalar_lr skip_lr muon_lr muon_momentum "
-    "muon_momentum_start newton_schulz_steps val_every checkpoint_every target_loss peak_tflops"
+    "muon_momentum_start newton_schulz_steps val_every checkpoint_every target_loss log_norms "
+    "peak_tflops"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")
 
@@ -1418,6 +1439,22 @@ class Corpus(NamedTuple):
     train_files: list[dict]  # name, tokens, sha256
     val_sha256: str  # of the tokens scored
     passes: int  # over the training stream, begun by the end of the run
+    sources: list[str]  # of the validation documents, if they are told
+    source_of: np.ndarray  # (val_tokens,) index of the source of each position scored, or (0,)
+
+    def facts(self, val_tokens: int) -> dict:
+        """What the start event says of the data; hashes of shards on rank 0 alone."""
+        return dict(
+            encoding=self.encoding, val_sha256=self.val_sha256, val_tokens=val_tokens,
+            train=self.train_files
+        )
+
+    def by_source(self, losses: Tensor) -> dict:
+        """{source: mean loss}, of sources with a token that is scored; sums are fp64. losses:
+        (pieces, val_seq_len)."""
+        weights = losses.flatten()[: len(self.source_of)].cpu()
+        counts, sums = np.bincount(self.source_of), np.bincount(self.source_of, weights)
+        return {name: s / n for name, s, n in zip(self.sources, sums, counts) if n}
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1475,6 +1512,27 @@ def read_manifest(folder: Path):
         raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
 
 
+def read_sources(folder: Path, scored: np.ndarray):
+    """(names, (n,) index of the source of each token scored) by val_docs.json, or empty ones. The
+    source is that of the document of its input; scored: (n + 1,) tokens. Refused 2 where the file
+    cannot be used."""
+    path = folder / "val_docs.json"
+    if not path.exists():
+        return [], scored[:0]
+    docs = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        names, sources = told["sources"], told["doc_source"]
+        lists = type(names) is type(sources) is list and {*map(type, sources)} == {int}
+        named = all(map(re.compile("[a-z_]+").fullmatch, names))
+        if lists and named and 0 <= min(sources) <= max(sources) < len(names):
+            return names, np.array(sources)[docs]
+    raise Refused(
+        2, f'{path} cannot be used: it must hold {{"sources": [names of a to z and _], '
+        f'"doc_source": [an index of sources for each of at least {docs[-1] + 1} documents]}}'
+    )
+
+
 def count_passes(hp, total: int) -> int:
     """Passes over a training stream of `total` tokens. Refused 2 if the knobs allow fewer."""
     longest = max(stage.seq_len for stage in stages(hp))
@@ -1529,7 +1587,8 @@ def load_corpus(hp, thorough: bool) -> Corpus:
         for path, tokens in opened["train"].items()
     ]
     scored = val.read(0, hp.val_tokens + 1).astype("<u2")
-    return Corpus(encoding, train, val, files, hashlib.sha256(scored).hexdigest(), passes)
+    val_sha256, sources = hashlib.sha256(scored).hexdigest(), read_sources(folder, scored)
+    return Corpus(encoding, train, val, files, val_sha256, passes, *sources)
 
 
 # ---- 14. Run folder: log.txt for people, metrics.jsonl as evidence, the script; and the clock
@@ -1542,9 +1601,9 @@ LINES = {
     "attention: {attention}\ndata: {data[encoding]}, {data[val_tokens]} validation tokens "
     "{data[val_sha256]:.12}, {train_tokens} training tokens in {shards} shards",
     "step": "step:{step}/{total} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s} mfu:{mfu:.3f}",
+    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s} mfu:{mfu:.3f}{more}",
     "val": "step:{step}/{total} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms",
+    "step_avg:{step_avg:.2f}ms{more}",
     "clock": "clock: {mark}",
     "warning": "warning: {text}",
     "resume": "resumed from {from_run_id} at step {step}",
@@ -1593,10 +1652,8 @@ class RunLog:
             self.say(line)
         if self.rank or not file:
             return
-        row = dict(event=event)
-        for key, value in facts.items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            row[key] = value if finite else str(value)
+        finite = lambda v: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+        row = dict(event=event, **tree_map(finite, facts))
         with no_space("the run folder"):
             self.append("metrics.jsonl", json.dumps(row))
             if line:
@@ -1897,15 +1954,20 @@ class Run:
     def validate(self):
         """Score the validation tokens at this step's window, with the clock stopped. Refused 3 if
         the loss is not finite."""
-        hp = self.hp
-        self.val_loss = self.trainer.evaluate(self.corpus.val, hp.val_tokens, self.step)
+        hp, corpus = self.hp, self.corpus
+        shape = math.ceil(hp.val_tokens / hp.val_seq_len), hp.val_seq_len
+        each = [torch.zeros(shape, device=self.trainer.device)] if corpus.sources else []
+        self.val_loss = self.trainer.evaluate(corpus.val, hp.val_tokens, self.step, *each)
         if self.trainer.cuda:
             self.peak_val = max(self.peak_val, torch.cuda.max_memory_allocated())
         now, step = self.clock.read(), self.step
         scored = dict(val_loss=self.val_loss, val_tokens=hp.val_tokens)
-        facts = dict(step=step, tokens=self.tokens, **scored, **now)
+        facts, more = dict(step=step, tokens=self.tokens, **scored, **now), ""
+        for losses in each:
+            facts["sources"] = found = corpus.by_source(losses)
+            more = "".join(f" {name}:{loss:.6f}" for name, loss in found.items())
         step_avg = now["train_ms"] / step if step else math.nan
-        self.log.emit("val", facts, total=hp.steps, step_avg=step_avg)
+        self.log.emit("val", facts, total=hp.steps, step_avg=step_avg, more=more)
         require(
             math.isfinite(self.val_loss),
             f"the validation loss is {self.val_loss} at step {step}: lower the learning rates",
@@ -1915,7 +1977,7 @@ class Run:
     def report(self, outcome: Outcome) -> bool:
         """Await a step's loss and write its line. True if a rank wants to stop; RunEnd 3 if the
         loss is not finite."""
-        loss, stop = outcome.wait()
+        loss, stop, squares = outcome.wait()
         hp, now = self.hp, self.clock.read(outcome.event)
         stage = stage_at(self.step, hp)
         facts = dict(
@@ -1925,8 +1987,10 @@ class Run:
         self.step += 1
         step, ms = self.step, now["train_ms"]
         facts = dict(step=step, tokens=self.tokens, train_loss=loss, **facts, **now)
-        shown = dict(total=hp.steps, step_avg=ms / step, **self.speed(ms))
-        kept = step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
+        norms, more = self.norms(squares, stage.sequences)
+        facts |= dict(norms=norms) if norms else {}
+        shown = dict(total=hp.steps, step_avg=ms / step, more=more, **self.speed(ms))
+        kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
         self.log.emit("step", facts, file=kept, **shown)
         if step == 10 < hp.steps:
             minutes, fewer = ms / 6e5 * hp.steps, min(200, hp.steps // 2)
@@ -1938,6 +2002,34 @@ class Run:
             code=3
         )
         return stop
+
+    def norms(self, squares: list[float], sequences: int):
+        """({"embed.grad": norm, "embed.update": norm, ...}, " embed:<grad>/<update> ..."), both
+        empty without `squares`, whose gradients are not divided by the step's sequences yet."""
+        norms, fields, optimizers = {}, "", self.trainer.optimizers
+        kinds = [group["name"] for optimizer in optimizers for group in optimizer.param_groups]
+        for kind, grad, update in zip(kinds, squares[::2], squares[1::2]):
+            grad, update = math.sqrt(grad) / sequences, math.sqrt(update)
+            norms |= {f"{kind}.grad": grad, f"{kind}.update": update}
+            fields += f" {kind}:{grad:.3g}/{update:.3g}"
+        return norms, fields
+
+    def require_finite(self):
+        """Refused 3 on all ranks if a weight of a rank or a state in its share is not finite."""
+        names = {p: name for name, p in self.trainer.model.named_parameters()}
+        tensors = self.trainer.model.state_dict()
+        for optimizer in self.trainer.optimizers:
+            for bucket in optimizer.buckets:
+                name = names[bucket.params[0]] + " or one beside it" * (len(bucket.params) > 1)
+                for key, state in optimizer.state[bucket.params[0]].items():
+                    tensors[f"{type(optimizer).__name__}'s {key} of {name}"] = state
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        found = [bad] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, bad)
+        advice = "no file is written; lower the learning rates"
+        for name in sum(found, []):
+            raise Refused(3, f"{name} is not finite after step {self.step}: {advice}")
 
     def save_file(self, name: str, **more) -> Path:
         """Write weights, knobs and `more` to a file of the run folder: beside it, flushed to the

@@ -197,6 +197,7 @@ EVENTS = {  # of each format of a run folder
     1: dict(SHARED, start=dict(START, format=1, grad_accum=int), step=STEPPED,
             end=dict(END, mfu_with_attention=(float, None))),
     2: dict(SHARED, start=dict(START, format=2, stages=[STAGE]), end=END,
+            val=dict(SHARED["val"], sources=({...: LOSS}, MISSING)),
             step=dict(STEPPED, lr=float, momentum=float, window=int, sequences=int, seq_len=int,
                       norms=({...: LOSS}, MISSING)))}
 RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
@@ -407,7 +408,9 @@ def check_run(run: Run) -> Iterator[Problem]:
     read, stream = tokens_before(n, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
     every = math.ceil(n / 48)
     score = knobs["val_every"] or n
-    expected = sorted({1, n, *range(every, n, every)}), sorted({0, n, *range(score, n, score)})
+    watch = knobs["log_norms"] if type(knobs.get("log_norms")) is int else 0
+    normed = {*range(watch, n + 1, watch)} if watch > 0 else set()
+    expected = sorted({1, n, *range(every, n, every), *normed}), sorted({0, n, *range(score, n, score)})
     order, utc = [r["step"] for r in run.events if "step" in r], re.sub("[-:Z]", "", start["utc"]).replace("T", "-")
     clock = lambda text: int(text[9:11]) * 3600 + int(text[11:13]) * 60 + int(text[13:15])  # of YYYYMMDD-HHMMSS
     rows = [("truncated", "the end", end and (end["status"], end["code"], end["steps"]), ("complete", 0, n)),
@@ -427,6 +430,8 @@ def check_run(run: Run) -> Iterator[Problem]:
         done = row.get("step", row.get("steps"))
         if "tokens" in row:
             rows.append(("tokens", f"tokens after step {done}", row["tokens"], tokens_before(done, run.stages)))
+        if row["event"] == "step" and "log_norms" in knobs:
+            rows.append(("truncated", f"whether step {done} has norms", "norms" in row, done in normed))
         if "val_tokens" in row:
             rows.append(("data", f"val_tokens of step {done}", row["val_tokens"], data["val_tokens"]))
     if end:

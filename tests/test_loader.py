@@ -82,6 +82,32 @@ def test_manifest(tmp_path):
     assert "cannot be used" in refusal(folder)
 
 
+@pytest.mark.parametrize("told", [
+    "", "[]", "{}", '{"sources": ["a"]}', '{"sources": "a", "doc_source": [0, 0, 0, 0]}',
+    '{"sources": ["a"], "doc_source": [0, 0, 0]}', '{"sources": ["a"], "doc_source": [0, 0, 0, 1]}',
+    '{"sources": ["a"], "doc_source": [0, 0, 0, -1]}', '{"sources": ["a"], "doc_source": [0, 0, 0, 0.0]}',
+    '{"sources": ["a"], "doc_source": [0, 0, 0, false]}', '{"sources": ["a"], "doc_source": {"0": 0}}',
+    '{"sources": ["a", "B"], "doc_source": [0, 0, 0, 0]}', '{"sources": ["a b"], "doc_source": [0, 0, 0, 0]}',
+    '{"sources": [1], "doc_source": [0, 0, 0, 0]}', '{"sources": [], "doc_source": []}', "\xff"])
+def test_sources_that_cannot_be_used(tmp_path, told):
+    """1,200 tokens are scored, of 4 documents."""
+    folder = make_corpus(tmp_path)
+    (folder / "val_docs.json").write_text(told, encoding="latin-1")
+    sentence = refusal(folder)
+    assert "val_docs.json" in sentence and "4 documents" in sentence and "\n" not in sentence
+
+
+def test_sources_of_tokens(tmp_path):
+    """The document is that of the input, and the first one may begin without its token."""
+    scored = np.array([7, 7, t.EOT, 7, t.EOT, t.EOT, 7, t.EOT])
+    for tokens, want in ((scored, [1, 1, 0, 0, 1, 2, 2]), (scored[2:], [1, 1, 0, 1, 1])):
+        (tmp_path / "val_docs.json").write_text(json.dumps(dict(sources=["a", "b", "c"], doc_source=[1, 0, 1, 2])))
+        names, found = t.read_sources(tmp_path, tokens)
+        assert names == ["a", "b", "c"] and found.tolist() == want
+    (tmp_path / "val_docs.json").unlink()
+    assert t.read_sources(tmp_path, scored)[0] == []
+
+
 def test_stream_crosses_shards_and_keeps_the_document_start():
     parts = [np.array(p, np.uint16) for p in ([1, 2, 50256], [3], [4, 5])]
     assert t.TokenStream(parts).read(1, 4).tolist() == [2, 50256, 3, 4]

@@ -2,11 +2,13 @@
 
 Eight processes are started once; they form groups of 8, 4 and 2, and leave what they saw in files for the tests."""
 
+import copy
 import dataclasses
 import datetime
 import functools
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ WORLDS = {8: ["eight"], 4: ["bf16", "fp8", "stages"], 2: ["bf16", "fp8", "stages
 
 def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     """STEPS training steps of this rank, late by half a second if `slow`; returns what the tests look at."""
-    hp = small_hp(**KNOBS, **WAYS[way], steps=STEPS)
+    hp = small_hp(**KNOBS, **WAYS[way], steps=STEPS, log_norms=STEPS)
     model = small_model(hp, awake=True)
     t, losses, shares = trainer(model, hp, rank, world), [], []
     optimizers = t.optimizers
@@ -47,10 +49,26 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
         stage = tg.stage_at(step, hp)
         each = stage.sequences // world
         data = documents(dataclasses.replace(hp, train_seq_len=stage.seq_len), stage.sequences, seed=step)
-        losses.append(t.train_step(step, data[rank * each : (rank + 1) * each]))
+        data = data[rank * each : (rank + 1) * each]
+        before = [p.detach().clone() for p in model.parameters()]
+        grads = plain_gradients(hp, model, step, data)
+        losses.append(t.train_step(step, data))
+        assert all(len(o.squares) == 2 * (step == STEPS - 1) for o in optimizers)
     state = sum(t.numel() for o in optimizers for s in o.state.values() for t in s.values())
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
-                plan=[list(item) for o in optimizers for item in plan(o)], state=state)
+                plan=[list(item) for o in optimizers for item in plan(o)], state=state, before=before, grads=grads,
+                squares=torch.cat([o.squares for o in optimizers], 1))
+
+
+def plain_gradients(hp, model, step: int, data) -> list[torch.Tensor]:
+    """Of the sum of the losses of `data`, in a copy of the model."""
+    twin = copy.deepcopy(model)
+    t = tg.Trainer(hp, twin, [])
+    t.set_schedules(step)
+    twin.zero_grad()
+    for pair in data:
+        twin(*pair, t.window).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()]
 
 
 def recorded(calls: list):
@@ -176,6 +194,27 @@ def test_fp8_rounds_once_what_each_rank_sends(seen, world):
             model(ids, targets, window_tensor(1)).backward()
         want += torch.cat([tg.dequantize_e5m2(*tg.quantize_e5m2(b.pack())) for b in buckets])
     assert relative_error(torch.cat(gradients(seen["fp8", world])), want) < 1e-6
+
+
+@pytest.mark.parametrize("comm", ["bf16", "fp8"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_norms_are_those_of_the_summed_gradients_and_of_the_change_of_the_weights(seen, comm, world):
+    """Of the last step, kind by kind, however the shares of the ranks lie."""
+    ranks = seen[comm, world]
+    model = small_model(small_hp(**KNOBS), awake=True)
+    groups = [group for o in tg.build_optimizers(model, small_hp(**KNOBS)) for group in o.param_groups]
+    kinds = {p: group["name"] for group in groups for p in group["params"]}
+    assert [group["name"] for group in groups] == [
+        "lm_head", "embed", "value_embeds", "scalars", "skip_weights", "matrices"]
+    outcome = tg.Outcome(torch.tensor(1.5), False, 1, [SimpleNamespace(squares=sum(rank["squares"] for rank in ranks))])
+    loss, stop, squares = outcome.wait()
+    assert (loss, stop, len(squares)) == (1.5, False, 12)
+    for group, grad, update in zip(groups, squares[::2], squares[1::2]):
+        own = [i for i, p in enumerate(model.parameters()) if kinds[p] == group["name"]]
+        want = torch.cat([sum(rank["grads"][i] for rank in ranks).flatten() for i in own]).double().norm()
+        assert grad**0.5 == pytest.approx(float(want), rel=0.004 if comm == "bf16" else 0.03), group["name"]
+        moved = torch.cat([(ranks[0]["before"][i] - ranks[0]["params"][i]).flatten() for i in own]).double().norm()
+        assert 0 < update**0.5 == pytest.approx(float(moved), rel=1e-3), group["name"]
 
 
 @pytest.mark.parametrize("comm", ["bf16", "fp8"])
