@@ -44,6 +44,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections import defaultdict
@@ -59,7 +60,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # ==== RECIPE: all that decides a step's loss and time =============================================
 
@@ -994,8 +995,8 @@ LOADER_DEADLINE = 60.0  # seconds that the training loop waits for a step's toke
 
 class RunEnd(Exception):
     """An end of the run that one sentence explains. `code` is the exit code: 2 refused before step
-    0, 3 non-finite loss, 4 rank, collective or loader deadline, 5 no usable checkpoint, 6 no space
-    or memory, 75 stopped by a signal, saved."""
+    0, 3 non-finite loss, weight or moment, 4 rank, collective or loader deadline, 5 no usable
+    checkpoint, 6 no space or memory, 75 stopped by a signal, saved; 0: there is nothing to do."""
 
     def __init__(self, code: int, sentence: str):
         super().__init__(sentence)
@@ -1257,6 +1258,8 @@ def train(trainer: Trainer, stream: TokenStream, run):
 # ---- 12. Command line
 
 PLACES = ("data_dir", "resume", "save")  # say where things lie, never what is computed
+# Runs that differ in these alone compute the same numbers: `latest` goes on from one to the other.
+ASIDE = (*PLACES, *"val_every checkpoint_every target_loss peak_tflops log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 SHAPE = "layer_pattern value_pattern model_dim num_heads mlp_ratio".split()
@@ -1277,6 +1280,16 @@ class Refused(RunEnd):
 def require(fine, sentence: str, code: int = 2):
     if not fine:
         raise Refused(code, sentence)
+
+
+def say(text: str, stream=None):
+    """Print. Where nobody listens (a closed pipe, a full disk) all that follows goes nowhere: a
+    run does not end for its listener, nor fail at exit with what could not be written."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flag(name: str, value) -> str:
@@ -1666,7 +1679,7 @@ class RunLog:
     def say(self, text: str):
         """On the screen alone."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
 
 
 class Clock:
@@ -1712,7 +1725,7 @@ class Clock:
 
 # ---- 15. Checkpoints
 
-CHECKPOINT_KEYS = set("model optimizers loop knobs encoding run_id script_sha256".split())
+CHECKPOINT_KEYS = set("model optimizers loop knobs data encoding run_id script_sha256".split())
 
 
 def load_file(path: Path) -> dict:
@@ -1725,6 +1738,9 @@ def load_file(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if not saved.keys() >= CHECKPOINT_KEYS or "tokens" not in saved["loop"]:
             raise ValueError("it holds no run of this script's kind")
+        tensors = [value for value in tree_leaves(saved) if isinstance(value, Tensor)]
+        if not all(t.isfinite().all() for t in tensors):
+            raise ValueError("it holds numbers that are not finite")
         return saved
     except Exception as error:
         first_line = str(error).partition("\n")[0][:100]
@@ -1732,19 +1748,49 @@ def load_file(path: Path) -> dict:
         raise Refused(5, f"{reason}: name another file, or leave out --resume") from error
 
 
-def find_checkpoint(wanted: str, skipped: list[str]) -> str:
-    """The file named, or for `latest` the newest readable one of all run folders; unreadable ones
-    join `skipped`. Refused 5 if there is none."""
-    if wanted != "latest":
-        return wanted
-    # run folders are named by date, files by step
-    for path in sorted(Path("logs").glob("*/checkpoints/step_*.pt"), reverse=True):
+def identity(facts: dict) -> dict:
+    """What runs must share for one to go on from another: {knob, script or data: value}. facts: of
+    a start event or a checkpoint."""
+    data = facts["data"]
+    shards = "".join(str(file["sha256"]) for file in data["train"])
+    own = {k: v for k, v in facts["knobs"].items() if k not in ASIDE} | {
+        "the script": facts["script_sha256"][:12],
+        "validation data": data["val_sha256"][:12],
+        "training data": hashlib.sha256(shards.encode()).hexdigest()[:12]
+    }
+    return json.loads(json.dumps(own))  # a log has lists for tuples
+
+
+def changes(then: dict, now: dict) -> str:
+    """How two identities differ, such as "muon_lr 0.05 -> 0.5"; empty where they do not."""
+    other = [name for name in now if then.get(name) != now[name]]
+    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in other)
+
+
+def find_latest(now: dict, skipped: list[str]) -> str:
+    """The newest usable checkpoint of runs with the identity `now`; unusable ones join `skipped`.
+    RunEnd 0 if the newest of them is complete, Refused 5 if there is none."""
+    others = []
+    for folder in sorted(Path("logs").glob("*"), reverse=True):  # named by date, files by step
         try:
-            load_file(path)
-            return str(path)
-        except Refused:
-            skipped.append(f"{path.relative_to('logs')} is not usable; the next older one is tried")
-    raise Refused(5, "--resume=latest finds no usable checkpoint: name a file, or leave it out")
+            lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
+            other = changes(identity(json.loads(lines[0])), now)
+        except (OSError, LookupError, ValueError, TypeError, AttributeError):
+            other = "a metrics.jsonl that cannot be read"
+        if not other and '"status": "complete"' in lines[-1]:
+            again = "another one needs another --seed or no --resume"
+            raise RunEnd(0, f"already complete: {folder.name} is this very run; {again}")
+        for path in sorted(folder.glob("checkpoints/step_*.pt"), reverse=True):
+            try:
+                if not other:
+                    load_file(path)
+                    return str(path)
+                others.append(f"; the newest other differs in {other}: --resume={path.as_posix()}")
+            except Refused:
+                short = path.relative_to("logs")
+                skipped.append(f"{short} is not usable; the next older one is tried")
+    advice = ": name a file, or leave it out"
+    raise Refused(5, "--resume=latest finds no usable checkpoint" + [*others, advice][0])
 
 
 def public_knobs(hp) -> dict:
@@ -1812,9 +1858,10 @@ def init_distributed():
     return rank, world_size, device
 
 
-def catch_signals() -> list[float]:
-    """SIGTERM and SIGINT ask for an end after the step: their times join the list. A second SIGINT
-    aborts, unless it comes within a second: then it is the launcher's echo of the first."""
+def catch_signals(stack: contextlib.ExitStack) -> list[float]:
+    """SIGTERM, SIGINT and SIGHUP ask for an end after the step: their times join the list. A second
+    SIGINT aborts, unless it comes within a second: then it is the launcher's echo of the first.
+    The stack's end brings back the handlers of before."""
     caught = []
 
     def handler(number, frame):
@@ -1822,9 +1869,12 @@ def catch_signals() -> list[float]:
             os._exit(130)
         caught.append(time.monotonic())
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(number, handler)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    for number in (signal.SIGTERM, signal.SIGINT, hangup):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+            with contextlib.suppress(ValueError):  # not the main thread
+                before = signal.signal(number, handler) or signal.SIG_DFL
+                stack.callback(signal.signal, number, before)
     return caught
 
 
@@ -1842,16 +1892,34 @@ def installed() -> dict:
     return versions
 
 
+def machine(device, world_size: int) -> dict:
+    """What the start event says of hardware and software."""
+    cuda, packages = device.type == "cuda", installed()
+    backend = cuda and dist.is_nccl_available()
+    gpu = torch.cuda.get_device_properties(device) if cuda else None
+    return dict(
+        gpu=gpu and gpu.name, gpu_count=world_size * cuda,
+        gpu_memory_mib=gpu and gpu.total_memory >> 20, driver=nvidia_driver() if cuda else None,
+        torch=torch.__version__, cuda=torch.version.cuda,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if backend else None,
+        triton=packages.pop("triton", None), python=platform.python_version(), packages=packages
+    )
+
+
 class Run:
     """One training run: what the loop calls `run`. `step` counts the finished steps; with the clock
     it is the loop's whole state, as all else follows from it."""
 
-    def __init__(self, hp, rank: int, world_size: int, device, argv, source: bytes):
+    def __init__(
+        self, hp, rank: int, world_size: int, device, argv, source: bytes, notes=()
+    ):
         self.hp, self.rank, self.world_size = hp, rank, world_size
-        self.sha, self.step, self.val_loss = hashlib.sha256(source).hexdigest(), 0, None
-        self.peak_val, self.signals = 0, []
+        self.step, self.val_loss, self.peak_val = 0, None, 0
+        self.signals, self.handlers = [], contextlib.ExitStack()
         self.corpus = load_corpus(hp, thorough=rank == 0)
-        notes = []
+        sha, data = hashlib.sha256(source).hexdigest(), self.corpus.facts(hp.val_tokens)
+        self.facts = dict(script_sha256=sha, knobs=public_knobs(hp), data=data)
+        notes = [*notes]
         saved = self.find_saved(notes) if hp.resume else None
         self.trainer = build(hp, VOCAB[self.corpus.encoding], rank, world_size, device)
         named = self.trainer.model.named_parameters()
@@ -1859,6 +1927,14 @@ class Run:
         self.log = RunLog(rank, source)
         self.clock = Clock(self.log, self.trainer.cuda)
         self.describe(argv)
+        try:
+            self.prepare(saved, notes)
+        except BaseException as error:
+            self.close(*verdict(error, source))
+            raise
+
+    def prepare(self, saved: dict | None, notes: list[str]):
+        """Warm up and go on from a checkpoint, if there is one."""
         if self.trainer.cuda:
             self.log.say("compiling: a minute or two at the first start, seconds later")
             self.trainer.warm_up()
@@ -1872,47 +1948,42 @@ class Run:
 
     def describe(self, argv: list[str]):
         """The start event: everything that the result may depend on, and no place or name."""
-        hp, corpus, trainer, knobs = self.hp, self.corpus, self.trainer, public_knobs(self.hp)
-        cuda, packages = trainer.cuda, installed()
-        backend = cuda and dist.is_nccl_available()
-        gpu = torch.cuda.get_device_properties(trainer.device) if cuda else None
+        hp, corpus, trainer, device = self.hp, self.corpus, self.trainer, self.trainer.device
         plain = dataclasses.asdict(Hyperparameters())
-        changed = {k: v for k, v in knobs.items() if k not in PLACES and v != plain[k]}
+        own = {k: v for k, v in self.facts["knobs"].items() if k not in PLACES}
+        changed = {k: v for k, v in own.items() if v != plain[k]}
         shown = []
         for argument in argv:
             name, equals, value = argument.partition("=")
             value = Path(value).name if name[2:] in PLACES else value
             shown.append(name + equals + value)
-        data = dict(
-            encoding=corpus.encoding, val_sha256=corpus.val_sha256, val_tokens=hp.val_tokens,
-            train=corpus.train_files
-        )
         facts = dict(
-            format=2, run_id=self.log.run_id, script_sha256=self.sha,
+            format=2, run_id=self.log.run_id,
             utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), argv=shown,
-            knobs=knobs, changed=changed, seed=hp.seed, device=trainer.device.type,
-            gpu=gpu and gpu.name, gpu_count=self.world_size * cuda,
-            gpu_memory_mib=gpu and gpu.total_memory >> 20, driver=nvidia_driver() if cuda else None,
-            torch=torch.__version__, cuda=torch.version.cuda,
-            nccl=".".join(map(str, torch.cuda.nccl.version())) if backend else None,
-            triton=packages.pop("triton", None), python=platform.python_version(),
-            packages=packages, world_size=self.world_size,
+            changed=changed, seed=hp.seed, device=device.type,
+            **machine(device, self.world_size), world_size=self.world_size,
             fp8=dict(on=trainer.model.lm_head.use_fp8, reason=trainer.fp8_reason),
             attention="flex" if trainer.model.use_flex else "sdpa",
-            stages=[stage._asdict() for stage in stages(hp)], data=data
+            stages=[stage._asdict() for stage in stages(hp)], **self.facts
         )
         held, shards = corpus.train.total, len(corpus.train_files)
         self.log.emit("start", facts, train_tokens=held, shards=shards)
 
     def find_saved(self, notes: list[str]) -> dict:
-        """The checkpoint to go on from, which rank 0 chooses."""
-        box = [None]
-        if self.rank == 0:
-            box = [find_checkpoint(self.hp.resume, notes)]
+        """The checkpoint to go on from. Rank 0 finds `latest`, and all do or end as it does."""
+        answer = [None, self.hp.resume]
+        if self.rank == 0 and self.hp.resume == "latest":
+            try:
+                answer = [None, find_latest(identity(self.facts), notes)]
+            except RunEnd as error:
+                answer = [error.code, str(error)]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, 0)
-        saved = load_file(Path(box[0]))
-        resumable(saved, box[0], self.hp, self.corpus.encoding, self.world_size)
+            dist.broadcast_object_list(answer, 0)
+        code, path = answer
+        if code is not None:
+            raise RunEnd(code, path)
+        saved = load_file(Path(path))
+        resumable(saved, path, self.hp, self.corpus.encoding, self.world_size)
         return saved
 
     def restore(self, saved: dict, notes: list[str]):
@@ -1927,13 +1998,11 @@ class Run:
             optimizer.load_state_dict(dict(state, param_groups=groups))
             for values in optimizer.state.values():  # torch leaves `step` on the CPU: a recompile
                 values.update({k: v.to(self.trainer.device) for k, v in values.items()})
-        loop, now = saved["loop"], public_knobs(self.hp)
+        loop, other = saved["loop"], changes(identity(saved), identity(self.facts))
         self.step, self.clock.train_ms = loop["step"], loop["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
-        other = [k for k in now if k not in PLACES and saved["knobs"].get(k) != now[k]]
-        other += ["the script itself"] if saved["script_sha256"] != self.sha else []
         if other:
-            notes.append(f"changed since the checkpoint: {', '.join(other)}")
+            notes.append(f"changed since the checkpoint: {other}")
 
     @property
     def tokens(self) -> int:
@@ -2036,7 +2105,7 @@ class Run:
         disk, then renamed."""
         path = self.log.folder / name
         part = path.with_name(path.name + ".part")
-        more |= dict(knobs=public_knobs(self.hp), encoding=self.corpus.encoding)
+        more |= dict(self.facts, encoding=self.corpus.encoding)
         try:
             with no_space(path.name):
                 path.parent.mkdir(exist_ok=True)
@@ -2052,6 +2121,7 @@ class Run:
         """Write checkpoints/step_<n>.pt and keep the newest two. Call it on all ranks, with the
         clock stopped."""
         began = time.perf_counter()
+        self.require_finite()
         own = [optimizer.state_dict() for optimizer in self.trainer.optimizers]
         states = [own] + [None] * (self.world_size - 1)
         if self.world_size > 1:  # to the host: else rank 0 opens every GPU
@@ -2060,9 +2130,8 @@ class Run:
         if self.rank:
             return
         loop = dict(step=self.step, tokens=self.tokens, train_ms=self.clock.train_ms)
-        who = dict(run_id=self.log.run_id, script_sha256=self.sha)
         name = f"checkpoints/step_{self.step:06d}.pt"
-        path = self.save_file(name, optimizers=states, loop=loop, **who)
+        path = self.save_file(name, optimizers=states, loop=loop, run_id=self.log.run_id)
         ms = (time.perf_counter() - began) * 1e3
         facts = dict(step=self.step, bytes=path.stat().st_size, ms=ms)
         self.log.emit("checkpoint", facts)
@@ -2070,12 +2139,13 @@ class Run:
             old.unlink()
 
     def save_weights(self):
+        self.require_finite()
         if self.hp.save and self.rank == 0:
             self.save_file("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
 
     def train(self):
-        """The loop, with signals caught."""
-        self.signals = catch_signals()
+        """The loop, with signals caught until `close`."""
+        self.signals = catch_signals(self.handlers)
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2093,13 +2163,14 @@ class Run:
             status=status, code=code, reason=reason, steps=self.step, tokens=self.tokens,
             val_loss=None if code else self.val_loss, **now, **self.speed(now["train_ms"]), **peaks
         )
-        self.log.emit("end", facts)
+        with self.handlers:
+            self.log.emit("end", facts)
 
 
 # ---- 17. main
 
 
-def verdict(error: BaseException):
+def verdict(error: BaseException, source: bytes):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
@@ -2114,45 +2185,71 @@ def verdict(error: BaseException):
     if isinstance(error, dist.DistError) or together:
         cause = "another rank died or hung; its own message says why"
         return 4, f"a collective failed: {cause}; --resume=latest goes on"
-    return 1, f"the script failed with {type(error).__name__}"
+    frames = traceback.extract_tb(error.__traceback__)
+    number = [f.lineno for f in frames if f.filename == verdict.__code__.co_filename][-1]
+    line = b"".join(source.splitlines()[number - 1 : number]).decode().strip()
+    return 1, f"the script failed in line {number}, {type(error).__name__}: {line}"
 
 
-def end(error: BaseException, run, rank: int):
+def end(error: BaseException, run, source: bytes):
     """Close the run, say why on one rank of each host, and exit with the code."""
-    code, reason = verdict(error)
+    code, reason = verdict(error, source)
     if run:
         with contextlib.suppress(Refused):  # a full disk may refuse this too
             run.close(code, reason)
-    if rank and code == 2:
+    if int(os.environ.get("RANK", 0)) and code in (2, 5):
         time.sleep(5)  # leaving first would have the launcher end rank 0 before it spoke
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"train_gpt: {reason}", file=sys.stderr, flush=True)
+        say(f"train_gpt: {reason}", sys.stderr)
     if code == 1:
         raise error
-    if code == 4:
-        os._exit(4)  # an ordinary exit would wait for the rank that is gone
+    if code == 4 or code == 0 and dist.is_initialized():
+        os._exit(code)  # an ordinary exit would wait for a rank that is gone, or gloo abort it
     sys.exit(code)
 
 
-def main(argv: list[str] | None = None):
-    """Parse, check, train. Returns from a complete run; any other end is a SystemExit with the code
-    that `RunEnd` lists, 130 where a signal came before training, or a fault's own exception."""
-    source, argv = Path(__file__).read_bytes(), sys.argv[1:] if argv is None else argv
-    run, rank = None, int(os.environ.get("RANK", 0))
+def train_once(argv: list[str], source: bytes, notes=()) -> Run:
+    """Parse, check, train; again and again in a process of one rank, if it calls gc.unfreeze() in
+    between. source: bytes of this script; notes: warnings for the log. Returns a complete run; any
+    other end is a SystemExit with the code that `RunEnd` lists, 130 where a signal came before
+    training, or a fault's own exception."""
+    run = None
     try:
-        if "--help" in argv or "-h" in argv:
-            print(help_text())
-            return
         hp = parse_overrides(argv)
         check(hp, int(os.environ.get("WORLD_SIZE", 1)))
-        run = Run(hp, *init_distributed(), argv, source)
+        run = Run(hp, *init_distributed(), argv, source, notes)
         run.train()
         run.close(0, "complete")
+        return run
     except BaseException as error:
-        end(error, run, rank)
-    if rank == 0 and hp.target_loss:
-        miss = run.val_loss - hp.target_loss
-        print("target met" if miss <= 0 else f"target missed by {miss:.6f}")
+        end(error, run, source)
+
+
+def unkept() -> list[str]:
+    """Warnings of code that may have run and is not in the script that the run folder keeps."""
+    notes, script = [], Path(__file__)
+    if __name__ != "__main__":
+        notes.append("other code called this script: what ran may not be the script kept here")
+    files = {Path(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
+    for name in sorted(f.name for f in files - {script} if f.parent == script.parent):
+        notes.append(f"{name} lies beside the script and was imported: it is not kept here")
+    return notes
+
+
+def main(argv: list[str] | None = None):
+    """Train once; `argv` is for other code that calls this."""
+    source = Path(__file__).read_bytes()
+    if argv is None and __name__ != "__main__":
+        how = "cp train_gpt.py my.py, edit the copy, and run that"
+        refused = Refused(2, f"what runs would not be the script that the run folder keeps: {how}")
+        end(refused, None, source)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        return say(help_text())
+    run = train_once(argv, source, unkept())
+    if run.hp.target_loss:
+        miss = run.val_loss - run.hp.target_loss
+        run.log.say("target met" if miss <= 0 else f"target missed by {miss:.6f}")
     if dist.is_initialized():
         dist.destroy_process_group()
         if not run.trainer.cuda:  # gloo's threads may abort an ordinary exit

@@ -49,6 +49,10 @@ def test_types():
     ("--fp8=0", ["--fp8", "True or False"]),
     ("--fp8=yes", ["--fp8", "True or False"]),
     ("--logit_cap=1e999", ["--logit_cap takes"]),
+    ("--logit_cap=200", ["--logit_cap=200", "87 is the greatest"]),
+    ("--logit_cap=1000", ["--logit_cap=1000", "fp32"]),
+    ("--logit_cap=87.01", ["--logit_cap=87.01", "87 is the greatest"]),
+    ("--log_norms=-1", ["--log_norms must not be below 0"]),
     ("--adam_betas=(0.9,)", ["--adam_betas takes", "tuple"]),
     ("--adam_betas=0.9", ["--adam_betas takes"]),
     ("--adam_betas=0.9,x", ["--adam_betas takes", "tuple", "({},{})".format(*t.Hyperparameters().adam_betas)]),
@@ -113,7 +117,9 @@ def test_what_may_be_zero_is_what_has_an_off_value_or_a_rate():
     for name, (_, unit, meaning) in notes().items():
         if "0 = " in meaning or unit == "lr":
             assert name in t.MAY_BE_ZERO, name
-    assert set(t.FIXED) <= names and set(t.PLACES) <= names
+    assert set(t.FIXED) <= names and set(t.PLACES) <= set(t.ASIDE) <= names
+    assert set(t.ASIDE) - {"data_dir"} == {name for name, (group, *_) in notes().items() if group == "run"} - {"seed"}
+    t.check(t.parse_overrides(["--logit_cap=87"]), 1)
     assert set(t.FIXED) >= {name for name, (group, *_) in notes().items() if group == "model"}
 
 

@@ -33,23 +33,37 @@ def make_corpus(folder, train=(5000, 6000), val=2000, encoding="bytes"):
     return folder
 
 
-def command(folder, *knobs, ranks=1):
+def command(folder, *knobs, ranks=1, script=SCRIPT):
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launch, str(SCRIPT), f"--data_dir={folder / 'data'}", *KNOBS, *knobs]
+    return [*launch, str(script), f"--data_dir={folder / 'data'}", *KNOBS, *knobs]
 
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def run(folder, *knobs, ranks=1, code=0):
+def run(folder, *knobs, ranks=1, code=0, script=SCRIPT):
     """A run in `folder` on the corpus in folder/data; asserts its exit code."""
-    done = subprocess.run(command(folder, *knobs, ranks=ranks), cwd=folder, env=environment(), capture_output=True,
-                          encoding="utf-8", timeout=300)
+    done = subprocess.run(command(folder, *knobs, ranks=ranks, script=script), cwd=folder, env=environment(),
+                          capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def edited(folder, old, new):
+    """A copy of the script in `folder`, my.py, in which `new` stands for `old`."""
+    source = SCRIPT.read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (folder / "my.py").write_text(source.replace(old, new), encoding="utf-8")
+    return folder / "my.py"
+
+
+def cut_off(run_folder):
+    """Make a complete run one that was killed: without its end."""
+    path = run_folder / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"event": "end"' not in line))
 
 
 def run_folders(folder):

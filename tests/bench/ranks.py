@@ -228,12 +228,14 @@ def faults(args, knobs: list[str]) -> None:
     n, rows = args.gpus[-1], []
     knobs = [*knobs, "--epochs=100000", "--val_every=0", "--save=False", "--checkpoint_every=5"]
     with tempfile.TemporaryDirectory() as folder:
-        newest = lambda: max((int(p.stem[5:]) for p in Path(folder).glob("logs/*/checkpoints/step_*.pt")), default=0)
+        files = lambda: sorted(Path(folder).glob("logs/*/checkpoints/step_*.pt"))
+        newest = lambda: max((int(path.stem[5:]) for path in files()), default=0)
         runs = [(f"SIGKILL of rank {n - 1}", 8, lambda _, pids: os.kill(pids[n - 1], signal.SIGKILL), "--steps=100000"),
                 ("resume; SIGTERM to the launcher", 12, lambda process, _: process.terminate(), "--steps=100000"),
                 ("resume, to the end", 0, None, None)]
         for what, trigger, act, steps in runs:
-            resume = ["--resume=latest"] if rows else []
+            latest = "latest" if steps else files()[-1]  # which other --steps than the checkpoint's have to name
+            resume = [f"--resume={latest}"] if rows else []
             seen = fault_run(n, [*knobs, steps or f"--steps={newest() + 5}", *resume], folder, newest() + trigger, act)
             rows.append({"fault": what, "ranks": n, "backend": "nccl" if torch.cuda.device_count() else "gloo",
                          "exit code": seen["code"], "signal, else launch, to the end, s": seen["took"],
@@ -245,4 +247,4 @@ def faults(args, knobs: list[str]) -> None:
 
 if __name__ == "__main__":  # a rank of a fault's run
     print(f"rank {os.environ['RANK']} pid {os.getpid()}", flush=True)
-    tg.main()
+    tg.main(sys.argv[1:])
