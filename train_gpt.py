@@ -1650,7 +1650,10 @@ class RunLog:
     """Rank 0's standard output and run folder. Other ranks stay silent."""
 
     def __init__(self, rank: int, source: bytes):
-        self.run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(3).hex()
+        second, rest = divmod(time.time_ns() // 1000, 10**6)
+        day = time.strftime("%Y%m%d-%H%M%S", time.gmtime(second))
+        # ids sort as runs began: five digits for microseconds, and one of chance
+        self.run_id = f"{day}-{rest:05x}{os.urandom(1).hex()[0]}"
         self.rank, self.folder = rank, Path("logs") / self.run_id
         if rank == 0:
             with no_space("the run folder"):
