@@ -1389,6 +1389,12 @@ def check(hp, world_size: int):
         "--layer_pattern is made of L, S and -, and --value_pattern of . and the digits from 0 on "
         f"without a gap, not {hp.layer_pattern!r} and {hp.value_pattern!r}"
     )
+    # `GPT.losses` takes exp(logit - cap), logits are above 0, and fp32's smallest normal number is
+    # 2^-126 = exp(-87.3): below it digits are lost
+    require(
+        hp.logit_cap <= 87,
+        f"--logit_cap={hp.logit_cap} is too large for an exact loss in fp32: 87 is the greatest"
+    )
     betas = f"--adam_betas={hp.adam_betas} must both lie from 0 to below 1"
     require(0 <= min(hp.adam_betas) <= max(hp.adam_betas) < 1, betas)
     require(

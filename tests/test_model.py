@@ -112,6 +112,23 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
     assert not ours[::7].any() and ours[1:7].all()
 
 
+@pytest.mark.parametrize("z", [-1e4, -40.0, 0.0, 40.0, 1e4])
+def test_the_fast_loss_is_exact_up_to_the_greatest_legal_cap(z):
+    """Where all logits are near 0, exp(logit - cap) is smallest; where all are near the cap, its sum is largest."""
+    hp = small_hp(logit_cap=87.0)
+    tg.check(hp, 1)
+    assert math.exp(-hp.logit_cap) > torch.finfo(torch.float32).tiny
+    model = small_model(hp, awake=True)
+    scores = (z + torch.randn(20, 384, generator=torch.Generator().manual_seed(3))).requires_grad_()
+    model.lm_head.forward = lambda x: x
+    targets = torch.arange(20)
+    want = F.cross_entropy(87 * torch.sigmoid(scores.double() / 7.5), targets, reduction="none")
+    ours = model.losses(scores, targets)
+    assert torch.allclose(ours.double(), want, atol=5e-5), (ours - want).abs().max()
+    got, exact = (torch.autograd.grad(losses.sum(), scores)[0] for losses in (ours, want))
+    assert torch.allclose(got, exact, atol=1e-6) and (exact.any() or abs(z) > 100)
+
+
 def test_the_mean_over_the_sequence_is_returned():
     hp = small_hp()
     model = small_model(hp, awake=True)
