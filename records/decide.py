@@ -173,8 +173,8 @@ class Looks(NamedTuple):
             said.append(f"look {len(counts)} at these two, after n = {shown}: where nothing differs, one of these "
                         f"looks says otherwise in {100 * rate:.0f} % of cases, not 5 %")
         if self.ideas > 1:
-            said.append(f"{self.ideas} ideas have met this baseline: if none mattered, one at least would seem to in up "
-                        f"to {100 * (1 - LEVEL**self.ideas):.0f} % of cases; try a winner again, with other seeds")
+            said.append(f"{self.ideas} ideas have met this baseline: if none mattered, one at least would seem to in "
+                        f"up to {100 * (1 - LEVEL**self.ideas):.0f} % of cases; try a winner again, with other seeds")
         return said
 
 def look(file: Path, duel: Duel) -> Looks:

@@ -195,7 +195,7 @@ def test_looks_are_counted_beside_the_runs(tmp_path):
     assert found.counts == [3, 5, 6]
     said = decide.Looks([3, 5, 5, 6], 4).sentences(True)
     assert "look 3 at these two, after n = 3, 5, 6" in said[0]
-    assert "4 ideas" in said[1] and f"in {100 * (1 - 0.95**4):.0f} % of cases" in said[1]
+    assert "4 ideas" in said[1] and f"up to {100 * (1 - 0.95**4):.0f} % of cases" in said[1]
     assert decide.Looks([3], 1).sentences(True) == []
 
 
