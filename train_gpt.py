@@ -124,7 +124,6 @@ class Hyperparameters:
     save: bool = True  # [switch] write the final weights to the run folder
     target_loss: float = 0.0  # [nats] say at the end whether it was met; 0 = none
     log_norms: int = 0  # [steps] between norms of gradients and updates by kind; 0 = none
-    peak_tflops: float = 0.0  # [TFLOP/s] dense bf16 peak of one GPU for MFU; 0 = known GPUs only
 
     @property
     def head_dim(self) -> int:
@@ -827,7 +826,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     collectives drop out. `grad_divisor`, which may change every step, divides the summed gradient;
     `grad_comm` is the format in which that travels. world_size: the process group's, unless
     given to plan for another. Where `squares` is not () but fp32 (2, param_groups), `step` adds the
-    squares of this rank's share of the undivided gradient and of the update to it, by param_group.
+    squares of this rank's share of the gradient and of the update to it, by param_group.
     Raises ValueError for parameters after the constructor's."""
 
     squares = ()
@@ -874,8 +873,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gradient = self.exchange.receive(in_flight)
             update = self.share_update(bucket, gradient)
             # what fills a share up is zero in both
-            for total, values in zip(self.squares, (gradient, update)):
-                blocks = values.view(-1, SCALE_BLOCK).float()
+            pairs = (gradient, self.grad_divisor), (update, 1)
+            for total, (values, divisor) in zip(self.squares, pairs):
+                blocks = values.view(-1, SCALE_BLOCK).float() / divisor
                 total.index_add_(0, bucket.group_of_block, blocks.square().sum(1))
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
@@ -1259,7 +1259,7 @@ def train(trainer: Trainer, stream: TokenStream, run):
 
 PLACES = ("data_dir", "resume", "save")  # say where things lie, never what is computed
 # Runs that differ in these alone compute the same numbers: `latest` goes on from one to the other.
-ASIDE = (*PLACES, *"val_every checkpoint_every target_loss peak_tflops log_norms".split())
+ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 SHAPE = "layer_pattern value_pattern model_dim num_heads mlp_ratio".split()
@@ -1267,8 +1267,7 @@ FIXED = [*PLAIN_BATCH, "batch_stages", *SHAPE, "attn_scale", "rope_base", "logit
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
     "cooldown momentum_warmup adam_eps head_lr embed_lr scalar_lr skip_lr muon_lr muon_momentum "
-    "muon_momentum_start newton_schulz_steps val_every checkpoint_every target_loss log_norms "
-    "peak_tflops"
+    "muon_momentum_start newton_schulz_steps val_every checkpoint_every target_loss log_norms"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")
 
@@ -1459,7 +1458,7 @@ class Corpus(NamedTuple):
     val_sha256: str  # of the tokens scored
     passes: int  # over the training stream, begun by the end of the run
     sources: list[str]  # of the validation documents, if they are told
-    source_of: np.ndarray  # (val_tokens,) index of the source of each position scored, or (0,)
+    source_of: np.ndarray  # (val_tokens,) index of the source of each position scored
 
     def facts(self, val_tokens: int) -> dict:
         """What the start event says of the data; hashes of shards on rank 0 alone."""
@@ -1532,24 +1531,22 @@ def read_manifest(folder: Path):
 
 
 def read_sources(folder: Path, scored: np.ndarray):
-    """(names, (n,) index of the source of each token scored) by val_docs.json, or empty ones. The
-    source is that of the document of its input; scored: (n + 1,) tokens. Refused 2 where the file
-    cannot be used."""
+    """(names, (n,) index of the source of each token scored, that of its input's document) as
+    val_docs.json tells them, or two empty lists. scored: (n + 1,) tokens. Refused 2 where it does
+    not."""
     path = folder / "val_docs.json"
     if not path.exists():
-        return [], scored[:0]
-    docs = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return [], []
+    documents = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
+    try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        names, sources = told["sources"], told["doc_source"]
-        lists = type(names) is type(sources) is list and {*map(type, sources)} == {int}
-        named = all(map(re.compile("[a-z_]+").fullmatch, names))
-        if lists and named and 0 <= min(sources) <= max(sources) < len(names):
-            return names, np.array(sources)[docs]
-    raise Refused(
-        2, f'{path} cannot be used: it must hold {{"sources": [names of a to z and _], '
-        f'"doc_source": [an index of sources for each of at least {docs[-1] + 1} documents]}}'
-    )
+        source_of = np.array(told["doc_source"], "u1")[documents]
+        told["sources"][source_of.max()]
+        return told["sources"], source_of
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        form = '{"sources": [names], "doc_source": [the index of a name for each of '
+        form += f"{documents[-1] + 1} documents or more]}}"
+        raise Refused(2, f"{path} cannot be used ({error!r}): it must hold {form}") from None
 
 
 def count_passes(hp, total: int) -> int:
@@ -1620,14 +1617,14 @@ LINES = {
     "attention: {attention}\ndata: {data[encoding]}, {data[val_tokens]} validation tokens "
     "{data[val_sha256]:.12}, {train_tokens} training tokens in {shards} shards",
     "step": "step:{step}/{total} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s} mfu:{mfu:.3f}{more}",
+    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s}",
     "val": "step:{step}/{total} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms{more}",
+    "step_avg:{step_avg:.2f}ms",
     "clock": "clock: {mark}",
     "warning": "warning: {text}",
     "resume": "resumed from {from_run_id} at step {step}",
     "end": "val_loss: {val_loss:.6f}\ntrain_time_ms: {train_ms:.0f}\nsteps: {steps}\n"
-    "tokens: {tokens}\ntokens_per_s: {tokens_per_s}\nmfu: {mfu:.3f}\n"
+    "tokens: {tokens}\ntokens_per_s: {tokens_per_s}\n"
     "peak_train_mib: {peak_train_mib}\npeak_val_mib: {peak_val_mib}\n"
     "reserved_mib: {reserved_mib}\nexit: {code} {reason}",
 }
@@ -1760,13 +1757,11 @@ def load_file(path: Path) -> dict:
 def identity(facts: dict) -> dict:
     """What runs must share for one to go on from another: {knob, script or data: value}. facts: of
     a start event or a checkpoint."""
-    data = facts["data"]
-    shards = "".join(str(file["sha256"]) for file in data["train"])
-    own = {k: v for k, v in facts["knobs"].items() if k not in ASIDE} | {
-        "the script": facts["script_sha256"][:12],
-        "validation data": data["val_sha256"][:12],
-        "training data": hashlib.sha256(shards.encode()).hexdigest()[:12]
-    }
+    own = {k: v for k, v in facts["knobs"].items() if k not in ASIDE}
+    shards = "".join(str(file["sha256"]) for file in facts["data"]["train"])
+    own["the script"] = facts["script_sha256"][:12]
+    own["validation data"] = facts["data"]["val_sha256"][:12]
+    own["training data"] = hashlib.sha256(shards.encode()).hexdigest()[:12]
     return json.loads(json.dumps(own))  # a log has lists for tuples
 
 
@@ -1776,9 +1771,10 @@ def changes(then: dict, now: dict) -> str:
     return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in other)
 
 
-def find_latest(now: dict, skipped: list[str]) -> str:
-    """The newest usable checkpoint of runs with the identity `now`; unusable ones join `skipped`.
-    RunEnd 0 if the newest of them is complete, Refused 5 if there is none."""
+def find_latest(now: dict, skipped: list[str]):
+    """(None, the newest usable checkpoint of runs with the identity `now`), or (exit code,
+    sentence): 0 if the newest of them is complete, 5 if there is none. Unusable ones join
+    `skipped`."""
     others = []
     for folder in sorted(Path("logs").glob("*"), reverse=True):  # named by date, files by step
         try:
@@ -1787,19 +1783,18 @@ def find_latest(now: dict, skipped: list[str]) -> str:
         except (OSError, LookupError, ValueError, TypeError, AttributeError):
             other = "a metrics.jsonl that cannot be read"
         if not other and '"status": "complete"' in lines[-1]:
-            again = "another one needs another --seed or no --resume"
-            raise RunEnd(0, f"already complete: {folder.name} is this very run; {again}")
+            return 0, f"already complete: {folder.name} is this run; another has another --seed"
         for path in sorted(folder.glob("checkpoints/step_*.pt"), reverse=True):
-            try:
-                if not other:
-                    load_file(path)
-                    return str(path)
+            if other:
                 others.append(f"; the newest other differs in {other}: --resume={path.as_posix()}")
+                continue
+            try:
+                load_file(path)
+                return None, str(path)
             except Refused:
-                short = path.relative_to("logs")
-                skipped.append(f"{short} is not usable; the next older one is tried")
+                skipped.append(f"{path} is not usable; the next older one is tried")
     advice = ": name a file, or leave it out"
-    raise Refused(5, "--resume=latest finds no usable checkpoint" + [*others, advice][0])
+    return 5, "--resume=latest finds no usable checkpoint" + [*others, advice][0]
 
 
 def public_knobs(hp) -> dict:
@@ -1835,10 +1830,6 @@ def resumable(saved: dict, path, hp, encoding, world_size):
 
 START_TIMEOUT = 600  # seconds a collective may take: ranks compile and read at different speeds
 PACKAGES = "torch numpy tiktoken huggingface_hub triton".split()
-PEAK_TFLOPS = {  # dense bf16, fp32 sums
-    "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756,
-    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA GeForce RTX 4090": 165,
-}
 
 
 def init_distributed():
@@ -1867,24 +1858,24 @@ def init_distributed():
     return rank, world_size, device
 
 
-def catch_signals(stack: contextlib.ExitStack) -> list[float]:
+def catch_signals(caught: list[float]) -> dict:
     """SIGTERM, SIGINT and SIGHUP ask for an end after the step: their times join the list. A second
     SIGINT aborts, unless it comes within a second: then it is the launcher's echo of the first.
-    The stack's end brings back the handlers of before."""
-    caught = []
+    Returns the handlers of before, {number: handler}."""
 
     def handler(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
         caught.append(time.monotonic())
 
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    for number in (signal.SIGTERM, signal.SIGINT, hangup):
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+    before = {}
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        old = signal.getsignal(number)
+        if number == signal.SIGINT or old != signal.SIG_IGN:  # as by nohup
             with contextlib.suppress(ValueError):  # not the main thread
-                before = signal.signal(number, handler) or signal.SIG_DFL
-                stack.callback(signal.signal, number, before)
-    return caught
+                signal.signal(number, handler)
+                before[number] = old or signal.SIG_DFL
+    return before
 
 
 def nvidia_driver():
@@ -1919,42 +1910,18 @@ class Run:
     """One training run: what the loop calls `run`. `step` counts the finished steps; with the clock
     it is the loop's whole state, as all else follows from it."""
 
-    def __init__(
-        self, hp, rank: int, world_size: int, device, argv, source: bytes, notes=()
-    ):
+    def __init__(self, hp, rank, world_size, device, argv: list[str], source: bytes, notes=()):
         self.hp, self.rank, self.world_size = hp, rank, world_size
         self.step, self.val_loss, self.peak_val = 0, None, 0
-        self.signals, self.handlers = [], contextlib.ExitStack()
+        self.signals, self.handlers, self.notes = [], {}, [*notes]
         self.corpus = load_corpus(hp, thorough=rank == 0)
         sha, data = hashlib.sha256(source).hexdigest(), self.corpus.facts(hp.val_tokens)
         self.facts = dict(script_sha256=sha, knobs=public_knobs(hp), data=data)
-        notes = [*notes]
-        saved = self.find_saved(notes) if hp.resume else None
+        self.saved = self.find_saved() if hp.resume else None
         self.trainer = build(hp, VOCAB[self.corpus.encoding], rank, world_size, device)
-        named = self.trainer.model.named_parameters()
-        self.matmuls = sum(p.numel() for n, p in named if p.ndim >= 2 and "embed" not in n)
         self.log = RunLog(rank, source)
         self.clock = Clock(self.log, self.trainer.cuda)
         self.describe(argv)
-        try:
-            self.prepare(saved, notes)
-        except BaseException as error:
-            self.close(*verdict(error, source))
-            raise
-
-    def prepare(self, saved: dict | None, notes: list[str]):
-        """Warm up and go on from a checkpoint, if there is one."""
-        if self.trainer.cuda:
-            self.log.say("compiling: a minute or two at the first start, seconds later")
-            self.trainer.warm_up()
-            torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
-        if saved:
-            self.restore(saved, notes)
-        if self.corpus.passes > 1:
-            notes.append(f"the training stream is begun {self.corpus.passes} times")
-        for text in notes:
-            self.log.emit("warning", dict(text=text, step=self.step))
-
     def describe(self, argv: list[str]):
         """The start event: everything that the result may depend on, and no place or name."""
         hp, corpus, trainer, device = self.hp, self.corpus, self.trainer, self.trainer.device
@@ -1978,25 +1945,21 @@ class Run:
         held, shards = corpus.train.total, len(corpus.train_files)
         self.log.emit("start", facts, train_tokens=held, shards=shards)
 
-    def find_saved(self, notes: list[str]) -> dict:
+    def find_saved(self) -> dict:
         """The checkpoint to go on from. Rank 0 finds `latest`, and all do or end as it does."""
-        answer = [None, self.hp.resume]
+        answer = [(None, self.hp.resume)]
         if self.rank == 0 and self.hp.resume == "latest":
-            try:
-                answer = [None, find_latest(identity(self.facts), notes)]
-            except RunEnd as error:
-                answer = [error.code, str(error)]
+            answer = [find_latest(identity(self.facts), self.notes)]
         if self.world_size > 1:
             dist.broadcast_object_list(answer, 0)
-        code, path = answer
-        if code is not None:
-            raise RunEnd(code, path)
+        code, path = answer[0]
+        require(code is None, path, code)
         saved = load_file(Path(path))
         resumable(saved, path, self.hp, self.corpus.encoding, self.world_size)
         return saved
 
-    def restore(self, saved: dict, notes: list[str]):
-        """Go on where a checkpoint was written; a note says what changed since, places aside."""
+    def restore(self, saved: dict):
+        """Go on where a checkpoint was written; a note says what changed since."""
         try:
             self.trainer.model.load_state_dict(saved["model"])
         except RuntimeError as error:
@@ -2011,23 +1974,15 @@ class Run:
         self.step, self.clock.train_ms = loop["step"], loop["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
         if other:
-            notes.append(f"changed since the checkpoint: {other}")
+            self.notes.append(f"changed since the checkpoint: {other}")
 
     @property
     def tokens(self) -> int:
         return tokens_before(self.step, self.hp)
 
-    def speed(self, train_ms: float) -> dict:
-        """Tokens/s and MFU (6 x matmul parameters x tokens/s over the peak) so far; None where
-        unknown."""
-        if not train_ms:
-            return dict(tokens_per_s=None, mfu=None)
-        rate, mfu = self.tokens / train_ms * 1e3, None
-        name = torch.cuda.get_device_name() if self.trainer.cuda else ""
-        peak = (self.hp.peak_tflops or PEAK_TFLOPS.get(name, 0)) * 1e12 * self.world_size
-        if peak and rate:
-            mfu = 6 * self.matmuls * rate / peak
-        return dict(tokens_per_s=round(rate), mfu=mfu)
+    def speed(self, train_ms: float) -> int | None:
+        """Tokens per second so far."""
+        return round(self.tokens / train_ms * 1e3) if train_ms else None
 
     def validate(self):
         """Score the validation tokens at this step's window, with the clock stopped. Refused 3 if
@@ -2040,12 +1995,11 @@ class Run:
             self.peak_val = max(self.peak_val, torch.cuda.max_memory_allocated())
         now, step = self.clock.read(), self.step
         scored = dict(val_loss=self.val_loss, val_tokens=hp.val_tokens)
-        facts, more = dict(step=step, tokens=self.tokens, **scored, **now), ""
+        facts = dict(step=step, tokens=self.tokens, **scored, **now)
         for losses in each:
-            facts["sources"] = found = corpus.by_source(losses)
-            more = "".join(f" {name}:{loss:.6f}" for name, loss in found.items())
+            facts["sources"] = corpus.by_source(losses)
         step_avg = now["train_ms"] / step if step else math.nan
-        self.log.emit("val", facts, total=hp.steps, step_avg=step_avg, more=more)
+        self.log.emit("val", facts, total=hp.steps, step_avg=step_avg)
         require(
             math.isfinite(self.val_loss),
             f"the validation loss is {self.val_loss} at step {step}: lower the learning rates",
@@ -2065,9 +2019,11 @@ class Run:
         self.step += 1
         step, ms = self.step, now["train_ms"]
         facts = dict(step=step, tokens=self.tokens, train_loss=loss, **facts, **now)
-        norms, more = self.norms(squares, stage.sequences)
-        facts |= dict(norms=norms) if norms else {}
-        shown = dict(total=hp.steps, step_avg=ms / step, more=more, **self.speed(ms))
+        if squares:
+            groups = [g for o in self.trainer.optimizers for g in o.param_groups]
+            names = [f"{g['name']}.{what}" for g in groups for what in ("grad", "update")]
+            facts["norms"] = dict(zip(names, map(math.sqrt, squares)))
+        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=self.speed(ms))
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
         self.log.emit("step", facts, file=kept, **shown)
         if step == 10 < hp.steps:
@@ -2081,33 +2037,21 @@ class Run:
         )
         return stop
 
-    def norms(self, squares: list[float], sequences: int):
-        """({"embed.grad": norm, "embed.update": norm, ...}, " embed:<grad>/<update> ..."), both
-        empty without `squares`, whose gradients are not divided by the step's sequences yet."""
-        norms, fields, optimizers = {}, "", self.trainer.optimizers
-        kinds = [group["name"] for optimizer in optimizers for group in optimizer.param_groups]
-        for kind, grad, update in zip(kinds, squares[::2], squares[1::2]):
-            grad, update = math.sqrt(grad) / sequences, math.sqrt(update)
-            norms |= {f"{kind}.grad": grad, f"{kind}.update": update}
-            fields += f" {kind}:{grad:.3g}/{update:.3g}"
-        return norms, fields
-
     def require_finite(self):
-        """Refused 3 on all ranks if a weight of a rank or a state in its share is not finite."""
+        """Refused 3 on all ranks if a weight, or a state in the share of a rank, is not finite."""
         names = {p: name for name, p in self.trainer.model.named_parameters()}
         tensors = self.trainer.model.state_dict()
         for optimizer in self.trainer.optimizers:
-            for bucket in optimizer.buckets:
-                name = names[bucket.params[0]] + " or one beside it" * (len(bucket.params) > 1)
-                for key, state in optimizer.state[bucket.params[0]].items():
-                    tensors[f"{type(optimizer).__name__}'s {key} of {name}"] = state
-        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        found = [bad] * self.world_size
+            for p, states in optimizer.state.items():  # of a bucket, under its first parameter
+                owner = f"{type(optimizer).__name__}'s {{}} of {names[p]}'s bucket"
+                tensors |= {owner.format(key): state for key, state in states.items()}
+        found = [[name for name, t in tensors.items() if not t.isfinite().all()]]
         if self.world_size > 1:
-            dist.all_gather_object(found, bad)
-        advice = "no file is written; lower the learning rates"
+            found *= self.world_size
+            dist.all_gather_object(found, found[self.rank])
         for name in sum(found, []):
-            raise Refused(3, f"{name} is not finite after step {self.step}: {advice}")
+            sentence = f"{name} is not finite after step {self.step}: no file is written"
+            raise Refused(3, f"{sentence}; lower the learning rates")
 
     def save_file(self, name: str, **more) -> Path:
         """Write weights, knobs and `more` to a file of the run folder: beside it, flushed to the
@@ -2153,8 +2097,20 @@ class Run:
             self.save_file("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
 
     def train(self):
-        """The loop, with signals caught until `close`."""
-        self.signals = catch_signals(self.handlers)
+        """Warm up, go on from a checkpoint if there is one, and train; signals are caught until
+        `close`."""
+        if self.trainer.cuda:
+            self.log.say("compiling: a minute or two at the first start, seconds later")
+            self.trainer.warm_up()
+            torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
+        if self.saved:
+            self.restore(self.saved)
+            self.saved = None
+        if self.corpus.passes > 1:
+            self.notes.append(f"the training stream is begun {self.corpus.passes} times")
+        for text in self.notes:
+            self.log.emit("warning", dict(text=text, step=self.step))
+        self.handlers = catch_signals(self.signals)
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2170,16 +2126,18 @@ class Run:
         status = {0: "complete", 75: "stopped"}.get(code, "failed")
         facts = dict(
             status=status, code=code, reason=reason, steps=self.step, tokens=self.tokens,
-            val_loss=None if code else self.val_loss, **now, **self.speed(now["train_ms"]), **peaks
+            val_loss=None if code else self.val_loss, **now,
+            tokens_per_s=self.speed(now["train_ms"]), **peaks
         )
-        with self.handlers:
-            self.log.emit("end", facts)
+        self.log.emit("end", facts)
+        for number, before in self.handlers.items():
+            signal.signal(number, before)
 
 
 # ---- 17. main
 
 
-def verdict(error: BaseException, source: bytes):
+def verdict(error: BaseException):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
@@ -2195,14 +2153,13 @@ def verdict(error: BaseException, source: bytes):
         cause = "another rank died or hung; its own message says why"
         return 4, f"a collective failed: {cause}; --resume=latest goes on"
     frames = traceback.extract_tb(error.__traceback__)
-    number = [f.lineno for f in frames if f.filename == verdict.__code__.co_filename][-1]
-    line = b"".join(source.splitlines()[number - 1 : number]).decode().strip()
-    return 1, f"the script failed in line {number}, {type(error).__name__}: {line}"
+    own = [frame for frame in frames if frame.filename == __file__][-1]
+    return 1, f"the script failed in line {own.lineno}, {type(error).__name__}: {own.line}"
 
 
-def end(error: BaseException, run, source: bytes):
+def end(error: BaseException, run):
     """Close the run, say why on one rank of each host, and exit with the code."""
-    code, reason = verdict(error, source)
+    code, reason = verdict(error)
     if run:
         with contextlib.suppress(Refused):  # a full disk may refuse this too
             run.close(code, reason)
@@ -2231,7 +2188,7 @@ def train_once(argv: list[str], source: bytes, notes=()) -> Run:
         run.close(0, "complete")
         return run
     except BaseException as error:
-        end(error, run, source)
+        end(error, run)
 
 
 def unkept() -> list[str]:
@@ -2250,8 +2207,7 @@ def main(argv: list[str] | None = None):
     source = Path(__file__).read_bytes()
     if argv is None and __name__ != "__main__":
         how = "cp train_gpt.py my.py, edit the copy, and run that"
-        refused = Refused(2, f"what runs would not be the script that the run folder keeps: {how}")
-        end(refused, None, source)
+        end(Refused(2, f"the run folder would keep another script than runs: {how}"), None)
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         return say(help_text())

@@ -188,7 +188,7 @@ START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, cha
              fp8=dict(on=bool, reason=str), attention=str, data=DATA)
 STEPPED = dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK)
 END = dict(status=("complete", "stopped", "failed"), code=int, reason=str, steps=int, tokens=int,
-           val_loss=(*LOSS, None), **CLOCK, tokens_per_s=COUNT, mfu=(float, None), peak_train_mib=COUNT,
+           val_loss=(*LOSS, None), **CLOCK, tokens_per_s=COUNT, mfu=(float, None, MISSING), peak_train_mib=COUNT,
            peak_val_mib=COUNT, reserved_mib=COUNT)
 SHARED = dict(val=dict(step=int, tokens=int, val_loss=LOSS, val_tokens=int, **CLOCK),
               clock=dict(mark=("start", "stop"), **CLOCK), warning=dict(text=str, step=int),

@@ -201,7 +201,7 @@ def convert(rows, version):
     if version == 1:
         del start["stages"]
         start["grad_accum"] = batch["sequences"] // start["world_size"]
-        end["mfu_with_attention"] = end["mfu"]
+        end["mfu"] = end["mfu_with_attention"] = None
     else:
         start["stages"] = [dict(first=0, lr=1.0, **batch)]
         del start["grad_accum"], end["mfu_with_attention"]
