@@ -24,9 +24,9 @@ are those of the speedrun's contributors who found or brought a technique.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import gc
 import hashlib
@@ -50,7 +50,6 @@ import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -826,7 +825,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     collectives drop out. `grad_divisor`, which may change every step, divides the summed gradient;
     `grad_comm` is the format in which that travels. world_size: the process group's, unless
     given to plan for another. Where `squares` is not () but fp32 (2, param_groups), `step` adds the
-    squares of this rank's share of the gradient and of the update to it, by param_group.
+    squares of this rank's share of the undivided gradient and of the update to it, by param_group.
     Raises ValueError for parameters after the constructor's."""
 
     squares = ()
@@ -873,9 +872,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gradient = self.exchange.receive(in_flight)
             update = self.share_update(bucket, gradient)
             # what fills a share up is zero in both
-            pairs = (gradient, self.grad_divisor), (update, 1)
-            for total, (values, divisor) in zip(self.squares, pairs):
-                blocks = values.view(-1, SCALE_BLOCK).float() / divisor
+            for total, values in zip(self.squares, (gradient, update)):
+                blocks = values.view(-1, SCALE_BLOCK).float()
                 total.index_add_(0, bucket.group_of_block, blocks.square().sum(1))
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
@@ -1297,22 +1295,18 @@ def flag(name: str, value) -> str:
 
 def parse_value(name: str, text: str, default):
     """`text` as a value of the type of `default`; int passes for float. Refused 2 if ill-typed."""
-    if isinstance(default, str):
-        return text
-    try:
-        if isinstance(default, tuple):
+    kind = type(default)
+    with contextlib.suppress(ValueError, KeyError, Refused):
+        if kind is tuple:
             parts = zip(text.strip("()[], ").split(","), default, strict=True)
             return tuple(parse_value(name, part, each) for part, each in parts)
-        value = ast.literal_eval(text.strip())
-        if (type(value), type(default)) == (int, float):
-            value = float(value)
-        if type(value) is type(default) and abs(value) < 2**31:
+        value = {"True": True, "False": False}[text] if kind is bool else kind(text)
+        if kind is str or abs(value) < 2**31:
             return value
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, RunEnd):
-        pass
-    kind = type(default).__name__
-    kind = "True or False" if kind == "bool" else f"a value of type {kind}"
-    raise Refused(2, f"--{name} takes {kind}, such as {flag(name, default)}, and not {text!r}")
+    raise Refused(
+        2, f"--{name} takes a value of type {kind.__name__}, such as {flag(name, default)}, and "
+        f"not {text!r}"
+    )
 
 
 def parse_overrides(argv: list[str]) -> Hyperparameters:
@@ -1322,16 +1316,18 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
     given = {}
     for argument in argv:
         name, equals, text = argument.removeprefix("--").partition("=")
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or ["help"]
-        nearest = ", ".join(f"--{c}" for c in close)
-        unknown = f"unknown argument {argument!r}: the nearest legal names are {nearest}"
-        require(name in known, f"{unknown} (--help lists all)")
-        well_formed = argument.startswith("--") and equals
-        require(well_formed, f"{argument!r} is not of the form --{name}=value")
+        close = "=value --".join(difflib.get_close_matches(name, known, cutoff=0))
+        require(
+            name in known and equals and argument.startswith("--"),
+            f"unknown argument {argument!r}: the nearest legal ones are --{close}=value (--help "
+            "lists all)"
+        )
         given[name] = parse_value(name, text, known[name])
     preset = given.pop("preset", "80gb")
-    legal = ", ".join(PRESETS)
-    require(preset in PRESETS, f"unknown preset {preset!r}: the legal names are {legal}")
+    require(
+        preset in PRESETS,
+        f"unknown preset {preset!r}: the legal names are {', '.join(PRESETS)}"
+    )
     knobs = PRESETS[preset] | given
     plain = [f"--{name}" for name in PLAIN_BATCH if name in given]
     require(
@@ -1376,17 +1372,13 @@ def check(hp, world_size: int):
         f"--model_dim={hp.model_dim} must be a multiple of 64, and --num_heads={hp.num_heads} "
         "times a multiple of 4"
     )
-    layers, of_values = len(hp.layer_pattern), len(hp.value_pattern)
+    tables = "".join(sorted(set(hp.value_pattern) - {"."}))
+    layers = set(hp.layer_pattern) <= set("LS-") and "0123456789".startswith(tables)
     require(
-        layers == of_values > 0,
-        f"--layer_pattern has {layers} layers and --value_pattern {of_values}: they must have the "
-        "same count, one letter a layer"
-    )
-    tables = sorted(set(hp.value_pattern) - {"."})
-    require(
-        set(hp.layer_pattern) <= set("LS-") and tables == [*map(str, range(len(tables)))],
+        layers and len(hp.layer_pattern) == len(hp.value_pattern) > 0,
         "--layer_pattern is made of L, S and -, and --value_pattern of . and the digits from 0 on "
-        f"without a gap, not {hp.layer_pattern!r} and {hp.value_pattern!r}"
+        "without a gap, one letter a layer in both and as many, not "
+        f"{hp.layer_pattern!r} and {hp.value_pattern!r}"
     )
     # `GPT.losses` takes exp(logit - cap), logits are above 0, and fp32's smallest normal number is
     # 2^-126 = exp(-87.3): below it digits are lost
@@ -1394,8 +1386,10 @@ def check(hp, world_size: int):
         hp.logit_cap <= 87,
         f"--logit_cap={hp.logit_cap} is too large for an exact loss in fp32: 87 is the greatest"
     )
-    betas = f"--adam_betas={hp.adam_betas} must both lie from 0 to below 1"
-    require(0 <= min(hp.adam_betas) <= max(hp.adam_betas) < 1, betas)
+    require(
+        0 <= min(hp.adam_betas) <= max(hp.adam_betas) < 1,
+        f"--adam_betas={hp.adam_betas} must both lie from 0 to below 1"
+    )
     require(
         hp.window_min <= hp.window_max,
         f"--window_min={hp.window_min} must not be above --window_max={hp.window_max}"
@@ -1425,20 +1419,19 @@ def check_batches(hp, world_size: int):
         len({stage.seq_len for stage in stages(hp)}) <= 8,  # the compiler's limit
         "--batch_stages must not have more than 8 different lengths: each is a graph of its own"
     )
-    knob = "batch_stages" if batches else "train_seq_len"
-    lengths = [(knob, stage.seq_len) for stage in stages(hp)]
+    of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
+    lengths = [(of_length, stage.seq_len) for stage in stages(hp)]
     for name, length in (*lengths, ("val_seq_len", hp.val_seq_len)):
         low = max(length // BLOCK * BLOCK, BLOCK)
-        near = f"such as {low} or {low + BLOCK}, and not {length}"
-        require(length % BLOCK == 0, f"--{name} must be a multiple of {BLOCK}, {near}")
+        require(
+            length % BLOCK == 0,
+            f"--{name} must be a multiple of {BLOCK}, such as {low} or {low + BLOCK}, not {length}"
+        )
     shared = math.gcd(*(stage.sequences for stage in stages(hp)))
-    counts = range(1, min(shared, 1024) + 1)
-    legal = ", ".join(str(n) for n in counts if shared % n == 0)
-    knob = "batch_stages" if batches else "sequences_per_step"
     require(
         shared % world_size == 0,
-        f"--{knob}={getattr(hp, knob)} cannot be dealt to {world_size} ranks: the legal counts of "
-        f"ranks are {legal}"
+        f"--{of_count}={getattr(hp, of_count)} cannot be dealt to {world_size} ranks: legal counts "
+        f"of ranks are the divisors of {shared}"
     )
 
 
@@ -1458,7 +1451,7 @@ class Corpus(NamedTuple):
     val_sha256: str  # of the tokens scored
     passes: int  # over the training stream, begun by the end of the run
     sources: list[str]  # of the validation documents, if they are told
-    source_of: np.ndarray  # (val_tokens,) index of the source of each position scored
+    source_of: np.ndarray  # (val_tokens,) index of the source of each position scored, or (0,)
 
     def facts(self, val_tokens: int) -> dict:
         """What the start event says of the data; hashes of shards on rank 0 alone."""
@@ -1467,86 +1460,73 @@ class Corpus(NamedTuple):
             train=self.train_files
         )
 
-    def by_source(self, losses: Tensor) -> dict:
-        """{source: mean loss}, of sources with a token that is scored; sums are fp64. losses:
-        (pieces, val_seq_len)."""
-        weights = losses.flatten()[: len(self.source_of)].cpu()
-        counts, sums = np.bincount(self.source_of), np.bincount(self.source_of, weights)
-        return {name: s / n for name, s, n in zip(self.sources, sums, counts) if n}
-
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if header and
     size disagree."""
     size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
-    magic, version, count = header
-    require(
-        (magic, version) == (MAGIC, VERSION),
-        f"{path} is not a token shard: it begins with {magic} {version}, not {MAGIC} {VERSION}"
+    magic, version, count = (
+        np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
     )
     require(
-        count >= 1 and size == HEADER_BYTES + 2 * count,
-        f"{path} holds {count} tokens by its header, {(size - HEADER_BYTES) // 2} by its size: it "
-        "was cut short or damaged; get it again"
+        (magic, version, size) == (MAGIC, VERSION, HEADER_BYTES + 2 * count) and count > 0,
+        f"{path} is not a token shard, or was cut short or damaged: it begins with {magic} "
+        f"{version}, not {MAGIC} {VERSION}, or holds not {count} tokens, by its header, but "
+        f"{(size - HEADER_BYTES) // 2}, by its size; get it again"
     )
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
 
 
-def scan_shard(path: Path, tokens, encoding: str, expected: str | None) -> str:
-    """SHA-256 of the token bytes, hex. Refused 2 if it is not the manifest's, or if a token is not
-    of the encoding: a GPU would only say assert."""
-    digest = hashlib.sha256()
-    for start in range(0, len(tokens), 1 << 22):
-        piece = np.ascontiguousarray(tokens[start : start + (1 << 22)])
-        bad = piece > EOT if encoding == "gpt2" else (piece > 255) & (piece != EOT)
-        require(
-            not bad.any(),
-            f"{path} holds token {piece[bad.argmax()]} at {start + bad.argmax()}, which {encoding} "
-            "does not have: make the shard again, or check its manifest.json"
-        )
-        digest.update(piece)
-    found = digest.hexdigest()
+def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
+    """SHA-256 of the token bytes, hex. Refused 2 if `known` has another, or if a token is not of
+    the encoding: a GPU would only say assert."""
+    bad = tokens > EOT if encoding == "gpt2" else (tokens > 255) & (tokens != EOT)
     require(
-        expected in (None, found),
-        f"{path} has SHA-256 {found[:12]} and its manifest says {str(expected)[:12]}: it was "
-        "changed or damaged; get it again"
+        not bad.any(),
+        f"{path} holds token {tokens[bad.argmax()]} at {bad.argmax()}, which {encoding} does not "
+        "have: make the shard again, or check its manifest.json"
+    )
+    found = hashlib.sha256(tokens).hexdigest()
+    expected = known.get(path.name) or found
+    require(
+        found == expected,
+        f"{path} has SHA-256 {found:.12} and its manifest says {expected:.12}: it was changed or "
+        "damaged; get it again"
     )
     return found
 
 
 def read_manifest(folder: Path):
-    """(encoding, {file: SHA-256 of its token bytes}); without a manifest, GPT-2 tokens."""
+    """(encoding, {file: SHA-256 of its token bytes, if told}); without one, GPT-2 tokens."""
     path = folder / "manifest.json"
     if not path.exists():
         return "gpt2", {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["encoding"] not in VOCAB:
-            raise ValueError(f"encoding {manifest['encoding']!r} is none of {', '.join(VOCAB)}")
-        files = manifest.get("files", [])
-        return manifest["encoding"], {f["name"]: f["sha256"] for f in files if f.get("sha256")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        encoding, files = manifest["encoding"], manifest.get("files", [])
+        require(encoding in VOCAB, f"encoding {encoding!r} is none of {', '.join(VOCAB)}")
+        return encoding, {file["name"]: file.get("sha256") for file in files}
+    except Exception as error:
         raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
 
 
 def read_sources(folder: Path, scored: np.ndarray):
-    """(names, (n,) index of the source of each token scored, that of its input's document) as
-    val_docs.json tells them, or two empty lists. scored: (n + 1,) tokens. Refused 2 where it does
-    not."""
+    """(names, (n,) index of the source of each token scored) by val_docs.json, or empty ones. The
+    source is that of the document of its input; scored: (n + 1,) tokens. Refused 2 where the file
+    cannot be used."""
     path = folder / "val_docs.json"
     if not path.exists():
-        return [], []
-    documents = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
-    try:
+        return [], scored[:0]
+    docs = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
+    with contextlib.suppress(Exception):
         told = json.loads(path.read_text(encoding="utf-8"))
-        source_of = np.array(told["doc_source"], "u1")[documents]
-        told["sources"][source_of.max()]
-        return told["sources"], source_of
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-        form = '{"sources": [names], "doc_source": [the index of a name for each of '
-        form += f"{documents[-1] + 1} documents or more]}}"
-        raise Refused(2, f"{path} cannot be used ({error!r}): it must hold {form}") from None
+        names, found = told["sources"], np.array(told["doc_source"])[docs]
+        if len(np.bincount(found)) <= len(names):  # bincount takes whole numbers from 0 on
+            return names, found
+    raise Refused(
+        2, f'{path} cannot be used: it must hold {{"sources": [names], "doc_source": [an index of '
+        f"sources for each of at least {docs[-1] + 1} documents]}}"
+    )
 
 
 def count_passes(hp, total: int) -> int:
@@ -1573,34 +1553,28 @@ def load_corpus(hp, thorough: bool) -> Corpus:
     """Open and check every shard of `hp.data_dir`; `thorough` (rank 0) also reads, hashes and
     compares all tokens."""
     folder = Path(hp.data_dir)
-    require(
-        folder.is_dir(),
-        f"--data_dir={hp.data_dir} is not a folder: data/fineweb.py downloads FineWeb, and "
-        "data/tokenize_text.py turns any text into shards"
-    )
     encoding, known = read_manifest(folder)
-    opened = {}
-    for split in ("train", "val"):
-        opened[split] = {p: open_shard(p) for p in sorted(folder.glob(f"*{split}*.bin"))}
-        require(
-            opened[split],
-            f"--data_dir={hp.data_dir} holds no *{split}*.bin: both splits need a shard"
-        )
-    train, val = (TokenStream([*shards.values()]) for shards in opened.values())
+    found = [sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")]
+    require(
+        all(found),
+        f"--data_dir={hp.data_dir} is not a folder with *train*.bin and *val*.bin: "
+        "data/fineweb.py downloads FineWeb, and data/tokenize_text.py turns any text into shards"
+    )
+    opened = [{path: open_shard(path) for path in paths} for paths in found]
+    train, val = (TokenStream([*shards.values()]) for shards in opened)
     require(
         val.total > hp.val_tokens,
         f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
         f"--val_tokens={val.total - 1} is the most"
     )
     passes = count_passes(hp, train.total)
-    shards = opened["train"] | opened["val"] if thorough else {}
+    shards = opened[0] | opened[1] if thorough else {}
     with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
-        said = [known.get(path.name) for path in shards]
-        scans = pool.map(scan_shard, shards, shards.values(), [encoding] * len(shards), said)
-        digests = dict(zip(shards, scans))
+        scan = lambda shard: scan_shard(*shard, encoding, known)
+        digests = dict(zip(shards, pool.map(scan, shards.items())))
     files = [
         dict(name=path.name, tokens=len(tokens), sha256=digests.get(path))
-        for path, tokens in opened["train"].items()
+        for path, tokens in opened[0].items()
     ]
     scored = val.read(0, hp.val_tokens + 1).astype("<u2")
     val_sha256, sources = hashlib.sha256(scored).hexdigest(), read_sources(folder, scored)
@@ -1615,12 +1589,11 @@ LINES = {
     "changed: {changed}\nseed: {seed}\npython: {python}\ntorch: {torch}\ncuda: {cuda}\n"
     "driver: {driver}\ngpu: {gpu}\nworld_size: {world_size}\nfp8: {fp8[on]} {fp8[reason]}\n"
     "attention: {attention}\ndata: {data[encoding]}, {data[val_tokens]} validation tokens "
-    "{data[val_sha256]:.12}, {train_tokens} training tokens in {shards} shards",
+    "{data[val_sha256]:.12}, {corpus.train.total} training tokens",
     "step": "step:{step}/{total} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms "
     "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s}",
     "val": "step:{step}/{total} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
     "step_avg:{step_avg:.2f}ms",
-    "clock": "clock: {mark}",
     "warning": "warning: {text}",
     "resume": "resumed from {from_run_id} at step {step}",
     "end": "val_loss: {val_loss:.6f}\ntrain_time_ms: {train_ms:.0f}\nsteps: {steps}\n"
@@ -1643,44 +1616,40 @@ def no_space(what: str):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else type(error).__name__
-        sentence = f"{what} cannot be written ({reason}): make room in logs/, or write less with "
-        raise Refused(6, sentence + "--save=False --checkpoint_every=0") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise Refused(
+            6, f"{what} cannot be written ({reason}): make room in logs/, or write less with "
+            "--save=False --checkpoint_every=0"
+        ) from error
 
 
 class RunLog:
     """Rank 0's standard output and run folder. Other ranks stay silent."""
 
     def __init__(self, rank: int, source: bytes):
-        second, rest = divmod(time.time_ns() // 1000, 10**6)
-        day = time.strftime("%Y%m%d-%H%M%S", time.gmtime(second))
+        now = datetime.datetime.now(datetime.timezone.utc)
         # ids sort as runs began: five digits for microseconds, and one of chance
-        self.run_id = f"{day}-{rest:05x}{os.urandom(1).hex()[0]}"
+        self.run_id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{os.urandom(1).hex()[0]}"
         self.rank, self.folder = rank, Path("logs") / self.run_id
         if rank == 0:
             with no_space("the run folder"):
                 self.folder.mkdir(parents=True)
                 (self.folder / "train_gpt.py").write_bytes(source)
 
-    def emit(self, event: str, facts: dict, screen=True, file=True, **shown):
-        """An event: a row of facts for metrics.jsonl, and its line for log.txt and the screen,
-        which may show more than the facts."""
+    def emit(self, event: str, facts: dict, file=True, **shown):
+        """An event: a row of facts for metrics.jsonl, and its line, if any, for log.txt and the
+        screen, which may show more than the facts."""
         line = Filler().format(LINES.get(event, ""), **facts | shown)
-        if line and screen:
+        if line:
             self.say(line)
         if self.rank or not file:
             return
         finite = lambda v: str(v) if isinstance(v, float) and not math.isfinite(v) else v
         row = dict(event=event, **tree_map(finite, facts))
         with no_space("the run folder"):
-            self.append("metrics.jsonl", json.dumps(row))
-            if line:
-                self.append("log.txt", line.encode("ascii", "replace").decode())
-
-    def append(self, name: str, text: str):
-        with open(self.folder / name, "a", encoding="ascii", newline="\n") as file:
-            file.write(text + "\n")
+            for name, text in (("metrics.jsonl", json.dumps(row)), ("log.txt", line)):
+                with open(self.folder / name, "ab") as part:
+                    part.write(f"{text}\n".encode("ascii", "replace") if text else b"")
 
     def say(self, text: str):
         """On the screen alone."""
@@ -1698,16 +1667,15 @@ class Clock:
 
     def read(self, event=None) -> dict:
         """Now, or when the GPU passed a recorded CUDA event."""
-        now = time.perf_counter()
+        now = time.perf_counter() - self.began
         if event:
             now = self.since + self.started.elapsed_time(event) / 1e3
         running = 0.0 if self.since is None else (now - self.since) * 1e3
-        return dict(train_ms=self.train_ms + running, wall_s=now - self.began)
+        return dict(train_ms=self.train_ms + running, wall_s=now)
 
     def start(self):
         if self.since is None:
-            reading = self.switch("start")
-            self.since = self.began + reading["wall_s"]
+            self.since = self.switch("start")["wall_s"]
             if self.cuda:
                 self.started = torch.cuda.Event(enable_timing=True)
                 self.started.record()
@@ -1725,13 +1693,15 @@ class Clock:
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
         reading = self.read()
-        self.log.emit("clock", dict(mark=mark, **reading), screen=False)
+        self.log.emit("clock", dict(mark=mark, **reading))
         return reading
 
 
 # ---- 15. Checkpoints
 
-CHECKPOINT_KEYS = set("model optimizers loop knobs data encoding run_id script_sha256".split())
+CHECKPOINT_KEYS = set(
+    "model optimizers step tokens train_ms knobs data encoding run_id script_sha256".split()
+)
 
 
 def load_file(path: Path) -> dict:
@@ -1739,91 +1709,76 @@ def load_file(path: Path) -> dict:
     file."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load accepts flipped bits; it has checksums
-            if archive.testzip():
-                raise ValueError("a checksum is wrong")
+            require(not archive.testzip(), "a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not saved.keys() >= CHECKPOINT_KEYS or "tokens" not in saved["loop"]:
-            raise ValueError("it holds no run of this script's kind")
-        tensors = [value for value in tree_leaves(saved) if isinstance(value, Tensor)]
-        if not all(t.isfinite().all() for t in tensors):
-            raise ValueError("it holds numbers that are not finite")
+        require(saved.keys() >= CHECKPOINT_KEYS, "it holds no run of this script's kind")
+        require(
+            all(v.isfinite().all() for v in tree_leaves(saved) if isinstance(v, Tensor)),
+            "it holds numbers that are not finite"
+        )
         return saved
     except Exception as error:
-        first_line = str(error).partition("\n")[0][:100]
-        reason = f"{path} is not usable ({type(error).__name__}: {first_line})"
-        raise Refused(5, f"{reason}: name another file, or leave out --resume") from error
+        raise Refused(
+            5, f"{path} is not usable ({error!r:.100}): name another file, or leave out --resume"
+        ) from error
 
 
 def identity(facts: dict) -> dict:
     """What runs must share for one to go on from another: {knob, script or data: value}. facts: of
     a start event or a checkpoint."""
-    own = {k: v for k, v in facts["knobs"].items() if k not in ASIDE}
-    shards = "".join(str(file["sha256"]) for file in facts["data"]["train"])
-    own["the script"] = facts["script_sha256"][:12]
-    own["validation data"] = facts["data"]["val_sha256"][:12]
-    own["training data"] = hashlib.sha256(shards.encode()).hexdigest()[:12]
+    data = facts["data"]
+    shards = "".join(str(file["sha256"]) for file in data["train"])
+    own = {k: v for k, v in facts["knobs"].items() if k not in ASIDE} | {
+        "the script": facts["script_sha256"][:12],
+        "validation data": data["val_sha256"][:12],
+        "training data": hashlib.sha256(shards.encode()).hexdigest()[:12]
+    }
     return json.loads(json.dumps(own))  # a log has lists for tuples
 
 
-def changes(then: dict, now: dict) -> str:
-    """How two identities differ, such as "muon_lr 0.05 -> 0.5"; empty where they do not."""
-    other = [name for name in now if then.get(name) != now[name]]
-    return ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in other)
+def changes(then: dict, now: dict) -> dict:
+    """{name: "muon_lr 0.05 -> 0.5"} of what two runs, by their facts, do not share; but not of
+    knobs that `then` did not have."""
+    then, now = identity(then), identity(now)
+    return {k: f"{k} {then[k]} -> {v}" for k, v in now.items() if then.get(k, v) != v}
 
 
-def find_latest(now: dict, skipped: list[str]):
-    """(None, the newest usable checkpoint of runs with the identity `now`), or (exit code,
-    sentence): 0 if the newest of them is complete, 5 if there is none. Unusable ones join
-    `skipped`."""
-    others = []
+def find_latest(now: dict, notes: list[str]) -> list:
+    """[None, the newest usable checkpoint of runs with the identity of the facts `now`]; unusable
+    ones join the notes. Without one [exit code, why]: 0 if the newest of the runs is complete."""
+    advice = ""
     for folder in sorted(Path("logs").glob("*"), reverse=True):  # named by date, files by step
         try:
             lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
-            other = changes(identity(json.loads(lines[0])), now)
-        except (OSError, LookupError, ValueError, TypeError, AttributeError):
-            other = "a metrics.jsonl that cannot be read"
+            other = changes(json.loads(lines[0]), now)
+        except Exception:
+            other = dict(file="a metrics.jsonl that cannot be read")
         if not other and '"status": "complete"' in lines[-1]:
-            return 0, f"already complete: {folder.name} is this run; another has another --seed"
+            return [
+                0, f"already complete: {folder.name} is this very run; another one needs another "
+                "--seed or no --resume"
+            ]
         for path in sorted(folder.glob("checkpoints/step_*.pt"), reverse=True):
-            if other:
-                others.append(f"; the newest other differs in {other}: --resume={path.as_posix()}")
-                continue
             try:
-                load_file(path)
-                return None, str(path)
+                if not other:
+                    load_file(path)
+                    return [None, str(path)]
+                advice = advice or (
+                    f"; the newest other differs in {', '.join(other.values())}: repeat its knobs, "
+                    f"or go on from it by --resume={path.as_posix()}"
+                )
             except Refused:
-                skipped.append(f"{path} is not usable; the next older one is tried")
-    advice = ": name a file, or leave it out"
-    return 5, "--resume=latest finds no usable checkpoint" + [*others, advice][0]
+                notes.append(
+                    f"{folder.name}/{path.name} is not usable; the next older one is tried"
+                )
+    advice = advice or ": name a file, or leave it out"
+    return [5, f"--resume=latest finds no usable checkpoint{advice}"]
 
 
 def public_knobs(hp) -> dict:
     """All knobs, with place knobs as base names: a log names no path."""
     places = dict(data_dir=Path(hp.data_dir).name, resume=Path(hp.resume).name)
     return dataclasses.asdict(hp) | places
-
-
-def resumable(saved: dict, path, hp, encoding, world_size):
-    """Refused 2 where a checkpoint does not fit knobs, data or ranks."""
-    knobs, loop, ranks = saved["knobs"], saved["loop"], len(saved["optimizers"])
-    now = dataclasses.asdict(hp)
-    changed = [k for k in FIXED if k in knobs and knobs[k] != now[k]]
-    differ = [flag(k, knobs[k]) for k in changed]
-    require(not differ, f"{path} was written with {' '.join(differ)}: give the same to resume it")
-    require(
-        saved["encoding"] == encoding,
-        f"{path} was trained on {saved['encoding']} tokens: name such data as --data_dir"
-    )
-    require(
-        ranks == world_size, f"{path} was written by {ranks} ranks: start as many to resume it"
-    )
-    step, tokens = loop["step"], loop["tokens"]
-    require(step <= hp.steps, f"{path} is at step {step}: --steps={hp.steps} is behind it")
-    require(
-        tokens == tokens_before(step, hp),
-        f"{path} had read {tokens} tokens after step {step}, and with --steps={hp.steps} the "
-        "stages lie elsewhere: give the same --steps"
-    )
 
 
 # ---- 16. The run
@@ -1834,8 +1789,8 @@ PACKAGES = "torch numpy tiktoken huggingface_hub triton".split()
 
 def init_distributed():
     """(rank, world size, device) from torchrun's environment; without it one rank, no group."""
-    names = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-    rank, local, world_size = (int(os.environ.get(name, names[name])) for name in names)
+    places = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    rank, local, world_size = (int(os.environ.get(*place)) for place in places.items())
     device, backend = torch.device("cpu"), dict(backend="gloo")
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -1843,65 +1798,52 @@ def init_distributed():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = dict(backend="nccl", device_id=device)
-    # 2.13 warns; the new names came with it
-    noise = ".*(reduce_scatter_tensor|all_gather_into_tensor)"
-    warnings.filterwarnings("ignore", noise, FutureWarning)
-    try:
-        if world_size > 1:
-            dist.init_process_group(timeout=timedelta(seconds=START_TIMEOUT), **backend)
-    except (dist.DistError, ValueError) as error:
-        taken = "in use" in str(error)
-        cause = "is in use" if taken else "did not bring all ranks together"
-        port = f"MASTER_PORT={os.environ.get('MASTER_PORT')} {cause}"
-        advice = "take another, or let torchrun --standalone choose"
-        raise Refused(2 if taken else 4, f"{port}: {advice}") from error
+    warnings.filterwarnings(  # 2.13 warns; the new names came with it
+        "ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor)", FutureWarning
+    )
+    if world_size > 1:
+        dist.init_process_group(timeout=datetime.timedelta(seconds=START_TIMEOUT), **backend)
     return rank, world_size, device
 
 
-def catch_signals(caught: list[float]) -> dict:
+def catch_signals(stack: contextlib.ExitStack) -> list[float]:
     """SIGTERM, SIGINT and SIGHUP ask for an end after the step: their times join the list. A second
     SIGINT aborts, unless it comes within a second: then it is the launcher's echo of the first.
-    Returns the handlers of before, {number: handler}."""
+    The stack's end brings back the handlers of before."""
+    caught = []
 
     def handler(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
         caught.append(time.monotonic())
 
-    before = {}
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        old = signal.getsignal(number)
-        if number == signal.SIGINT or old != signal.SIG_IGN:  # as by nohup
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(number, handler)
-                before[number] = old or signal.SIG_DFL
-    return before
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    for number in (signal.SIGTERM, signal.SIGINT, hangup):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+            before = signal.signal(number, handler) or signal.SIG_DFL
+            stack.callback(signal.signal, number, before)
+    return caught
 
 
 def nvidia_driver():
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, IndexError, subprocess.SubprocessError):
+    with contextlib.suppress(Exception):
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()[0]
-
-
-def installed() -> dict:
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def machine(device, world_size: int) -> dict:
     """What the start event says of hardware and software."""
-    cuda, packages = device.type == "cuda", installed()
-    backend = cuda and dist.is_nccl_available()
+    cuda, packages = device.type == "cuda", {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     gpu = torch.cuda.get_device_properties(device) if cuda else None
     return dict(
         gpu=gpu and gpu.name, gpu_count=world_size * cuda,
         gpu_memory_mib=gpu and gpu.total_memory >> 20, driver=nvidia_driver() if cuda else None,
         torch=torch.__version__, cuda=torch.version.cuda,
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if backend else None,
+        nccl=".".join(map(str, torch.cuda.nccl.version()))
+        if cuda and dist.is_nccl_available() else None,
         triton=packages.pop("triton", None), python=platform.python_version(), packages=packages
     )
 
@@ -1910,71 +1852,85 @@ class Run:
     """One training run: what the loop calls `run`. `step` counts the finished steps; with the clock
     it is the loop's whole state, as all else follows from it."""
 
-    def __init__(self, hp, rank, world_size, device, argv: list[str], source: bytes, notes=()):
+    def __init__(
+        self, hp, rank: int, world_size: int, device, argv, source: bytes, notes=()
+    ):
         self.hp, self.rank, self.world_size = hp, rank, world_size
         self.step, self.val_loss, self.peak_val = 0, None, 0
-        self.signals, self.handlers, self.notes = [], {}, [*notes]
+        self.notes, self.handlers = [*notes], contextlib.ExitStack()
         self.corpus = load_corpus(hp, thorough=rank == 0)
-        sha, data = hashlib.sha256(source).hexdigest(), self.corpus.facts(hp.val_tokens)
-        self.facts = dict(script_sha256=sha, knobs=public_knobs(hp), data=data)
+        self.facts = dict(
+            script_sha256=hashlib.sha256(source).hexdigest(), knobs=public_knobs(hp),
+            data=self.corpus.facts(hp.val_tokens)
+        )
         self.saved = self.find_saved() if hp.resume else None
         self.trainer = build(hp, VOCAB[self.corpus.encoding], rank, world_size, device)
         self.log = RunLog(rank, source)
         self.clock = Clock(self.log, self.trainer.cuda)
         self.describe(argv)
+
     def describe(self, argv: list[str]):
         """The start event: everything that the result may depend on, and no place or name."""
-        hp, corpus, trainer, device = self.hp, self.corpus, self.trainer, self.trainer.device
-        plain = dataclasses.asdict(Hyperparameters())
-        own = {k: v for k, v in self.facts["knobs"].items() if k not in PLACES}
-        changed = {k: v for k, v in own.items() if v != plain[k]}
-        shown = []
-        for argument in argv:
-            name, equals, value = argument.partition("=")
-            value = Path(value).name if name[2:] in PLACES else value
-            shown.append(name + equals + value)
+        hp, knobs, trainer = self.hp, self.facts["knobs"], self.trainer
+        changed = {
+            k: v for k, v in knobs.items()
+            if k not in PLACES and v != getattr(Hyperparameters, k)
+        }
+        named = [argument[2:].partition("=")[0] for argument in argv]
+        shown = [flag(k, knobs[k]) if k in PLACES else a for k, a in zip(named, argv)]
         facts = dict(
             format=2, run_id=self.log.run_id,
             utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), argv=shown,
-            changed=changed, seed=hp.seed, device=device.type,
-            **machine(device, self.world_size), world_size=self.world_size,
+            changed=changed, seed=hp.seed, device=trainer.device.type,
+            **machine(trainer.device, self.world_size), world_size=self.world_size,
             fp8=dict(on=trainer.model.lm_head.use_fp8, reason=trainer.fp8_reason),
             attention="flex" if trainer.model.use_flex else "sdpa",
             stages=[stage._asdict() for stage in stages(hp)], **self.facts
         )
-        held, shards = corpus.train.total, len(corpus.train_files)
-        self.log.emit("start", facts, train_tokens=held, shards=shards)
+        self.log.emit("start", facts, corpus=self.corpus)
 
     def find_saved(self) -> dict:
-        """The checkpoint to go on from. Rank 0 finds `latest`, and all do or end as it does."""
-        answer = [(None, self.hp.resume)]
-        if self.rank == 0 and self.hp.resume == "latest":
-            answer = [find_latest(identity(self.facts), self.notes)]
+        """The checkpoint to go on from; a note says what changed since. Rank 0 finds `latest`, and
+        all do or end as it does. Refused 2 where the file does not fit knobs or ranks."""
+        hp, answer = self.hp, [None, self.hp.resume]
+        if self.rank == 0 and hp.resume == "latest":
+            answer = find_latest(self.facts, self.notes)
         if self.world_size > 1:
             dist.broadcast_object_list(answer, 0)
-        code, path = answer[0]
+        code, path = answer
         require(code is None, path, code)
         saved = load_file(Path(path))
-        resumable(saved, path, self.hp, self.corpus.encoding, self.world_size)
+        other = changes(saved, self.facts)
+        fixed = [flag(k, saved["knobs"][k]) for k in FIXED if k in other]
+        ranks, step, tokens = len(saved["optimizers"]), saved["step"], saved["tokens"]
+        fixed += [f"{ranks} ranks"] * (ranks != self.world_size)
+        require(
+            not fixed, f"{path} was written with {' '.join(fixed)}: give the same to resume it"
+        )
+        require(
+            step <= hp.steps and tokens == tokens_before(step, hp),
+            f"{path} had read {tokens} tokens after step {step}: with --steps={hp.steps} that is "
+            "past the end, or in another stage: give the same --steps"
+        )
+        if other:
+            self.notes.append(f"changed since the checkpoint: {', '.join(other.values())}")
         return saved
 
     def restore(self, saved: dict):
-        """Go on where a checkpoint was written; a note says what changed since."""
+        """Go on where a checkpoint was written."""
         try:
             self.trainer.model.load_state_dict(saved["model"])
         except RuntimeError as error:
-            sentence = "--resume names weights of another script: resume them with their own"
-            raise Refused(5, sentence) from error
+            raise Refused(
+                5, "--resume names weights of another script or encoding: give them their own"
+            ) from error
         for optimizer, state in zip(self.trainer.optimizers, saved["optimizers"][self.rank]):
             groups = optimizer.state_dict()["param_groups"]  # rates are the knobs', not the file's
             optimizer.load_state_dict(dict(state, param_groups=groups))
             for values in optimizer.state.values():  # torch leaves `step` on the CPU: a recompile
                 values.update({k: v.to(self.trainer.device) for k, v in values.items()})
-        loop, other = saved["loop"], changes(identity(saved), identity(self.facts))
-        self.step, self.clock.train_ms = loop["step"], loop["train_ms"]
+        self.step, self.clock.train_ms = saved["step"], saved["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
-        if other:
-            self.notes.append(f"changed since the checkpoint: {other}")
 
     @property
     def tokens(self) -> int:
@@ -1991,19 +1947,22 @@ class Run:
         shape = math.ceil(hp.val_tokens / hp.val_seq_len), hp.val_seq_len
         each = [torch.zeros(shape, device=self.trainer.device)] if corpus.sources else []
         self.val_loss = self.trainer.evaluate(corpus.val, hp.val_tokens, self.step, *each)
-        if self.trainer.cuda:
-            self.peak_val = max(self.peak_val, torch.cuda.max_memory_allocated())
+        self.peak_val = max(self.peak_val, torch.cuda.max_memory_allocated())  # 0 on a CPU
         now, step = self.clock.read(), self.step
-        scored = dict(val_loss=self.val_loss, val_tokens=hp.val_tokens)
-        facts = dict(step=step, tokens=self.tokens, **scored, **now)
-        for losses in each:
-            facts["sources"] = corpus.by_source(losses)
-        step_avg = now["train_ms"] / step if step else math.nan
-        self.log.emit("val", facts, total=hp.steps, step_avg=step_avg)
+        facts = dict(
+            step=step, tokens=self.tokens, val_loss=self.val_loss, val_tokens=hp.val_tokens, **now
+        )
+        for losses in each:  # sums are fp64; a source may have no token that is scored
+            weights = losses.flatten()[: hp.val_tokens].cpu()
+            counts, sums = np.bincount(corpus.source_of), np.bincount(corpus.source_of, weights)
+            named = zip(corpus.sources, sums, counts)
+            facts["sources"] = {name: total / n for name, total, n in named if n}
+        average = now["train_ms"] / step if step else math.nan
+        self.log.emit("val", facts, total=hp.steps, step_avg=average)
         require(
             math.isfinite(self.val_loss),
             f"the validation loss is {self.val_loss} at step {step}: lower the learning rates",
-            code=3
+            3
         )
 
     def report(self, outcome: Outcome) -> bool:
@@ -2011,47 +1970,58 @@ class Run:
         loss is not finite."""
         loss, stop, squares = outcome.wait()
         hp, now = self.hp, self.clock.read(outcome.event)
-        stage = stage_at(self.step, hp)
-        facts = dict(
-            lr=lr_at(self.step, hp), momentum=momentum_at(self.step, hp),
-            window=window_at(self.step, hp), sequences=stage.sequences, seq_len=stage.seq_len
-        )
+        at, stage = self.step, stage_at(self.step, hp)
         self.step += 1
         step, ms = self.step, now["train_ms"]
-        facts = dict(step=step, tokens=self.tokens, train_loss=loss, **facts, **now)
+        facts = dict(
+            step=step, tokens=self.tokens, train_loss=loss, lr=lr_at(at, hp),
+            momentum=momentum_at(at, hp), window=window_at(at, hp), sequences=stage.sequences,
+            seq_len=stage.seq_len, **now
+        )
         if squares:
-            groups = [g for o in self.trainer.optimizers for g in o.param_groups]
-            names = [f"{g['name']}.{what}" for g in groups for what in ("grad", "update")]
-            facts["norms"] = dict(zip(names, map(math.sqrt, squares)))
-        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=self.speed(ms))
+            facts["norms"] = self.norms(squares, stage.sequences)
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
-        self.log.emit("step", facts, file=kept, **shown)
+        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=self.speed(ms))
+        self.log.emit("step", facts, kept, **shown)
         if step == 10 < hp.steps:
-            minutes, fewer = ms / 6e5 * hp.steps, min(200, hp.steps // 2)
-            length = f"about {minutes:.1f} minutes of training for {hp.steps} steps"
-            self.log.say(f"{length}; a shorter run is --steps={fewer}: every schedule scales")
+            self.log.say(
+                f"about {ms / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps; for "
+                "fewer take --steps=N: every schedule scales"
+            )
         require(
             math.isfinite(loss),
             f"the training loss is {loss} at step {step}: lower the learning rates",
-            code=3
+            3
         )
         return stop
 
+    def norms(self, squares: list[float], sequences: int) -> dict:
+        """{"embed.grad": norm, "embed.update": norm, ...}. The gradients of `squares` are not
+        divided by the step's sequences yet."""
+        groups = [group for o in self.trainer.optimizers for group in o.param_groups]
+        names = [f"{g['name']}.{what}" for g in groups for what in ("grad", "update")]
+        divisors = [sequences, 1] * len(groups)
+        roots = map(math.sqrt, squares)
+        return {name: root / d for name, root, d in zip(names, roots, divisors)}
+
     def require_finite(self):
-        """Refused 3 on all ranks if a weight, or a state in the share of a rank, is not finite."""
+        """Refused 3 on all ranks if a weight of a rank or a state in its share is not finite. A
+        state has the name of the first parameter in its bucket."""
         names = {p: name for name, p in self.trainer.model.named_parameters()}
-        tensors = self.trainer.model.state_dict()
-        for optimizer in self.trainer.optimizers:
-            for p, states in optimizer.state.items():  # of a bucket, under its first parameter
-                owner = f"{type(optimizer).__name__}'s {{}} of {names[p]}'s bucket"
-                tensors |= {owner.format(key): state for key, state in states.items()}
-        found = [[name for name, t in tensors.items() if not t.isfinite().all()]]
+        tensors = self.trainer.model.state_dict() | {
+            f"{type(optimizer).__name__}'s {key} of {names[p]}": tensor
+            for optimizer in self.trainer.optimizers
+            for p, state in optimizer.state.items() for key, tensor in state.items()
+        }
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        found = [bad] * self.world_size
         if self.world_size > 1:
-            found *= self.world_size
-            dist.all_gather_object(found, found[self.rank])
+            dist.all_gather_object(found, bad)
         for name in sum(found, []):
-            sentence = f"{name} is not finite after step {self.step}: no file is written"
-            raise Refused(3, f"{sentence}; lower the learning rates")
+            raise Refused(
+                3, f"{name} is not finite after step {self.step}: no file is written; lower the "
+                "learning rates"
+            )
 
     def save_file(self, name: str, **more) -> Path:
         """Write weights, knobs and `more` to a file of the run folder: beside it, flushed to the
@@ -2076,15 +2046,16 @@ class Run:
         began = time.perf_counter()
         self.require_finite()
         own = [optimizer.state_dict() for optimizer in self.trainer.optimizers]
-        states = [own] + [None] * (self.world_size - 1)
+        states = [own] * self.world_size
         if self.world_size > 1:  # to the host: else rank 0 opens every GPU
             own = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, own)
-            dist.gather_object(own, states if self.rank == 0 else None)
+            dist.gather_object(own, None if self.rank else states)
         if self.rank:
             return
-        loop = dict(step=self.step, tokens=self.tokens, train_ms=self.clock.train_ms)
-        name = f"checkpoints/step_{self.step:06d}.pt"
-        path = self.save_file(name, optimizers=states, loop=loop, run_id=self.log.run_id)
+        path = self.save_file(
+            f"checkpoints/step_{self.step:06d}.pt", optimizers=states, step=self.step,
+            tokens=self.tokens, train_ms=self.clock.train_ms, run_id=self.log.run_id
+        )
         ms = (time.perf_counter() - began) * 1e3
         facts = dict(step=self.step, bytes=path.stat().st_size, ms=ms)
         self.log.emit("checkpoint", facts)
@@ -2097,20 +2068,20 @@ class Run:
             self.save_file("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
 
     def train(self):
-        """Warm up, go on from a checkpoint if there is one, and train; signals are caught until
-        `close`."""
+        """Warm up, go on from a checkpoint, if there is one, and run the loop, with signals caught
+        from there until `close`."""
         if self.trainer.cuda:
             self.log.say("compiling: a minute or two at the first start, seconds later")
             self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
         if self.saved:
             self.restore(self.saved)
-            self.saved = None
+            del self.saved
         if self.corpus.passes > 1:
             self.notes.append(f"the training stream is begun {self.corpus.passes} times")
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
-        self.handlers = catch_signals(self.signals)
+        self.signals = catch_signals(self.handlers)
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2118,54 +2089,53 @@ class Run:
         if code != 4:  # where a GPU may never answer
             with contextlib.suppress(Exception):
                 self.clock.stop()
-        now, memory = self.clock.read(), [None] * 3
-        if self.trainer.cuda:
-            bytes_ = self.clock.peak, self.peak_val, torch.cuda.max_memory_reserved()
-            memory = [count >> 20 for count in bytes_]
-        peaks = dict(zip(("peak_train_mib", "peak_val_mib", "reserved_mib"), memory))
+        now, mib = self.clock.read(), lambda count: count >> 20 or None
         status = {0: "complete", 75: "stopped"}.get(code, "failed")
         facts = dict(
             status=status, code=code, reason=reason, steps=self.step, tokens=self.tokens,
             val_loss=None if code else self.val_loss, **now,
-            tokens_per_s=self.speed(now["train_ms"]), **peaks
+            tokens_per_s=self.speed(now["train_ms"]),
+            peak_train_mib=mib(self.clock.peak), peak_val_mib=mib(self.peak_val),
+            reserved_mib=mib(torch.cuda.max_memory_reserved())
         )
-        self.log.emit("end", facts)
-        for number, before in self.handlers.items():
-            signal.signal(number, before)
+        with self.handlers:
+            self.log.emit("end", facts)
 
 
 # ---- 17. main
 
 
-def verdict(error: BaseException):
+def verdict(error: BaseException, source: bytes):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if no_memory or "allocate memory" in str(error):
-        advice = "--preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
-        return 6, f"out of memory: {advice}"
+    text, no_memory = str(error), (torch.OutOfMemoryError, MemoryError)
+    if isinstance(error, no_memory) or "allocate memory" in text:
+        return 6, (
+            "out of memory: --preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
+        )
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    lost = any(word in str(error) for word in ("gloo", "NCCL", "onnection", "imed out"))
-    together = isinstance(error, RuntimeError) and dist.is_initialized() and lost
-    if isinstance(error, dist.DistError) or together:
-        cause = "another rank died or hung; its own message says why"
-        return 4, f"a collective failed: {cause}; --resume=latest goes on"
+    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+        return 4, (
+            "a collective failed: another rank died, hung or never came, as its own message says, "
+            "or MASTER_PORT is in use; --resume=latest goes on"
+        )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == __file__][-1]
-    return 1, f"the script failed in line {own.lineno}, {type(error).__name__}: {own.line}"
+    number = [f.lineno for f in frames if f.filename == __file__][-1]
+    line = source.splitlines()[number - 1].decode().strip()
+    return 1, f"the script failed in line {number}, {type(error).__name__}: {line}"
 
 
-def end(error: BaseException, run):
+def end(error: BaseException, run, source: bytes):
     """Close the run, say why on one rank of each host, and exit with the code."""
-    code, reason = verdict(error)
+    code, reason = verdict(error, source)
     if run:
         with contextlib.suppress(Refused):  # a full disk may refuse this too
             run.close(code, reason)
     if int(os.environ.get("RANK", 0)) and code in (2, 5):
         time.sleep(5)  # leaving first would have the launcher end rank 0 before it spoke
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"train_gpt: {reason}", sys.stderr)
     if code == 1:
         raise error
@@ -2188,7 +2158,7 @@ def train_once(argv: list[str], source: bytes, notes=()) -> Run:
         run.close(0, "complete")
         return run
     except BaseException as error:
-        end(error, run)
+        end(error, run, source)
 
 
 def unkept() -> list[str]:
@@ -2197,8 +2167,11 @@ def unkept() -> list[str]:
     if __name__ != "__main__":
         notes.append("other code called this script: what ran may not be the script kept here")
     files = {Path(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
-    for name in sorted(f.name for f in files - {script} if f.parent == script.parent):
-        notes.append(f"{name} lies beside the script and was imported: it is not kept here")
+    for file in sorted(files - {script}):
+        if file.parent == script.parent:
+            notes.append(
+                f"{file.name} lies beside the script and was imported: it is not kept here"
+            )
     return notes
 
 
@@ -2206,20 +2179,22 @@ def main(argv: list[str] | None = None):
     """Train once; `argv` is for other code that calls this."""
     source = Path(__file__).read_bytes()
     if argv is None and __name__ != "__main__":
-        how = "cp train_gpt.py my.py, edit the copy, and run that"
-        end(Refused(2, f"the run folder would keep another script than runs: {how}"), None)
+        refused = Refused(
+            2, "another script calls main(), and the run folder would keep this one: cp "
+            "train_gpt.py my.py, edit the copy, and run that"
+        )
+        end(refused, None, source)
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         return say(help_text())
     run = train_once(argv, source, unkept())
     if run.hp.target_loss:
         miss = run.val_loss - run.hp.target_loss
-        run.log.say("target met" if miss <= 0 else f"target missed by {miss:.6f}")
+        run.log.say(f"target {'missed' if miss > 0 else 'met'} by {abs(miss):.6f}")
     if dist.is_initialized():
         dist.destroy_process_group()
-        if not run.trainer.cuda:  # gloo's threads may abort an ordinary exit
-            sys.stdout.flush()
-            os._exit(0)
+        if not run.trainer.cuda:
+            os._exit(0)  # gloo's threads may abort an ordinary exit
 
 
 if __name__ == "__main__":

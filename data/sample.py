@@ -13,6 +13,7 @@ Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no 
 """
 import contextlib
 import math
+import os
 import sys
 import types
 import zipfile
@@ -175,4 +176,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -96,9 +96,9 @@ class Duel:
 
     @property
     def identical(self) -> bool:
-        """Did each seed of either set give the other the same loss, to the last digit?"""
-        everyone = len(self.pairs) == len(self.a) == len(self.b) > 0
-        return everyone and all(x.val_loss == y.val_loss for x, y in self.pairs)
+        """Did each seed of the smaller set give the other the same loss, to the last digit?"""
+        shared = len(self.pairs) == min(len(self.a), len(self.b)) > 0
+        return shared and all(x.val_loss == y.val_loss for x, y in self.pairs)
 
     def values(self, value) -> tuple[list, list]:
         """value(run) of A and of B: of the pairs where these decide."""
@@ -111,13 +111,14 @@ class Duel:
         return (paired if self.by_pairs else welch)(*self.values(value))
 
     def power(self, n: int) -> float:
-        """How likely n runs of each show a difference, if the one seen and its scatter are the true ones."""
-        stats, (a, b) = distributions(), self.values(lambda run: run.val_loss)
-        gap = abs(statistics.fmean(b) - statistics.fmean(a))
-        if self.by_pairs:
-            parts = [statistics.variance([y - x for x, y in zip(a, b)]) / n]
-        else:
-            parts = [statistics.variance(values) / n for values in (a, b)]
+        """How likely n runs of each show a difference, if the one seen and its scatter are the true ones: by pairs if
+        these will decide then."""
+        stats, runs = distributions(), zip(*self.pairs) if len(self.pairs) > 1 else (self.a, self.b)
+        a, b = ([run.val_loss for run in own] for own in runs)
+        gap, gaps = abs(statistics.fmean(b) - statistics.fmean(a)), [y - x for x, y in zip(a, b)]
+        parts = [statistics.variance(x) / n for x in ([gaps] if len(self.pairs) > 1 else (a, b))]
+        if not sum(parts):
+            return 1.0
         df = (n - 1) * sum(parts) ** 2 / sum(part**2 for part in parts)
         return float(stats.nct.sf(stats.t.ppf((1 + LEVEL) / 2, df), df, gap / math.sqrt(sum(parts))))
 
@@ -160,30 +161,42 @@ def key(run) -> str:
     return hashlib.sha256(json.dumps([run.recipe, run.start["data"], run.gpu, run.gpu_count]).encode()).hexdigest()[:16]
 
 class Looks(NamedTuple):
-    """At two sets so far, this one included. `ideas`: sets that A has been compared with."""
-    counts: list[int]
+    """At two sets so far, this one included: (n, names of the runs) of each. `ideas`: sets that A has met as baseline.
+    """
+    seen: list[tuple]
     ideas: int
 
+    def false_alarms(self, by_pairs: bool) -> float:
+        """How often one of the looks at least is wrong where nothing differs. Those that share runs depend on each
+        other, and others, of fresh seeds, do not."""
+        apart = []  # [numbers of runs, names] of looks that share runs
+        for n, names in self.seen:
+            own = [group for group in apart if group[1] & set(names)]
+            apart = [group for group in apart if group not in own]
+            apart.append([sum((group[0] for group in own), [n]), set(names).union(*(group[1] for group in own))])
+        least = PAIRS if by_pairs else 2
+        counts = [sorted({n for n in group[0] if n >= least}) for group in apart]
+        return 1 - math.prod(1 - false_alarms(own, by_pairs) for own in counts if own)
+
     def sentences(self, by_pairs: bool) -> list[str]:
-        counts = sorted({n for n in self.counts if n > 1})
-        said = []
-        if len(counts) > 1:
-            rate = false_alarms(counts, by_pairs)
-            shown = ", ".join(map(str, counts))
-            said.append(f"look {len(counts)} at these two, after n = {shown}: where nothing differs, one of these "
-                        f"looks says otherwise in {100 * rate:.0f} % of cases, not 5 %")
+        said, rate = [], 100 * self.false_alarms(by_pairs) if len(self.seen) > 1 else 0
+        if round(rate) > 5:
+            shown = ", ".join(str(n) for n, _ in self.seen)
+            said.append(f"look {len(self.seen)} at these two, after n = {shown}: where nothing differs, one of these "
+                        f"looks says otherwise in {rate:.0f} % of cases, not 5 %")
         if self.ideas > 1:
+            rate = 100 * (1 - LEVEL**self.ideas)
             said.append(f"{self.ideas} ideas have met this baseline: if none mattered, one at least would seem to in "
-                        f"up to {100 * (1 - LEVEL**self.ideas):.0f} % of cases; try a winner again, with other seeds")
+                        f"up to {rate:.0f} % of cases; try a winner again, with --first-seed=101")
         return said
 
 def look(file: Path, duel: Duel) -> Looks:
     """Note a look at two sets in `file`, logs/looks.jsonl, and say how many there were. One that sees the same runs
     again is none. Runs that do not lie beside the file, as those of a record, leave no note."""
-    ours = all(run.start and run.folder.resolve().parent == file.parent.resolve() for run in duel.a + duel.b)
-    if not ours:
-        return Looks([duel.n], 1)
-    row = dict(a=key(duel.a[0]), b=key(duel.b[0]), n=duel.n, runs=sorted(run.name for run in duel.a + duel.b))
+    row = dict(n=duel.n, runs=sorted(run.name for run in duel.a + duel.b))
+    if not all(run.start and run.folder.resolve().parent == file.parent.resolve() for run in duel.a + duel.b):
+        return Looks([(duel.n, row["runs"])], 1)
+    row |= dict(a=key(duel.a[0]), b=key(duel.b[0]))
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
@@ -195,6 +208,5 @@ def look(file: Path, duel: Duel) -> Looks:
         with open(file, "a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         rows.append(row)
-    both = {row["a"], row["b"]}
-    met = [{other["a"], other["b"]} for other in rows if row["a"] in (other["a"], other["b"])]
-    return Looks([other["n"] for other in rows if {other["a"], other["b"]} == both], len(set(map(frozenset, met))))
+    both, met = {row["a"], row["b"]}, {other["b"] for other in rows if other["a"] == row["a"]}
+    return Looks([(other["n"], other["runs"]) for other in rows if {other["a"], other["b"]} == both], len(met))

@@ -400,20 +400,21 @@ def parser() -> argparse.ArgumentParser:
             ("--data", dict(help="folder with the record's shards; default: looked for in data/")),
             ("--nproc", dict(type=int, default=0, help="ranks; default: as recorded")),
             ("--seed", dict(type=int, help="a recorded one, to compare with that run; default: the next unused")))
-    margin = ("--margin", dict(type=float, default=MARGIN, help="losses that differ by less, with their interval, "
-                               f"count as equal; {MARGIN} by default"))
+    margin = ("--margin", dict(type=float, default=MARGIN, help="losses count as equal where the interval of their "
+                               f"difference holds 0 and lies within this; {MARGIN} nats by default"))
     command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin)
     command("plot", "loss against time, tokens and steps", ("sets", a_set | dict(nargs="+")),
             ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
     command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")))
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
             ("a", dict(help="a script")), ("b", dict(help="a script")),
-            ("--runs", dict(type=int, default=3, help="of each, with the seeds 1, 2, ...")), margin,
-            ("--first-seed", dict(type=int, default=1, help="the seeds begin with this one, as to try a winner again")))
+            ("--runs", dict(type=int, default=3, help="of each arm, 3 by default")), margin,
+            ("--first-seed", dict(type=int, default=1, help="seeds go on from this one; 1 by default")))
     return top
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training under way is ended too
+    for number, code in ((signal.SIGTERM, 143), (getattr(signal, "SIGHUP", signal.SIGTERM), 129)):
+        signal.signal(number, lambda *_, code=code: sys.exit(code))  # so that a training under way is ended too
     top = parser()
     args, rest = top.parse_known_args(argv)
     if rest and args.command != "trial":

@@ -159,6 +159,8 @@ class Set:
 
 def runs_at(path: Path) -> list[Run]:
     """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
+    if path.suffix == ".py":
+        raise Bad("path", f"{safe(path.name, 80)} is a script: compare takes runs; ./run.sh trial A.py B.py makes them")
     if path.is_file():
         return [read_speedrun(path)]
     if (path / "metrics.jsonl").exists():
@@ -256,6 +258,8 @@ def name_by_difference(a: Set, b: Set) -> None:
         for s, names in ((a, differing_knobs(first, [other])), (b, differing_knobs(other, [first]))):
             s.label = names or s.label
 
+PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
+
 def start_of(run: Run) -> float:
     """Seconds since 1970, by its id."""
     return calendar.timegm(time.strptime(run.name[:15], "%Y%m%d-%H%M%S"))
@@ -267,8 +271,8 @@ def in_turns(a: list[Run], b: list[Run]) -> bool:
     ordered = sorted(a + b, key=lambda run: run.name)
     alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
     neighbours = list(zip(ordered, ordered[1:]))
-    # ids are good to a second
-    apart = all(start_of(x) + x.end.get("wall_s", math.inf) < start_of(y) + 2 for x, y in neighbours)
+    pauses = [start_of(y) - start_of(x) - x.end.get("wall_s", math.inf) for x, y in neighbours]
+    apart = all(-2 < pause < PAUSE for pause in pauses)  # ids are good to a second
     switches = sum((x in a) != (y in a) for x, y in neighbours)
     return apart and len(alike) == 1 and switches >= max(2, min(len(a), len(b)))
 
@@ -280,16 +284,24 @@ def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
     plain = f"no verdict on time (x {statistics.fmean(times(duel.b)) / statistics.fmean(times(duel.a)):.3f}):"
     if pace is None:
         return f"{plain} one run of each has no interval"
-    if not fresh or not in_turns(duel.a, duel.b):
+    if not fresh:
+        return f"{plain} some of these runs are of an earlier trial"
+    if not in_turns(duel.a, duel.b):
         return f"{plain} these runs did not all take turns on one machine"
     if pace.high - pace.low > 0.4:
         return f"{plain} the times scatter too much (did other programs run?)"
     ratio, low, high = (math.exp(x) for x in pace[:3])
     what = f"time to equal loss, {equal}," if equal else "training time, not at equal loss,"
-    return f"{what} x {ratio:.3f} (95 % interval x {low:.3f} to {high:.3f})"
+    return f"{what} x {ratio:.3f} of the other's (95 % interval x {low:.3f} to {high:.3f})"
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) >= 5e-4 or not value else f"{value:+.1e}"
 
 def interval_of(found: Estimate) -> str:
-    return f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
+    return f"95 % interval {signed(found.low)} to {signed(found.high)}"
+
+def look_of(looks) -> str:
+    return f", look {len(looks.seen)}" if len(looks.seen) > 1 else ""
 
 def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]:
     """What the losses and times say, its last line the verdict; exit code as `compare_sets`."""
@@ -301,23 +313,25 @@ def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]
                 f"{b.label}: identical losses, to the last digit, with {seeds}: what is computed did not change"], 0
     if gap is None:
         pairs = [[run.val_loss for run in runs] for runs in zip(*duel.pairs)] or [a.losses, b.losses]
-        plain = statistics.fmean(pairs[1]) - statistics.fmean(pairs[0])
-        how = "by runs of one seed" if duel.pairs else duel.size
-        return [f"{b.label}: its loss is {plain:+.4f} from {a.label}'s ({how}). Whether that is noise takes an interval"
-                f" to say, and so {PAIRS} runs of each, with the same seeds"], 3
+        plain, how = statistics.fmean(pairs[1]) - statistics.fmean(pairs[0]), duel.size
+        how = "by runs of one seed" if duel.pairs else how
+        return [f"{b.label}: its loss is {signed(plain)} from {a.label}'s ({how}). Whether that is noise takes an "
+                f"interval to say, and so {PAIRS} runs of each, with the same seeds"], 3
     tests = [(gap, duel.size if duel.by_pairs else "Welch", ", which decides")]
     tests += [(by_welch, "Welch", "")] if duel.by_pairs and by_welch else []
-    lines = [f"loss, {b.label} - {a.label}: {found.gap:+.4f}, {interval_of(found)} ({how}), p = {found.p:.2g}{role}"
+    lines = [f"loss, {b.label} - {a.label}: {signed(found.gap)}, {interval_of(found)} ({how}), p = {found.p:.2g}{role}"
              for found, how, role in tests]
-    lines += look(LOGS / "looks.jsonl", duel).sentences(duel.by_pairs)
+    looks = look(LOGS / "looks.jsonl", duel)
+    lines += looks.sentences(duel.by_pairs)
     equal = f"within {margin:g}" if gap.inside(margin) else ""
-    sure = f"{interval_of(gap)}, {duel.size}, p = {gap.p:.2g}); {time_sentence(duel, equal, fresh)}"
+    sure = f"{interval_of(gap)}, {duel.size}, p = {gap.p:.2g}{look_of(looks)}); {time_sentence(duel, equal, fresh)}"
     if gap.apart:
-        return [*lines, f"{b.label} {'helped' if gap.gap < 0 else 'hurt'}: its loss is {gap.gap:+.4f} ({sure}"], 0
+        word = ("helped" if gap.gap < 0 else "hurt") + f", by less than {margin:g}" * bool(equal)
+        return [*lines, f"{b.label} {word}: its loss is {signed(gap.gap)} ({sure}"], 0
     if equal:
-        return [*lines, f"{b.label}: equal to {a.label} {equal}, {gap.gap:+.4f} ({sure}"], 0
+        return [*lines, f"{b.label}: equal to {a.label} {equal}, {signed(gap.gap)} ({sure}"], 0
     return [*lines, f"the losses are not separated: {duel.runs_still_needed()}",
-            f"{b.label}: no effect on the loss that could be told from noise, {gap.gap:+.4f} ({sure}"], 3
+            f"{b.label}: no effect on the loss that could be told from noise, {signed(gap.gap)} ({sure}"], 3
 
 def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True) -> tuple[list[str], int]:
     """(report, exit code): 0 where the losses differ, are identical, or are equal within `margin`, 3 where more runs
@@ -334,13 +348,16 @@ def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True) -> 
     machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
     if len(machines) > 1:
         lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
-    lines += [f"note: {s.label}: {safe(text)}" for s in (a, b) for text in library_notes(s)]
+    lines += [f"note: {s.label}: {safe(text)}" for s in (a, b) for text in library_notes(s.runs)]
+    read = [run.end.get("tokens") for run in (first, other)]
+    if None not in read and read[0] != read[1]:
+        lines.append(f"note: {a.label} read {read[0]} tokens, and {b.label} {read[1]}")
     said, code = verdict(a, b, margin, fresh)
     return lines + said, code
 
-def library_notes(s: Set) -> list[str]:
+def library_notes(runs: list[Run]) -> list[str]:
     """What the runs warn of that makes the script kept beside them no proof of what ran."""
-    return sorted({row["text"] for run in s.runs for row in run.events if row["event"] == "warning"
+    return sorted({row["text"] for run in runs for row in run.events if row["event"] == "warning"
                    and "not be the script kept" in row["text"]})
 
 def compare(args) -> int:

@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from sets import (
     diff,
     find_record,
     knobs_of,
+    library_notes,
     losses,
     runs_in,
     times,
@@ -42,17 +44,19 @@ from sets import (
 
 # ---- Starting a script, and finding its run
 
+GRACE = 60  # seconds that a training has to end when it is told to
+
 class Training:
     """A process that trains, through run.sh. `tail`: its last lines, the standard error's among them."""
 
     def __init__(self, script: Path, knobs: list[str], python: str = "", prefix: str = "", **surroundings: str):
         python = python or os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
-        self.began, self.prefix, self.tail = set(LOGS.glob("*")), prefix, deque(maxlen=25)
+        self.began, self.prefix, self.tail, self.halted = set(LOGS.glob("*")), prefix, deque(maxlen=25), False
         self.live = sys.stdout.isatty() and not prefix
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(
             ["sh", str(ROOT / "run.sh"), str(script), *knobs], cwd=ROOT, encoding="utf-8", errors="replace", **pipes,
-            env=os.environ | dict(PYTHON=python) | surroundings)
+            env=os.environ | dict(PYTHON=python) | surroundings, start_new_session=True)
 
     def read(self) -> str | None:
         """Show its lines until it answers, as seeds.py does; None where it ends."""
@@ -69,30 +73,52 @@ class Training:
 
     def ask(self, words: str) -> dict | None:
         """Its answer; None where it ends instead."""
-        with contextlib.suppress(BrokenPipeError):
+        if self.halted:
+            return None
+        self.began = set(LOGS.glob("*"))
+        self.tail.clear()
+        with contextlib.suppress(OSError, ValueError):  # it, or we, closed the pipe
             self.process.stdin.write(words + "\n")
             self.process.stdin.flush()
         answer = self.read()
         return answer and json.loads(answer)
 
+    def halt(self) -> None:
+        """Tell it to end: a step later, or where the run is all but done, after it, as no command comes any more."""
+        self.halted = True
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.close()
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
-        """The training ends and saves nothing: it must not go on without us."""
-        with contextlib.suppress(BaseException):
-            self.process.send_signal(signal.SIGTERM)
-            deque(self.process.stdout, 0)  # to its end: else its last words would break its pipe
-        self.process.kill()
+        """The training ends, and what it started: it must not go on without us."""
+        self.halt()
+        timer = threading.Timer(GRACE, self.kill)
+        timer.start()
+        try:
+            with contextlib.suppress(ValueError):
+                deque(self.process.stdout, 0)  # to its end: else its last words would break its pipe
+            self.process.wait()
+        finally:
+            timer.cancel()
+            self.kill()
 
     def failure(self, name: str, sha: str) -> Exception:
         """Why it ended without an answer or a complete run. Prints its last lines, which tell a fault of the script."""
-        code = self.process.wait()
-        if code in (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
+        code, new = self.process.wait(), runs_in(set(LOGS.glob("*")) - self.began)
+        ends = [run.end for run in new if run.script_sha256 == sha and run.end.get("status", "complete") != "complete"]
+        stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
+        if stopped or self.halted or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
             return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
         if code == 2:  # it comes with one sentence
             return Bad("knobs", safe(self.tail[-1] if self.tail else name))
         print(*map(safe, self.tail), sep="\n")
-        own = [run for run in runs_in(set(LOGS.glob("*")) - self.began) if run.script_sha256 == sha and run.end]
-        why = f", {own[-1].end['reason']}" if own else ""
-        return Bad("truncated", f"{safe(name)} ended with exit code {code}{safe(why, 300)}: no complete run")
+        why = f", {ends[-1]['reason']}" if ends else ""
+        return Bad("script", f"{safe(name)} ended with exit code {code}{safe(why, 300)}: no complete run")
 
 def launch(script: Path, knobs: list[str], seed: int, title: str, python: str = "", **surroundings: str) -> Run:
     """Start `./run.sh script knobs --seed` by itself, show its validations, and return its complete run."""
@@ -100,10 +126,9 @@ def launch(script: Path, knobs: list[str], seed: int, title: str, python: str = 
     training = Training(script, [*knobs, f"--seed={seed}"], python, **surroundings)
     try:
         training.read()
-    except BaseException as error:
+    except BaseException:
         training.stop()
-        if not isinstance(error, KeyboardInterrupt):
-            raise
+        raise
     code, sha = training.process.wait(), hashlib.sha256(script.read_bytes()).hexdigest()
     new = complete_runs(set(LOGS.glob("*")) - training.began)
     new = [run for run in new if (run.script_sha256, run.seed) == (sha, seed)]
@@ -244,25 +269,32 @@ class Arm:
         print(title, flush=True)
         return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
 
-    def earlier(self, seeds: list[int]) -> dict[int, Run]:
-        """Complete runs of `logs/` that this arm would only repeat: of its script, knobs, data, machine, versions."""
-        old = [run for run in complete_runs(LOGS.glob("*")) if run.script_sha256 == self.sha and run.seed in seeds]
-        if not (old and self.known):
-            return {}
+    def context(self) -> dict | None:
+        """What a run would say now of data, machine, versions and knobs; None of a script that cannot be asked."""
+        if not self.known:
+            return None
         now = self.ask("context")
         now |= dict(world_size=self.nproc, gpu_count=self.nproc * (now["gpu"] is not None))
+        now["knobs"] = {name: value for name, value in now["knobs"].items() if name not in (*PLACES, "seed")}
         if not self.kept:
             self.end()
-        own = {name: value for name, value in now.pop("knobs").items() if name not in (*PLACES, "seed")}
+        return now
+
+    def earlier(self, seeds: list[int], now: dict | None) -> dict[int, Run]:
+        """Complete runs of `logs/` that this arm would only repeat: of its script, knobs, data, machine, versions."""
         found, other = {}, defaultdict(list)
-        for run in (run for run in old if knobs_of(run) == own):
-            differ = ", ".join(key for key in now if run.start[key] != now[key])
+        for run in complete_runs(LOGS.glob("*")) if now else ():
+            if run.script_sha256 != self.sha or run.seed not in seeds or knobs_of(run) != now["knobs"]:
+                continue
+            differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
+            if run.resumed or library_notes([run]):
+                differ = ["its origin (resumed, or called by other code)"]
             if differ:
-                other[differ].append(run.name)
+                other[", ".join(differ)].append(run.name)
             else:
                 found[run.seed] = run
         for differ, names in other.items():
-            print(f"{self.label}: not counted, since {differ} differ now: {', '.join(names)}")
+            print(f"{self.label}: not counted, for {differ}: {', '.join(names)}")
         return found
 
     def end(self) -> None:
@@ -341,9 +373,23 @@ def side_by_side(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> 
         try:
             for ended in as_completed([pool.submit(work, arm) for arm in (0, 1)]):
                 ended.result()
-        finally:  # where one failed, the other's thread waits for its training
+        except BaseException:  # the other arm's thread reads on until its training has ended
             for arm in arms:
-                arm.end()
+                if arm.training:
+                    arm.training.halt()
+            raise
+
+def check_arms(arms: list[Arm], now: list[dict | None], floor: bool) -> None:
+    """Bad before the first run where a verdict could not follow."""
+    if None in now:
+        return
+    shas = [context["data"]["val_sha256"] for context in now]
+    if shas[0] != shas[1]:
+        raise Bad("data", f"{arms[0].label} would be validated on the tokens {shas[0][:12]}, {arms[1].label} on "
+                          f"{shas[1][:12]}: these losses cannot be compared")
+    if not floor and arms[0].sha == arms[1].sha and now[0]["knobs"] == now[1]["knobs"]:
+        raise Bad("knobs", "both arms are one recipe, as a knob is given the value that it has: a script against itself, "
+                           "without knobs of one arm, gives the noise floor")
 
 def trial(args, knobs: list[str]) -> int:
     """Both arms with the same seeds, on this machine and data; what logs/ already holds is not run again."""
@@ -351,7 +397,7 @@ def trial(args, knobs: list[str]) -> int:
     own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
     one_script = freeze(args.a)[1] == freeze(args.b)[1]
     floor = one_script and sorted(own[0]) == sorted(own[1])
-    nproc = os.environ.get("NPROC") or "1"
+    nproc, gpus = os.environ.get("NPROC") or "1", visible_gpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
         raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
     arms = [Arm(*row, int(nproc)) for row in zip(typed, labels(typed, own, one_script), own)]
@@ -359,22 +405,20 @@ def trial(args, knobs: list[str]) -> int:
     turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
     plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
     print("noise floor: one recipe, and other seeds in B" if floor else f"before the runs: {rule(args.runs)}")
-    gpus = visible_gpus()
+    together = len(gpus) > 1 and all(arm.kept for arm in arms)
+    for arm, gpu in zip(arms, gpus if together else ()):
+        arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
     try:
-        done = {}
+        now, done = [arm.context() for arm in arms], {}
+        check_arms(arms, now, floor)
         for i, arm in enumerate(arms):
-            done |= {(i, seed): run for seed, run in arm.earlier([seed for j, seed in plan if j == i]).items()}
+            done |= {(i, seed): run for seed, run in arm.earlier([s for j, s in plan if j == i], now[i]).items()}
         for (i, seed), run in done.items():
             print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
         reused, todo = len(done), [key for key in plan if key not in done]
-        if todo and len(gpus) > 1 and all(arm.kept for arm in arms):
+        if todo and together:
             print(f"side by side on 2 of {len(gpus)} GPUs; CUDA_VISIBLE_DEVICES={gpus[0]} would have them take turns")
-            for arm, gpu in zip(arms, gpus):
-                arm.end()
-                arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
-            side_by_side(arms, todo, done, len(plan))
-        else:
-            in_turn(arms, todo, done, len(plan))
+        (side_by_side if together else in_turn)(arms, todo, done, len(plan))
     except KeyboardInterrupt:
         raise Undecided("stopped: finished runs are kept, and the same command goes on") from None
     finally:
@@ -385,8 +429,9 @@ def trial(args, knobs: list[str]) -> int:
     if floor and args.runs > 1:
         print(describe(a), describe(b), noise_floor(a, b), sep="\n")
         return 0
-    lines, code = compare_sets(a, b, args.margin, fresh=reused in (0, len(plan)))
-    print(*diff(a.script, b.script, (a.label, b.label)), *lines, sep="\n")
+    lines, code = compare_sets(a, b, args.margin, fresh=not reused)
+    again = " ".join(",".join(run.name for run in own) for own in runs)
+    print(*diff(a.script, b.script, (a.label, b.label)), f"again: ./run.sh compare {again}", *lines, sep="\n")
     return code
 
 def noise_floor(a: Set, b: Set) -> str:

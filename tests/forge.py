@@ -146,7 +146,8 @@ class Checkout:
 def later(run_id, seconds):
     """A run id `seconds` after another, and its start as the log writes it."""
     when = datetime.datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S") + datetime.timedelta(seconds=seconds)
-    return f"{when:%Y%m%d-%H%M%S}-{hashlib.sha256(f'{when}'.encode()).hexdigest()[:6]}", f"{when:%Y-%m-%dT%H:%M:%SZ}"
+    digits = hashlib.sha256(f"{run_id} {when}".encode()).hexdigest()[:6]
+    return f"{when:%Y%m%d-%H%M%S}-{digits}", f"{when:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def at(rows, kind, step=None):

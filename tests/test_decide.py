@@ -104,7 +104,7 @@ def test_identical_means_every_seed_of_both_to_the_last_digit():
     a = [3.0, 3.1, 3.4]
     assert duel(a, a).identical and duel(a[:1], a[:1]).identical
     assert not duel(a, [3.0, 3.1, math.nextafter(3.4, 4)]).identical
-    assert not duel(a, a[:2]).identical and not duel(a, a, apart=True).identical
+    assert duel(a, a[:2]).identical and not duel(a, a, apart=True).identical
 
 
 def test_equal_within_a_margin_takes_the_whole_interval():
@@ -159,6 +159,13 @@ def test_what_is_out_of_reach_is_said_so():
     assert "n = 9 for an even chance" in duel(*GELU, apart=True).runs_still_needed()
 
 
+def test_two_pairs_ask_for_pairs():
+    """From three on these decide, and Welch's t would ask for over a hundred."""
+    found = duel([3.0, 3.1], [3.02, 3.11])
+    assert not found.by_pairs and found.needed(0.5) == 3 and 3 < found.needed(0.8) < 9
+    assert duel([3.0, 3.1], [3.02, 3.11], apart=True).needed(0.5) > 100
+
+
 # ---- Looking again
 
 
@@ -187,20 +194,30 @@ def test_looks_are_counted_beside_the_runs(tmp_path):
     base = logged(tmp_path, 6)
     for count, looks in ((3, [3]), (3, [3]), (5, [3, 5])):  # the same runs again are no new look
         found = decide.look(file, decide.Duel(base[:count], logged(tmp_path, count, 1)))
-        assert (found.counts, found.ideas) == (looks, 1)
+        assert ([n for n, _ in found.seen], found.ideas) == (looks, 1)
     file.write_text(file.read_text() + '{"a": "half a li\n')  # a disk was full
     found = decide.look(file, decide.Duel(base[:3], logged(tmp_path, 3, 2)))
-    assert (found.counts, found.ideas) == ([3], 2)
+    assert ([n for n, _ in found.seen], found.ideas) == ([3], 2)
     found = decide.look(file, decide.Duel(logged(tmp_path, 6, 1), base))  # the other way round is the same pair
-    assert found.counts == [3, 5, 6]
-    said = decide.Looks([3, 5, 5, 6], 4).sentences(True)
+    assert [n for n, _ in found.seen] == [3, 5, 6] and found.ideas == 1  # another baseline, which has met one
+    said = decide.Looks([(3, "abc"), (5, "abcde"), (6, "abcdef")], 4).sentences(True)
     assert "look 3 at these two, after n = 3, 5, 6" in said[0]
     assert "4 ideas" in said[1] and f"up to {100 * (1 - 0.95**4):.0f} % of cases" in said[1]
-    assert decide.Looks([3], 1).sentences(True) == []
+    assert decide.Looks([(3, "abc")], 1).sentences(True) == []
+
+
+def test_looks_at_other_seeds_are_independent():
+    one, two = decide.false_alarms([3], True), decide.false_alarms([3, 6], True)
+    rate = lambda *looks: decide.Looks([(len(names), names) for names in looks], 1).false_alarms(True)
+    assert rate("abc", "def") == pytest.approx(1 - (1 - one) ** 2)
+    assert rate("abc", "abcdef") == pytest.approx(two) and two < 1 - (1 - one) ** 2
+    assert rate("abc", "def", "abcdef") == pytest.approx(two)  # the last joins the first two
+    assert rate("ab", "abc") == pytest.approx(one)  # two pairs decide nothing
+    assert decide.Looks([(2, "ab"), (3, "abc")], 1).sentences(True) == []
 
 
 def test_records_leave_no_note(tmp_path):
     file = tmp_path / "logs" / "looks.jsonl"
     arm = CLAIMS["arms/fp8_off"]
-    assert decide.look(file, decide.Duel(CLAIMS["runs"], arm)) == ([3], 1) and not file.exists()
+    assert decide.look(file, decide.Duel(CLAIMS["runs"], arm)).ideas == 1 and not file.exists()
     assert json.dumps(decide.key(arm[0])) != json.dumps(decide.key(CLAIMS["runs"][0]))

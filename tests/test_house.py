@@ -13,9 +13,8 @@ import pytest
 from tiny import SCRIPT
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
-# The aims are 9,000 and 6,000. Norms and losses by source are 200 of the recipe; 1,500 of the harness see to it that
-# no run goes on from another one's file, writes what is not finite, or says of itself what is not so.
-BUDGET = dict(recipe=9_540, harness=7_380)
+# The aims are 9,000 before the climb, and 11,500 after it, and 6,800.
+BUDGET = dict(recipe=9_520, harness=6_700)
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 FSTRING = [getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END")]  # of Python 3.12 and newer
 

@@ -85,7 +85,7 @@ def test_manifest(tmp_path):
 @pytest.mark.parametrize("told", [
     "", "[]", "{}", '{"sources": ["a"]}', '{"sources": ["a"], "doc_source": [0, 0, 0]}',
     '{"sources": ["a"], "doc_source": [0, 0, 0, 1]}', '{"sources": ["a"], "doc_source": [0, 0, 0, -1]}',
-    '{"sources": ["a"], "doc_source": [0, 0, 0, 256]}', '{"sources": ["a"], "doc_source": [0, 0, 0, "a"]}',
+    '{"sources": ["a"], "doc_source": [0, 0, 0, 0.5]}', '{"sources": ["a"], "doc_source": [0, 0, 0, "a"]}',
     '{"sources": ["a"], "doc_source": {"0": 0}}', '{"sources": ["a"], "doc_source": 0}',
     '{"sources": 1, "doc_source": [0, 0, 0, 0]}', '{"sources": [], "doc_source": []}', "\xff"])
 def test_sources_that_cannot_be_used(tmp_path, told):

@@ -142,7 +142,7 @@ def test_trial_goes_on_where_it_stopped(taken):
     assert sorted(taken.trained[0][2:]) == sorted([*KNOBS, "--head_lr=0.0001", "--save=False"])
     said = (taken.box.root / "trial.txt").read_text()
     assert done.out.splitlines()[-1].split(";")[0] == said.splitlines()[-1].split(";")[0]
-    assert "no verdict on time" in done.out  # old runs and a new one took no turns
+    assert "some of these runs are of an earlier trial" in done.out
     again = trial(taken.box, "--runs=2", forge.COLD)
     assert again.out.count("already in logs/") == 4 and len(taken.trained) == 1
 
@@ -161,7 +161,7 @@ def test_runs_of_other_data_versions_or_machines_are_not_counted(taken, now):
     differ, = now
     assert "already in logs/" not in done.out and len(taken.trained) == 4 and done.code == 0
     differ += ", gpu_count" * (differ == "gpu")
-    assert f"train_gpt.py: not counted, since {differ} differ now: {base[0].name}, {base[1].name}" in done.out
+    assert f"train_gpt.py: not counted, for {differ}: {base[0].name}, {base[1].name}" in done.out
 
 
 def test_runs_of_other_knobs_are_other_runs(taken):
@@ -184,7 +184,7 @@ def test_a_second_look_is_said(taken):
     base, cold = taken.box.arms()
     taken.ready["cold3"] = forge.clone(taken.box, cold[1], taken.box.root / "new", 60, 3, by=0.01)
     done = trial(taken.box, "--runs=3", forge.COLD)
-    assert "look 2 at these two, after n = 2, 3: where nothing differs" in done.out and "ideas" not in done.out
+    assert "look 2)" in done.out.splitlines()[-1] and "ideas" not in done.out
     assert done.out.startswith("before the runs: the differences between runs of one seed decide (3 pairs")
     assert "3 pairs of one seed" in done.out.splitlines()[-1]
 
