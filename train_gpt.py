@@ -1820,8 +1820,9 @@ def catch_signals(stack: contextlib.ExitStack) -> list[float]:
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
     for number in (signal.SIGTERM, signal.SIGINT, hangup):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
-            before = signal.signal(number, handler) or signal.SIG_DFL
-            stack.callback(signal.signal, number, before)
+            with contextlib.suppress(ValueError):  # not the main thread
+                before = signal.signal(number, handler) or signal.SIG_DFL
+                stack.callback(signal.signal, number, before)
     return caught
 
 

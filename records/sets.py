@@ -292,7 +292,7 @@ def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
         return f"{plain} the times scatter too much (did other programs run?)"
     ratio, low, high = (math.exp(x) for x in pace[:3])
     what = f"time to equal loss, {equal}," if equal else "training time, not at equal loss,"
-    return f"{what} x {ratio:.3f} of the other's (95 % interval x {low:.3f} to {high:.3f})"
+    return f"{what} x {ratio:.3f} (95 % interval x {low:.3f} to {high:.3f})"
 
 def signed(value: float) -> str:
     return f"{value:+.4f}" if abs(value) >= 5e-4 or not value else f"{value:+.1e}"

@@ -385,11 +385,11 @@ def check_arms(arms: list[Arm], now: list[dict | None], floor: bool) -> None:
         return
     shas = [context["data"]["val_sha256"] for context in now]
     if shas[0] != shas[1]:
-        raise Bad("data", f"{arms[0].label} would be validated on the tokens {shas[0][:12]}, {arms[1].label} on "
-                          f"{shas[1][:12]}: these losses cannot be compared")
+        raise Bad("data", f"{arms[0].label} would be validated on {shas[0][:12]}, and {arms[1].label} on "
+                          f"{shas[1][:12]}: losses on other tokens cannot be compared")
     if not floor and arms[0].sha == arms[1].sha and now[0]["knobs"] == now[1]["knobs"]:
-        raise Bad("knobs", "both arms are one recipe, as a knob is given the value that it has: a script against itself, "
-                           "without knobs of one arm, gives the noise floor")
+        raise Bad("knobs", "both arms are one recipe, as a knob is given the value that it has: a script against "
+                           "itself, without knobs of one arm, gives the noise floor")
 
 def trial(args, knobs: list[str]) -> int:
     """Both arms with the same seeds, on this machine and data; what logs/ already holds is not run again."""

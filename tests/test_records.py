@@ -357,7 +357,7 @@ def alternating(box, *shifts, pace=0.5):
     ((0.001, -0.002, 0.002), ["--margin=0.001"], 3, "the losses are not separated"),
     ((0.03, -0.02, 0.02), [], 3, "no effect on the loss that could be told from noise"),
     ((-0.03, -0.02, -0.025), [], 0, "head_lr=0.5 helped: its loss is -0.0250"),
-    ((0.003, 0.002, 0.0025), [], 0, "head_lr=0.5 hurt: its loss is +0.0025")])
+    ((0.003, 0.002, 0.0025), [], 0, "head_lr=0.5 hurt, by less than 0.01: its loss is +0.0025")])
 def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, options, code, words):
     done = box.main("compare", *alternating(box, *shifts), *options)
     margin = float((options or ["=0.01"])[0].partition("=")[2])
@@ -370,6 +370,12 @@ def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, opt
     half = t_quantile(0.975, 2) * statistics.stdev(ratios) / math.sqrt(3)
     mean, first, last = (math.exp(statistics.fmean(ratios) + k * half) for k in (0, -1, 1))
     assert f"x {mean:.3f} (95 % interval x {first:.3f} to {last:.3f})" in done.out
+
+
+def test_runs_of_an_earlier_trial_give_no_verdict_on_time(box):
+    a, b = (box.sets.load(box.root / name) for name in alternating(box, 0.001, 0.002, 0.0015))
+    fresh, old = ("\n".join(box.sets.compare_sets(a, b, fresh=fresh)[0]) for fresh in (True, False))
+    assert "time to equal loss" in fresh and "of an earlier trial" in old and "time to equal loss" not in old
 
 
 def test_runs_that_did_not_take_turns_give_no_verdict_on_time(box):

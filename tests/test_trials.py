@@ -3,7 +3,13 @@
 import math
 import re
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import forge
 import pytest
@@ -228,7 +234,7 @@ def test_trial_keeps_no_weights_where_the_script_can_be_told(box, monkeypatch, l
     monkeypatch.setattr(box.trials, "launch", launch)
     shutil.rmtree(box.logs)
     (box.root / "mine.py").write_text(f"class Hyperparameters:\n    steps: int = 20\n{line}")
-    assert box.main("trial", "train_gpt.py", "mine.py", *knobs).code == 3
+    assert box.main("trial", "train_gpt.py", "mine.py", *KNOBS, *knobs).code == 3
     assert [knob for knob in called if knob.startswith("--save")] == given
     assert not list(box.logs.rglob("weights.pt"))
 
@@ -239,6 +245,81 @@ def test_a_script_that_only_imports_is_refused(box):
     done = box.main("trial", "train_gpt.py", "mine.py")
     assert done.code == 2 and "mine.py has no class Hyperparameters" in done.err and "cp train_gpt.py my.py" in done.err
     assert {path for path in box.tree() if ".cache" not in path.parts} == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 3), (signal.SIGTERM, 143)])
+def test_a_stop_in_the_last_validation_ends_the_trial(box, number, code):
+    """Which its training hears too late to stop: it completes, and must not wait for another seed."""
+    script = (box.root / "train_gpt.py").read_text(encoding="utf-8")
+    slow = script.replace("    run.save_weights()\n", "    time.sleep(4)\n    run.save_weights()\n", 1)
+    assert slow != script
+    (box.root / "slow.py").write_text(slow, encoding="utf-8")
+    command = [sys.executable, "records/records.py", "trial", "slow.py", "slow.py", "--b.muon_lr=0.03", *KNOBS]
+    before = set(box.logs.glob("2*"))
+    process = subprocess.Popen(command, cwd=box.root, env=box.environment, stdout=subprocess.PIPE, encoding="utf-8",
+                               stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        new = list(set(box.logs.glob("2*")) - before)
+        if new and (new[0] / "metrics.jsonl").exists() and '"step": 20, "tokens"' in (
+                new[0] / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == code, said
+    run, = (box.runs.read_run(folder) for folder in set(box.logs.glob("2*")) - before)
+    assert run.complete and "run 2 of" not in said.partition("step:20/20")[2].partition("stopped")[2]
+
+
+def test_where_one_arm_fails_the_other_is_told_to_end(box):
+    told, trained = threading.Event(), []
+
+    def slow(seed, title):
+        trained.append(seed)
+        if not told.wait(60):
+            raise AssertionError("nobody told it")
+        raise box.decide.Undecided("stopped")
+
+    def broken(seed, title):
+        raise box.runs.Bad("script", "it failed")
+
+    arms = [SimpleNamespace(label="a", train=slow, training=SimpleNamespace(halt=told.set)),
+            SimpleNamespace(label="b", train=broken, training=None)]
+    with pytest.raises(box.runs.Bad, match="it failed"):
+        box.trials.side_by_side(arms, [(arm, seed) for seed in (1, 2) for arm in (0, 1)], {}, 4)
+    assert told.is_set() and trained == [1]
+
+
+def test_a_halted_training_takes_no_command(box):
+    script = box.root / "idle.py"
+    script.write_text("import sys\nfor line in sys.stdin: print('\\x1etrial {}', flush=True)\n")
+    training = box.trials.Training.__new__(box.trials.Training)
+    training.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        encoding="utf-8", start_new_session=True)
+    training.began, training.prefix, training.tail, training.halted, training.live = set(), "", [], False, False
+    assert training.ask("train 1") == {} and training.read is not None
+    training.stop()
+    assert training.process.poll() is not None and training.ask("train 2") is None
+
+
+@pytest.mark.parametrize("knob, words", [
+    ("--b.muon_lr=0.05", "both arms are one recipe"), ("--b.val_tokens=512", "losses on other tokens")])
+def test_arms_that_cannot_be_told_apart_are_refused_before_the_first_run(box, monkeypatch, knob, words):
+    shutil.rmtree(box.logs)
+    done = trial(box, "--runs=2", knob)
+    assert done.code == 2 and words in done.err and not list(box.logs.glob("2*"))
+
+
+def test_a_resumed_run_is_no_run_of_a_trial(taken):
+    base, _ = taken.box.arms()
+    rows = taken.box.events(base[1])
+    rows.insert(1, dict(event="resume", step=2, from_run_id=base[0].name))
+    taken.box.rewrite(base[1], rows)
+    taken.ready["base2"] = forge.clone(taken.box, base[0], taken.box.root / "new", 60, 2)
+    done = trial(taken.box, "--runs=2", forge.COLD)
+    assert "not counted, for its origin" in done.out and base[1].name in done.out
+    assert ("train_gpt.py", 2) in [row[:2] for row in taken.trained]
 
 
 @pytest.mark.parametrize("old, new, words", [
