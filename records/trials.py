@@ -242,9 +242,9 @@ class Arm:
     """One side of a trial: a script as it is now, with knobs. Its runs share a process, and so their compiled code,
     where a run is of one rank; else each is started by itself."""
 
-    def __init__(self, typed: str, label: str, knobs: list[str], nproc: int):
+    def __init__(self, frozen: tuple[Path, bytes], label: str, knobs: list[str], nproc: int):
         self.label, self.knobs, self.surroundings = label, knobs, dict(NPROC=str(nproc))
-        self.script, self.source = freeze(typed)
+        self.script, self.source = frozen
         self.sha, self.training = hashlib.sha256(self.source).hexdigest(), None
         self.known = names_in(self.source) >= KEPT
         self.kept, self.nproc, self.prefix = self.known and nproc == 1, nproc, ""
@@ -280,10 +280,10 @@ class Arm:
             self.end()
         return now
 
-    def earlier(self, seeds: list[int], now: dict | None) -> dict[int, Run]:
-        """Complete runs of `logs/` that this arm would only repeat: of its script, knobs, data, machine, versions."""
+    def earlier(self, logged: list[Run], seeds: list[int], now: dict | None) -> dict[int, Run]:
+        """Those of `logged` that this arm would only repeat: of its script, knobs, data, machine, versions."""
         found, other = {}, defaultdict(list)
-        for run in complete_runs(LOGS.glob("*")) if now else ():
+        for run in logged if now else ():
             if run.script_sha256 != self.sha or run.seed not in seeds or knobs_of(run) != now["knobs"]:
                 continue
             differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
@@ -395,12 +395,13 @@ def trial(args, knobs: list[str]) -> int:
     """Both arms with the same seeds, on this machine and data; what logs/ already holds is not run again."""
     distributions()  # before hours of training, not after
     own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
-    one_script = freeze(args.a)[1] == freeze(args.b)[1]
+    frozen = [freeze(name) for name in typed]
+    one_script = frozen[0][1] == frozen[1][1]
     floor = one_script and sorted(own[0]) == sorted(own[1])
     nproc, gpus = os.environ.get("NPROC") or "1", visible_gpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
         raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
-    arms = [Arm(*row, int(nproc)) for row in zip(typed, labels(typed, own, one_script), own)]
+    arms = [Arm(*row, int(nproc)) for row in zip(frozen, labels(typed, own, one_script), own)]
     # B A A B: an error in B shows first, and a drift of the machine hits both alike
     turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
     plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
@@ -411,8 +412,10 @@ def trial(args, knobs: list[str]) -> int:
     try:
         now, done = [arm.context() for arm in arms], {}
         check_arms(arms, now, floor)
+        logged = complete_runs(LOGS.glob("*"))
         for i, arm in enumerate(arms):
-            done |= {(i, seed): run for seed, run in arm.earlier([s for j, s in plan if j == i], now[i]).items()}
+            found = arm.earlier(logged, [seed for j, seed in plan if j == i], now[i])
+            done |= {(i, seed): run for seed, run in found.items()}
         for (i, seed), run in done.items():
             print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
         reused, todo = len(done), [key for key in plan if key not in done]
