@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 from reference import random_documents, visible
 from small import documents, small_hp, small_model, trainer
-from tiny import environment, events, make_corpus, run_folders
+from tiny import edited, environment, events, make_corpus, run, run_folders, write_shard
 
 BENCHES = Path(__file__).resolve().parent / "bench"
 sys.path.insert(0, str(BENCHES))
@@ -22,6 +23,7 @@ import common  # noqa: E402
 import parts  # noqa: E402
 import ranks  # noqa: E402
 import scaling  # noqa: E402
+import score  # noqa: E402
 from common import tg  # noqa: E402
 
 BLOCK = tg.BLOCK
@@ -110,6 +112,124 @@ def test_bad_input_gets_a_sentence(module, argv, sentence, capsys):
     with pytest.raises(SystemExit) as end:
         module.main([*argv, *(["--tiny"] if module is not arms else [])])
     assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# ---- Weights on another stream
+
+
+SOURCES = {"web": 700, "code": 300, "old_books": 100, "news": 300}  # tokens of each that are scored
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of a run; beside its data lies a folder with another validation stream and the sources of that."""
+    folder = tmp_path_factory.mktemp("score")
+    make_corpus(folder / "data")
+    run(folder, "--steps=3")
+    (folder / "other").mkdir()
+    tokens = torch.randint(0, 100, (1401,), generator=torch.Generator().manual_seed(1))
+    tokens[[0, 300, 600, 700, 1000]] = tg.EOT
+    write_shard(folder / "other/val_0.bin", tokens[:900])
+    write_shard(folder / "other/val_1.bin", tokens[900:])
+    shutil.copy(folder / "data/manifest.json", folder / "other")
+    told = dict(sources=["web", "unseen", "code", "old_books", "news"], doc_source=[0, 2, 3, 4, 0])
+    (folder / "other/val_docs.json").write_text(json.dumps(told))
+    path, = folder.glob("logs/*/weights.pt")
+    return path, folder / "other", tokens
+
+
+def score_rows(capsys, *options):
+    """What score.py printed: {header: cell} of each line."""
+    assert score.main([str(option) for option in options]) == 0
+    header, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    return [dict(zip(header, line)) for line in lines]
+
+
+def test_a_score_is_the_mean_over_tokens_of_each_source(weights, monkeypatch):
+    path, folder, tokens = weights
+    made, hp = score.load(path, {})
+    saved = torch.load(path)
+    model = tg.GPT(hp, 384).eval()
+    model.load_state_dict(saved["model"])
+    model.use_flex = False
+    window, each = torch.tensor(tg.window_at(3, hp), dtype=torch.int32), []
+    with torch.no_grad():
+        for first in range(0, 1400, hp.val_seq_len):
+            ids, targets = tokens[first : first + hp.val_seq_len], tokens[first + 1 : first + hp.val_seq_len + 1]
+            ids, count = torch.cat((ids, torch.full((hp.val_seq_len,), tg.EOT)))[: hp.val_seq_len], len(targets)
+            each += model.losses(model.features(ids.int(), window)[:count], targets).tolist()
+    source_of = ["web"] * 300 + ["code"] * 300 + ["old_books"] * 100 + ["news"] * 300 + ["web"] * 400
+    by_hand = {name: sum(loss for loss, s in zip(each, source_of) if s == name) / n for name, n in SOURCES.items()}
+    found = score.score(made, hp, folder)
+    assert found["val_tokens"] == len(each) == 1400 and found["val_loss"] == pytest.approx(sum(each) / 1400, rel=1e-6)
+    assert found["val_loss"] == made.evaluate(score.read_text(folder).stream, 1400, hp.steps), "the script's own"
+    assert list(found["sources"]) == ["web", "code", "old_books", "news"], "no token of the fifth is scored"
+    assert found["sources"] == pytest.approx(by_hand, rel=1e-6)
+    groups = dict(prose=["news", "web"], programs=["code", "unseen"], none=[])
+    by_group = score.score(made, hp, folder, groups)
+    prose = (700 * by_hand["web"] + 300 * by_hand["news"]) / 1000
+    want = dict(prose=prose, programs=by_hand["code"], other=by_hand["old_books"])
+    assert list(by_group["sources"]) == list(want) and by_group["sources"] == pytest.approx(want, rel=1e-6)
+    assert by_group["val_loss"] == found["val_loss"]
+    few = score.score(made, hp, folder, val_tokens=310)
+    assert few["val_loss"] == pytest.approx(sum(each[:310]) / 310, rel=1e-6) and list(few["sources"]) == ["web", "code"]
+
+
+def test_a_score_on_the_runs_own_data_is_its_last_validation(weights, capsys):
+    """By the script beside the weights; without one, by the project's, which is the same here."""
+    path, other, _ = weights
+    end = events(path.parent, "end")[0]
+    alone = other.parent / "alone.pt"
+    shutil.copy(path, alone)
+    rows = score_rows(capsys, path, alone, f"--data={other.parent / 'data'}", "--val_tokens=1200")
+    assert rows == [dict(weights=str(p), tokens="1,200", loss=f"{end['val_loss']:.4f}") for p in (path, alone)]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["log.txt", "metrics.jsonl", "train_gpt.py", "weights.pt"]
+
+
+def test_the_script_beside_the_weights_scores_them(weights, tmp_path, capsys):
+    path, other, _ = weights
+    edited(tmp_path, "return float(sums.sum() / val_tokens)", "return 7.0").rename(tmp_path / "train_gpt.py")
+    shutil.copy(path, tmp_path)
+    (tmp_path / "groups.json").write_text('{"prose": ["web", "news", "old_books"]}')
+    mine, ours = score_rows(capsys, tmp_path / "weights.pt", path, "--data", other, f"--groups={tmp_path}/groups.json")
+    assert mine["loss"] == "7.0000" != ours["loss"] and list(ours) == ["weights", "tokens", "loss", "prose", "other"]
+    assert mine["prose"] == ours["prose"] and mine["other"] == ours["other"] and mine["tokens"] == "1,400"
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["nowhere.pt"], "nowhere.pt is missing, damaged or no weights"),
+    (["note.txt"], "note.txt is missing, damaged or no weights"),
+    (["strange/weights.pt"], "strange/weights.pt does not fit its script (AttributeError"),
+    (["narrow/weights.pt"], "narrow/weights.pt does not fit its script (RuntimeError"),
+    (["--data=void"], "void is not a folder with *val*.bin shards"),
+    (["--data=gpt2"], "gpt2 holds gpt2 tokens, and the model was trained on bytes"),
+    (["--data=wrong"], "val.bin is not a token shard"),
+    (["--val_tokens=1401"], "--val_tokens=1401 must lie from 1 to 1400"),
+    (["--val_tokens=0"], "--val_tokens=0 must lie from 1 to 1400"),
+    (["--groups=note.txt"], "--groups=note.txt cannot be used"),
+    (["--groups=nowhere.json"], "--groups=nowhere.json cannot be used"),
+    (["--groups=flat.json"], "--groups=flat.json cannot be used"),
+    (["--groups=twice.json"], "lists web twice"),
+    (["--groups=unknown.json"], "has no source of the name wep: there are web, unseen, code"),
+    (["--groups=fine.json", "--data=gpt2"], "gpt2 has no val_docs.json")])
+def test_scores_of_bad_input_get_a_sentence(weights, monkeypatch, tmp_path, capsys, options, sentence):
+    path, other, tokens = weights
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("note.txt", "1"), ("flat.json", '{"a": "web"}'), ("twice.json", '{"a": ["web"], "b": ["web"]}'),
+                       ("unknown.json", '{"a": ["wep"]}'), ("fine.json", "{}")):
+        (tmp_path / name).write_text(text)
+    for name in ("gpt2", "wrong", "strange", "narrow"):
+        (tmp_path / name).mkdir()
+    write_shard(tmp_path / "gpt2/val.bin", tokens)
+    write_shard(tmp_path / "wrong/val.bin", tokens, count=7)
+    for name, old, new in (("strange", "def build(hp, vocab", "def make(hp, vocab"),
+                           ("narrow", "model = place(GPT(hp, vocab_size)", "model = place(GPT(hp, 128)")):
+        edited(tmp_path, old, new).rename(tmp_path / name / "train_gpt.py")
+        shutil.copy(path, tmp_path / name)
+    given = options if options[0].endswith((".pt", ".txt")) and "=" not in options[0] else [str(path), *options]
+    assert score.main([f"--data={other}", *given]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and not said.out
 
 
 # ---- What is reckoned

@@ -194,10 +194,11 @@ def check_bench(path, words):
     """A bench takes its own options and the recipe's knobs, both by names that exist and values that parse."""
     source = (ROOT / path).read_text(encoding="utf-8")
     own = knobs_of(source) | {"help"}
-    names = [word.removeprefix("--").partition("=")[0] for word in words]
+    options = [word for word in words if word.startswith("--")]
+    names = [word.removeprefix("--").partition("=")[0] for word in options]
     unknown = [name for name in names if name not in own | KNOBS | {"preset"}]
     assert not unknown, f"{path} takes no {unknown}"
-    check_knobs([word for word, name in zip(words, names) if name in KNOBS - own | {"preset"}])
+    check_knobs([word for word, name in zip(options, names) if name in KNOBS - own | {"preset"}])
     if "--help" not in words and "\ndef parse(" in source:
         tool(path).parse(words)
 

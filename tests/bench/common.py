@@ -26,10 +26,15 @@ TINY = ("--train_seq_len=256 --val_seq_len=512 --sequences_per_step=8 --model_di
 # ---- Options
 
 
+def make_form(doc: str) -> argparse.ArgumentParser:
+    """A parser without options that shows `doc` as it is written."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """With the options of every bench that takes the recipe's knobs: the rest of the command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser = make_form(doc)
     parser.add_argument("--data_dir", type=os.path.abspath, help="folder with shards; the tiny model does without")
     parser.add_argument("--tiny", action="store_true", default=not torch.cuda.is_available(),
                         help="a tiny model, as always without CUDA: to try the bench, not the recipe")
