@@ -1,4 +1,5 @@
-"""Trains one script with one seed after the other, in one process on one compiled graph. `trial` starts it.
+"""Trains one script with one seed after the other, in one process on one compiled graph. `trial` starts it, and the
+bench of arms trains by its function.
 
     TRIAL_SCRIPT=my.py ./run.sh records/seeds.py --knob=value ...
 
@@ -12,6 +13,8 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 MARK = "\x1etrial "  # no line of a training begins with the record separator
@@ -31,14 +34,23 @@ def context(script, argv: list[str]) -> dict:
     data, machine = corpus.facts(hp.val_tokens), script.machine(device, world_size)
     return dict(machine, data=data, world_size=world_size, knobs=script.public_knobs(hp))
 
-def train(script, argv: list[str], source: bytes, seed: str) -> dict:
-    """One run. Its process would end here: what it left is cleared away, the compiled code kept."""
-    run_id = script.train_once([*argv, f"--seed={seed}"], source).log.run_id
+def train(script, argv: list[str], source: bytes, seed: int | str, facts: Callable) -> tuple:
+    """One run: (0, what `facts` makes of it), or (the code that its own process would exit with, None). That would end
+    here: what it left is cleared away, the compiled code kept."""
+    code, found = 0, None
+    try:
+        found = facts(script.train_once([*argv, f"--seed={seed}"], source))
+    except SystemExit as end:  # it has said why
+        code = end.code or 1
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    # not while an exception is handled, whose frames hold the run
     gc.unfreeze()  # the warm-up froze what was there
     gc.collect()
     if script.torch.cuda.is_available():
         script.torch.cuda.empty_cache()
-    return dict(run_id=run_id)
+    return code, found
 
 def main(argv: list[str]) -> None:
     path = Path(os.environ["TRIAL_SCRIPT"])
@@ -46,12 +58,15 @@ def main(argv: list[str]) -> None:
     if "--help" in argv:
         return script.main(argv)  # run.sh asks for the presets
     script.torch._dynamo.config.recompile_limit = 64  # of one function for all seeds, and not for one
+    named = lambda run: dict(run_id=run.log.run_id)
     for word, *seed in map(str.split, sys.stdin):
         try:
-            answer = train(script, argv, source, *seed) if word == "train" else context(script, argv)
-        except script.RunEnd as end:  # train_once says and exits with these itself
+            code, answer = train(script, argv, source, *seed, named) if word == "train" else (0, context(script, argv))
+        except script.RunEnd as end:  # train_once says these itself
             print(f"train_gpt: {end}", file=sys.stderr)
-            sys.exit(end.code)
+            code = end.code
+        if code:
+            sys.exit(code)
         print(MARK + json.dumps(answer), flush=True)
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from small import documents, small_hp
-from tiny import KNOBS, SCRIPT, environment, events, make_corpus
+from tiny import KNOBS, SCRIPT, environment, events, make_corpus, write_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import arms  # noqa: E402
 import common  # noqa: E402
+import score  # noqa: E402
 
 TWO = [f"--arm=base:{SCRIPT}", f"--arm=fast:{SCRIPT},--muon_lr=0.02", "--seeds=1,2"]
 
@@ -79,6 +81,31 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
     assert {row["arm"]: row["val_loss"] is None for row in recorded(tmp_path)} == {"bad": True, "good": False}
 
 
+def test_a_score_is_that_of_the_saved_weights_and_moves_no_run(trained):
+    """Of two seeds in one process; the other stream has documents of two sources, in two groups."""
+    folder, _ = trained
+    before, other = {(row["arm"], row["seed"]): row for row in recorded(folder)}, folder / "other"
+    make_corpus(other, train=(), val=1501)
+    (other / "val_docs.json").write_text(json.dumps(dict(sources=["web", "code"], doc_source=[0, 1, 1, 0, 1, 1])))
+    (folder / "groups.json").write_text('{"programs": ["code"]}')
+    options = ["--score=other", "--groups=groups.json", f"--arm=base:{SCRIPT},--save=True", "--seeds=1,2"]
+    done = command(folder, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = recorded(folder)[len(before):]
+    assert [row["val_loss"] for row in rows] == [before["base", seed]["val_loss"] for seed in (1, 2)]
+    for row in rows:
+        made, hp = score.load(folder / "logs" / row["run_id"] / "weights.pt", {})
+        alone = score.score(made, hp, other, dict(programs=["code"]))
+        assert row["score"] == alone["val_loss"] != row["val_loss"] and row["score_sources"] == alone["sources"]
+        assert list(alone["sources"]) == ["programs", "other"]
+    _, header, line, title, groups, by_group = done.stdout.splitlines()[:6]
+    assert f"{statistics.fmean(row['score'] for row in rows):.4f}" in line and "score same seed" in header
+    assert title == "mean scores by group" and groups.split() == ["arm", "programs", "other"]
+    for name, cell in zip(("programs", "other"), by_group.split()[1:]):
+        assert cell == f"{statistics.fmean(row['score_sources'][name] for row in rows):.4f}"
+    assert command(folder, *options).returncode == 0 and len(recorded(folder)) == len(before) + 2
+
+
 # ---- The list of runs
 
 
@@ -113,6 +140,7 @@ def test_runs_of_other_knobs_or_scripts_do_not_count(monkeypatch, tmp_path):
     arms.note(arms.jobs(args)[0], val_loss=4.0, train_ms=1.0)
     assert len(arms.results(args)) == len(arms.results(parsed(monkeypatch, tmp_path, mine))) == 1
     assert not arms.results(parsed(monkeypatch, tmp_path, mine + ",--skip_lr=0"))
+    assert not arms.results(parsed(monkeypatch, tmp_path, mine, "--score=other")), "its score is not known"
     (tmp_path / "my.py").write_bytes(SCRIPT.read_bytes() + b"#")
     assert not arms.results(parsed(monkeypatch, tmp_path, mine))
 
@@ -126,6 +154,19 @@ def test_differences_by_hand(monkeypatch, tmp_path):
     assert base["difference"] is None and base["loss"] == pytest.approx(4.01) and base["ms a step"] == 10
     assert fast["difference"] == fast["same seed"] == pytest.approx(1.04) and fast["low"] < 1.04 < fast["high"]
     assert fast["+-"] == pytest.approx(12.7062 * 0.08 / 2, rel=1e-4)  # t of one degree of freedom; pairs 1.00 and 1.08
+    assert not any("score" in key for key in fast)
+    args.score = "other"
+    for row, loss in zip(done.values(), (3.0, 3.5, 3.1, 3.8)):  # pairs 0.5 and 0.7
+        row.update(score=loss, score_sources=dict(web=loss - 1, code=loss + 1))
+    base, scored = arms.summary(args, done)
+    assert scored.items() > fast.items() and base["score same seed"] is base["score +-"] is None
+    assert base["score"] == pytest.approx(3.05) and base["score sd"] == pytest.approx(0.1 / 2**0.5)
+    assert scored["score"] == pytest.approx(3.65) and scored["score same seed"] == pytest.approx(0.6)
+    assert scored["score +-"] == pytest.approx(12.7062 * 0.2 / 2, rel=1e-4)
+    assert arms.by_group(args, done)[1] == dict(arm="fast", web=pytest.approx(2.65), code=pytest.approx(4.65))
+    done[arms.jobs(args)[0]]["val_loss"] = None  # a run that failed
+    base, fast = arms.summary(args, done)
+    assert (base["n"], base["failed"], base["sd"]) == (1, 1, None) and fast["same seed"] == pytest.approx(1.08)
 
 
 def test_a_second_model_of_a_script_recompiles_nothing():
@@ -160,12 +201,20 @@ def test_a_second_model_of_a_script_recompiles_nothing():
     ([f"--arm=a:{SCRIPT},--seed=2"], "arm a: --seed=2 is no knob of an arm"),
     ([f"--arm=a:{SCRIPT},--data_dir=void"], "arm a: --data_dir=void is not a folder"),
     ([f"--arm=a:{SCRIPT}", "--seeds=1,x"], "'1,x' is not of the form 1,2"),
-    ([f"--arm=a:{SCRIPT}", "--gpus=99"], "--gpus=99 is not there")])
+    ([f"--arm=a:{SCRIPT}", "--gpus=99"], "--gpus=99 is not there"),
+    (["--arm=a:old.py"], "arm a: old.py lacks train_once"),
+    ([f"--arm=a:{SCRIPT}", "--groups=note.txt"], "--groups are those of --score=DIR"),
+    ([f"--arm=a:{SCRIPT}", "--score=data", "--groups=note.txt"], "--groups=note.txt cannot be used"),
+    ([f"--arm=a:{SCRIPT}", "--score=void"], "void is not a folder with *val*.bin"),
+    ([f"--arm=a:{SCRIPT}", "--score=gpt2"], "arm a: it trains on bytes, and --score=gpt2 is of another")])
 def test_bad_input_gets_a_sentence(monkeypatch, tmp_path, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
     make_corpus(tmp_path / "data")
     (tmp_path / "note.txt").write_text("1")
     (tmp_path / "other.py").write_text("1 / 0")
+    (tmp_path / "old.py").write_text(SCRIPT.read_text(encoding="utf-8").replace("train_once", "train_one"))
+    (tmp_path / "gpt2").mkdir()
+    write_shard(tmp_path / "gpt2/val.bin", range(99))
     try:
         code = arms.main(["--data_dir=data", *KNOBS, *options])
     except SystemExit as end:

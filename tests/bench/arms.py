@@ -2,18 +2,19 @@
 
     python tests/bench/arms.py --data_dir=DIR --arm=base:train_gpt.py --arm=fast:my.py,--muon_lr=0.02 --seeds=1,2
     ... [--gpus=0,1] [--until=SECONDS] [--knob=value ...]       # these knobs are every arm's; an arm's own win
+    ... [--score=DIR [--groups=FILE]]     # also score each final model on DIR's validation stream, as score.py does
 
 Runs go by seed: seed 1 of every arm, then seed 2, so that what drifts in a machine hits all arms alike. A worker a GPU
 takes the next run, within a seed one of a script that it has compiled. Each run is that of its script alone, bit for
-bit on a CPU, with --save=False; but runs of one script share a process and its compiled code. Run folders go to logs/,
-as of any run. What is done is listed in .cache/arms/, and the same command goes on after it; a changed script or knob
-starts anew. One command at a time in a folder. Exit code 1: a run failed, or is missing; 2: bad input."""
+bit on a CPU, with --save=False; but runs of one script share a process and its compiled code. With --score one may
+choose by the runs' own validation and claim on a stream that chose nothing. Run folders go to logs/, as of any run;
+what is done is listed in .cache/arms/, and the same command goes on after it; a changed script, knob or score starts
+anew. One command at a time in a folder. Exit code 1: a run failed, or is missing; 2: bad input."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import json
 import math
@@ -24,17 +25,17 @@ import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, environment, load_script, numbers, table, tg  # noqa: E402
+from common import ROOT, environment, load_script, make_form, numbers, table, tg  # noqa: E402
+from score import read_groups, read_text, score  # noqa: E402
 
 sys.path.append(str(ROOT / "records"))
+import seeds  # noqa: E402
 from decide import Undecided, prediction, welch  # noqa: E402
 
 STATE = Path(".cache", "arms")
@@ -45,11 +46,12 @@ class Arm(NamedTuple):
     script: Path
     source: bytes
     knobs: list[str]  # all but the seed
+    scored: str  # on what, and by which groups
 
     @property
     def key(self) -> str:
-        """What its runs depend on beside their seed."""
-        return hashlib.sha256(self.source + "\n".join(sorted(self.knobs)).encode()).hexdigest()[:16]
+        """What its results depend on beside the seed."""
+        return hashlib.sha256(self.source + ("\n".join(sorted(self.knobs)) + self.scored).encode()).hexdigest()[:16]
 
 
 class Job(NamedTuple):
@@ -119,26 +121,14 @@ def load(arm: Arm):
     return load_script(path)
 
 
-def train(module, arm: Arm, seed: int) -> dict | None:
-    """Train one run into a run folder of logs/; what is noted of it. None where a signal stopped it."""
-    argv = [*arm.knobs, f"--seed={seed}"]
-    hp, cuda = module.parse_overrides(argv), torch.cuda.is_available()
-    module.check(hp, 1)
-    run = module.Run(hp, 0, 1, torch.device("cuda" if cuda else "cpu"), argv, arm.source)
-    loss = None
-    try:
-        run.train()
-        run.close(0, "complete")
-        loss = run.val_loss
-    except Exception as end:
-        if not hasattr(end, "code"):  # the script's RunEnd has one
-            raise
-        run.close(end.code, str(end))
-        if end.code == 75:
-            return None
-    peaks = [v >> 20 for v in (run.clock.peak, run.peak_val)] if cuda else [None, None]
-    return dict(run_id=run.log.run_id, val_loss=loss, train_ms=run.clock.train_ms, steps=run.step,
-                peak_train_mib=peaks[0], peak_val_mib=peaks[1])
+def facts(run, args) -> dict:
+    """What is noted of a complete run."""
+    noted = dict(run_id=run.log.run_id, val_loss=run.val_loss, train_ms=run.clock.train_ms, steps=run.step,
+                 peak_train_mib=run.clock.peak >> 20 or None, peak_val_mib=run.peak_val >> 20 or None)
+    if args.score:
+        found = score(run.trainer, run.hp, args.score, args.groups)
+        noted |= dict(score=found["val_loss"], score_sources=found["sources"])
+    return noted
 
 
 def work(args) -> None:
@@ -149,37 +139,29 @@ def work(args) -> None:
     while job := take(args, set(loaded)):
         arm, began = arms[job.name], time.time()
         module = loaded[digest(arm)] = loaded.get(digest(arm)) or load(arm)
-        try:
-            facts = train(module, arm, job.seed)
-        except Exception:  # the other arms still count
-            traceback.print_exc()
-            facts = dict(val_loss=None, train_ms=0.0)
-        for number in (signal.SIGTERM, signal.SIGINT):  # the run caught them
-            signal.signal(number, signal.SIG_DFL)
-        if facts is None:
+        code, noted = seeds.train(module, arm.knobs, arm.source, job.seed, lambda run: facts(run, args))
+        if code in (75, 130):  # a signal
             break
-        note(job, gpu=args.gpu, **facts)
-        gc.unfreeze()  # the run's warm-up froze what was there
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"[{time.time() - args.began:5.0f} s] {job.name} seed {job.seed}: loss {facts['val_loss']}, "
-              f"{facts['train_ms'] / 1e3:.1f} s of training, {time.time() - began:.0f} s in all",
+        noted = noted or dict(val_loss=None, train_ms=0.0)  # the other arms still count
+        note(job, gpu=args.gpu, **noted)
+        print(f"[{time.time() - args.began:5.0f} s] {job.name} seed {job.seed}: loss {noted['val_loss']}, "
+              f"{noted['train_ms'] / 1e3:.1f} s of training, {time.time() - began:.0f} s in all",
               file=sys.stderr, flush=True)
 
 
 # ---- Tables
 
 
-def difference(base: list[dict], other: list[dict]) -> dict:
-    """Of the mean losses: Welch's 95 % interval, and that of the mean over pairs of runs of one seed."""
-    losses = [[row["val_loss"] for row in rows] for rows in (base, other)]
-    same = {row["seed"]: row["val_loss"] for row in base}
-    pairs = [row["val_loss"] - same[row["seed"]] for row in other if row["seed"] in same]
-    found = dict.fromkeys(("difference", "low", "high", "same seed", "+-"))
-    if all(losses):
-        found["difference"] = statistics.fmean(losses[1]) - statistics.fmean(losses[0])
-    found["same seed"] = statistics.fmean(pairs) if pairs else None
+def compared(base: list[dict], runs: list[dict], key: str = "val_loss") -> dict:
+    """Of the losses under `key`: mean and sd, and the difference to the mean of `base` with Welch's 95 % interval and
+    that of the mean over pairs of runs of one seed."""
+    losses = [[row[key] for row in rows] for rows in (base, runs)]
+    same = {row["seed"]: row[key] for row in base}
+    pairs = [row[key] - same[row["seed"]] for row in runs if row["seed"] in same]
+    mean = lambda values: statistics.fmean(values) if values else None
+    found = {"loss": mean(losses[1]), "sd": statistics.stdev(losses[1]) if len(runs) > 1 else None,
+             "difference": mean(losses[1]) - mean(losses[0]) if all(losses) else None, "low": None, "high": None,
+             "same seed": mean(pairs), "+-": None}
     with contextlib.suppress(Undecided):  # scipy is not there
         if test := welch(*losses):
             found |= dict(low=test[1], high=test[2])
@@ -188,27 +170,33 @@ def difference(base: list[dict], other: list[dict]) -> dict:
     return found
 
 
+def sets(args, done: dict[Job, dict]) -> dict[str, list[dict]]:
+    """The complete runs of each arm."""
+    rows = [(job.name, row) for job, row in done.items() if row["val_loss"] is not None]
+    return {arm.name: [row for name, row in rows if name == arm.name] for arm in args.arms}
+
+
 def summary(args, done: dict[Job, dict]) -> list[dict]:
     """A row an arm; differences are to the first arm."""
-    sets, failed = defaultdict(list), defaultdict(int)
-    for job, row in done.items():
-        if row["val_loss"] is None:
-            failed[job.name] += 1
-        else:
-            sets[job.name].append(row)
-    first, rows = args.arms[0].name, []
-    for name in [arm.name for arm in args.arms]:
-        runs = sets[name]
-        losses = [row["val_loss"] for row in runs]
-        middle = lambda values: statistics.median(values) if values else None
-        rows.append({"arm": name, "n": len(runs), "failed": failed[name],
-                     "loss": statistics.fmean(losses) if losses else None,
-                     "sd": statistics.stdev(losses) if len(losses) > 1 else None,
-                     **difference(sets[first] if name != first else [], runs),
-                     "training s": middle([row["train_ms"] / 1e3 for row in runs]),
-                     "ms a step": middle([row["train_ms"] / row["steps"] for row in runs]),
-                     "peak MiB": max((row["peak_train_mib"] or 0 for row in runs), default=0) or None})
+    runs_of, rows, middle = sets(args, done), [], lambda values: statistics.median(values) if values else None
+    for name, runs in runs_of.items():
+        base = runs_of[args.arms[0].name] if rows else []
+        row = {"arm": name, "n": len(runs), "failed": sum(job.name == name for job in done) - len(runs)}
+        row |= compared(base, runs)
+        if args.score:
+            scored = compared(base, runs, "score")
+            row |= {"score": scored["loss"], **{f"score {key}": scored[key] for key in ("sd", "same seed", "+-")}}
+        rows.append(row | {"training s": middle([run["train_ms"] / 1e3 for run in runs]),
+                           "ms a step": middle([run["train_ms"] / run["steps"] for run in runs]),
+                           "peak MiB": max((run["peak_train_mib"] or 0 for run in runs), default=0) or None})
     return rows
+
+
+def by_group(args, done: dict[Job, dict]) -> list[dict]:
+    """A row an arm that was scored by groups of sources: their mean losses."""
+    scored = {name: [row["score_sources"] for row in runs] for name, runs in sets(args, done).items() if runs}
+    return [{"arm": name} | {group: statistics.fmean(row[group] for row in rows) for group in rows[0]}
+            for name, rows in scored.items() if rows[0]]
 
 
 # ---- The command
@@ -224,19 +212,27 @@ def arm_of(text: str) -> tuple[str, Path, list[str]]:
 
 
 def parse(argv: list[str]):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = make_form(__doc__)
     parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder of shards")
     parser.add_argument("--arm", type=arm_of, action="append", required=True, metavar="NAME:SCRIPT[,--knob=value...]",
                         help="once for each arm; differences are to the first")
     parser.add_argument("--seeds", type=numbers, default=[1], metavar="1,2,...", help="of every arm")
     parser.add_argument("--gpus", type=numbers, metavar="0,1,...", help="to use; default all")
     parser.add_argument("--until", type=float, default=math.inf, metavar="SECONDS", help="after which no run starts")
+    parser.add_argument("--score", type=Path, metavar="DIR", help="folder on whose validation stream to score as well")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="of the score's sources, as for score.py")
     parser.add_argument("--worker", nargs=2, metavar=("GPU", "BEGAN"), help=argparse.SUPPRESS)
     args, common = parser.parse_known_args(argv)
     names = [name for name, *_ in args.arm]
     if len(set(names)) < len(names):
         parser.error(f"--arm: two arms have one name, of {', '.join(names)}")
+    if args.groups and not args.score:
+        parser.error("--groups are those of --score=DIR, which is missing")
+    try:
+        args.groups = read_groups(args.groups)
+    except tg.Refused as refused:
+        parser.error(str(refused))
+    scored = f"\n--score={args.score} {json.dumps(args.groups)}" if args.score else ""
     args.seeds, args.arms = [*dict.fromkeys(args.seeds)], []
     for name, script, own in args.arm:
         given = [f"--data_dir={args.data_dir}", "--save=False", *common, *own]
@@ -244,7 +240,7 @@ def parse(argv: list[str]):
         if "--seed" in knobs:
             parser.error(f"arm {name}: {knobs['--seed']} is no knob of an arm: give --seeds=1,2 for all of them")
         try:
-            args.arms.append(Arm(name, script, script.read_bytes(), [*knobs.values()]))
+            args.arms.append(Arm(name, script, script.read_bytes(), [*knobs.values()], scored))
         except OSError as error:
             parser.error(f"arm {name}: {script} cannot be read: {error.strerror}")
     args.gpu, args.began = (args.worker[0], float(args.worker[1])) if args.worker else ("", time.time())
@@ -254,13 +250,15 @@ def parse(argv: list[str]):
 
 def refuse(args) -> None:
     """Refused 2, with one sentence, where a script, a knob or the data of an arm cannot work."""
-    modules = {}
+    modules, text = {}, read_text(args.score, args.groups) if args.score else None
     for arm in args.arms:
         try:
             module = modules[arm.source] = modules.get(arm.source) or load_script(arm.script)
             hp = module.parse_overrides(arm.knobs)
             module.check(hp, 1)
-            module.load_corpus(hp, thorough=False)
+            tg.require(hasattr(module, "train_once"), f"{arm.script} lacks train_once, which trains again and again")
+            own = module.load_corpus(hp, thorough=False).encoding
+            tg.require(not text or own == text.encoding, f"it trains on {own}, and --score={args.score} is of another")
         except Exception as error:
             if not hasattr(error, "code"):
                 raise
@@ -319,6 +317,8 @@ def main(argv: list[str]) -> int:
     done = results(args)
     print(f"workers ended with {codes} after {time.time() - args.began:.0f} s")
     print(table(summary(args, done)))
+    if args.score and (rows := by_group(args, done)):
+        print(f"mean scores by group\n{table(rows)}")
     for arm in args.arms:
         print(f"{arm.name}:", *(row["run_id"] for job, row in done.items() if job.name == arm.name and "run_id" in row))
     missing = [job for job in jobs(args) if done.get(job, {}).get("val_loss") is None]
