@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,14 +15,16 @@ import torch
 from conftest import ROOT
 from reference import random_documents, visible
 from small import documents, small_hp, small_model, trainer
-from tiny import edited, environment, events, make_corpus, run, run_folders, write_shard
+from tiny import SCRIPT, edited, environment, events, make_corpus, run, run_folders, write_shard
 
 BENCHES = Path(__file__).resolve().parent / "bench"
 sys.path.insert(0, str(BENCHES))
 import arms  # noqa: E402
 import common  # noqa: E402
 import parts  # noqa: E402
+import profiler  # noqa: E402
 import ranks  # noqa: E402
+import recipe  # noqa: E402
 import scaling  # noqa: E402
 import score  # noqa: E402
 from common import tg  # noqa: E402
@@ -112,6 +115,49 @@ def test_bad_input_gets_a_sentence(module, argv, sentence, capsys):
     with pytest.raises(SystemExit) as end:
         module.main([*argv, *(["--tiny"] if module is not arms else [])])
     assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# ---- Stages that nobody asked for: of a preset, or the default of a script
+
+
+def with_stages(folder, stages):
+    """A copy of the script whose default is stages."""
+    source, count = re.subn(r'(batch_stages: str = )"[^"]*"', rf'\1"{stages}"', SCRIPT.read_text(encoding="utf-8"))
+    assert count == 1
+    (folder / "staged.py").write_text(source, encoding="utf-8")
+    return folder / "staged.py"
+
+
+def test_the_last_stage_is_the_plain_batch(monkeypatch, tmp_path, capsys):
+    script = common.load_script(with_stages(tmp_path, "2x128 4x256 6x384"))
+    shape = lambda hp: (hp.batch_stages, hp.sequences_per_step, hp.train_seq_len)
+    assert shape(script.parse_overrides(common.plain_batch(["--steps=1"], script))) == ("", 6, 384)
+    assert common.plain_batch(["--batch_stages=1x128"], script) == ["--batch_stages=1x128"]
+    assert common.plain_batch(["--train_seq_len=512"], script) == ["--train_seq_len=512"]
+    monkeypatch.setitem(tg.PRESETS, "80gb", dict(batch_stages="2x128 4x256", lr_stages="0.5 1"))
+    hp = common.read_knobs("bench", ["--steps=1", "--val_seq_len=512"], ranks=(1, 4), data=False)
+    assert shape(hp) == ("", 4, 256) and hp.lr_stages == "" and hp.val_seq_len == 512
+    with pytest.raises(SystemExit) as end:
+        common.read_knobs("bench", ["--batch_stages=2x128 4x256"], data=False)
+    assert end.value.code == 2 and "--batch_stages is not for benches" in capsys.readouterr().err
+
+
+def test_benches_of_one_shape_run_where_stages_are_the_default(monkeypatch, tmp_path, capsys):
+    """As on a GPU, where the tiny model's knobs, which name a shape, do not help."""
+    make_corpus(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(tg.PRESETS, "80gb", dict(batch_stages="2x128 1x256"))
+    for module in (recipe, parts, profiler):
+        without = [knob for knob in module.TINY if knob[2:].partition("=")[0] not in tg.PLAIN_BATCH]
+        monkeypatch.setattr(module, "TINY", without)
+    recipe.main(["--quick"])
+    assert "window  2 blocks: " in capsys.readouterr().out
+    assert parts.main(["--part=steps", "--rounds=1", "--out=rows.jsonl"]) == 0
+    assert [row["tokens"] for row in tables(tmp_path / "rows.jsonl")[0]["rows"][:2]] == [256, 384]
+    script = with_stages(tmp_path, "2x128 1x128 1x256")
+    assert profiler.main(["--data_dir=data", "--steps=1", f"--script={script}"]) == 0
+    start = events(run_folders(tmp_path)[0], "start")[0]
+    assert [(stage["sequences"], stage["seq_len"]) for stage in start["stages"]] == [(1, 256)]
 
 
 # ---- Weights on another stream

@@ -71,10 +71,20 @@ def data_option(args):
         yield f"--data_dir={args.data_dir or make_corpus(Path(folder, 'data'), train=(70_000,))}"
 
 
+def plain_batch(knobs: list[str], script=tg) -> list[str]:
+    """`knobs` for steps of one shape. Where a script's defaults or a preset set stages, it is that of the last, as a
+    rule the largest; a plain knob among `knobs` wins, and stages that they ask for stay."""
+    stages = getattr(script.parse_overrides(knobs), "batch_stages", "").split()
+    if not stages or any(knob.startswith("--batch_stages=") for knob in knobs):
+        return knobs
+    sequences, length = stages[-1].split("x")
+    return [f"--sequences_per_step={sequences}", f"--train_seq_len={length}", *knobs]
+
+
 def read_knobs(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> tg.Hyperparameters:
     """Ends with the training script's own sentence and exit code where a knob, or the data, cannot work."""
     try:
-        hp = tg.parse_overrides(knobs)
+        hp = tg.parse_overrides(plain_batch(knobs))
         for count in ranks:
             tg.check(hp, count)
         tg.require(not hp.batch_stages, "--batch_stages is not for benches: they time steps of one shape, as "

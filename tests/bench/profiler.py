@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, TINY, data_option, load_script, make_parser, parse_known, tg  # noqa: E402
+from common import ROOT, TINY, data_option, load_script, make_parser, parse_known, plain_batch, tg  # noqa: E402
 
 SKIPPED = 2  # steps before the trace: one waits, one warms the profiler up
 
@@ -61,7 +61,7 @@ def profiled(args, data: str) -> int:
     module = load_script(args.script)
     tg.require(hasattr(module, "Trainer"), f"{args.script} has no Trainer, whose steps could be traced")
     sizes = TINY if args.tiny else ["--val_tokens=65536"]
-    argv = [*sizes, "--save=False", *args.knobs, f"--steps={SKIPPED + args.steps}", data]
+    argv = plain_batch([*sizes, "--save=False", *args.knobs, f"--steps={SKIPPED + args.steps}", data], module)
     hp = module.parse_overrides(argv)
     module.check(hp, 1)
     run = module.Run(hp, *module.init_distributed(), argv, args.script.read_bytes())

@@ -42,6 +42,7 @@ from common import (  # noqa: E402
     names,
     numbers,
     parse_known,
+    plain_batch,
     read_knobs,
     report,
     shown,
@@ -354,7 +355,7 @@ def parse(argv: list[str]):
 
 def worker(args) -> int:
     """A rank: how many parts failed."""
-    bench, failed = Bench(tg.parse_overrides([*args.knobs, f"--data_dir={args.data_dir}"]), args), []
+    bench, failed = Bench(tg.parse_overrides(plain_batch([*args.knobs, f"--data_dir={args.data_dir}"])), args), []
     for part in args.part:
         if part in ("ablate", "exposed", "equal") and bench.world == 1:
             bench.say(f"{part}: needs two ranks, not run")
@@ -395,7 +396,7 @@ def main(argv: list[str]) -> int:
         if inside:
             code = start_ranks(args, argv, f"--part={','.join(inside)}", data)
         if "faults" in args.part:
-            ranks.faults(args, [*args.knobs, data])
+            ranks.faults(args, plain_batch([*args.knobs, data]))
     return code
 
 
