@@ -67,7 +67,7 @@ def show(value, spec: str) -> str:
 
 def listing(only: str | None, records: list[Record]) -> str:
     """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
-    tracks, metas, out = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]]
+    tracks, metas, out, empty = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]], []
     if only and only not in tracks:
         raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
     for name, track in tracks.items():
@@ -75,7 +75,11 @@ def listing(only: str | None, records: list[Record]) -> str:
         own = [meta for meta in metas if meta["track"] == name]
         if only not in (None, name):
             continue
-        out += ["", f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}. {safe(track['clock'])}"]
+        title = f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}"
+        if not (own or only):
+            empty.append(title)
+            continue
+        out += ["", f"{title}. {safe(track['clock'])}"]
         out += [] if own else ["No record: nobody has run ours there."]
         machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
         key = "train_time_ms_median" if timed else "val_loss_mean"
@@ -87,6 +91,7 @@ def listing(only: str | None, records: list[Record]) -> str:
                 late = missed[meta["name"]]
                 return late, late and meta["result"]["val_loss_mean"], meta["result"][key]
             out += [row(m, timed) for m in sorted(own, key=rank) if machine(m) == kind]
+    out += ["", f"No record yet, as nobody has run ours there: {'; '.join(empty)}."] if empty else []
     return "\n".join([*out, LIST_MARKS[1]])
 
 def row(meta: dict, timed: bool) -> str:

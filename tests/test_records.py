@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ import sys
 
 import forge
 import pytest
-from forge import TARGET, TRACK, losses, without
+from forge import ROOT, TARGET, TRACK, losses, without
 from reference import slow_welch, t_below, t_quantile
 
 COMMON = ["--track", TRACK, "--author", "a tester", "--summary", "a set", "--name", "New", "--claim", "result"]
@@ -229,7 +230,10 @@ def test_list_and_its_table_in_the_readme(box, tmp_path):
     readme = box.root / "README.md"
     text = readme.read_text()
     assert text.startswith("# A toy\n\n<!-- ") and text.endswith("<!-- end of records -->\n\nThe end.\n")
-    assert "old" not in text and text.count("nobody has run ours there") == 5
+    empty, = (line for line in text.splitlines() if line.startswith("No record yet"))
+    tracks = {path.stem for path in (ROOT / "records/tracks").glob("*.json")} - {TRACK}
+    assert "old" not in text and set(re.findall(r"\*\*(\S+)\*\*", empty)) == tracks and "target 3.85" in empty
+    assert "**corpus-1xh100-eighth**, target 3.85. Time is" in box.process("list", "corpus-1xh100-eighth").out
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| [2")]
     assert [row[1] for row in rows] == ["reference", "record"] and [row[2] for row in rows] == ["not ranked"] * 2
     assert float(rows[0][3]) <= float(rows[1][3]) and rows[1][7] == box.record("Toy").name  # the better loss is first
@@ -243,6 +247,14 @@ def test_list_and_its_table_in_the_readme(box, tmp_path):
     assert box.main("list", "--write").code == 0 and box.main("verify").code == 0 and readme.read_text() == text
     readme.write_text("# A toy\n")
     assert box.main("list", "--write").code == 2 and readme.read_text() == "# A toy\n"
+
+
+@pytest.mark.parametrize("name, differs", [("corpus-1xh100", {"target_loss": 3.85, "min_runs": 3}),
+                                           ("fineweb-1xh100", {"target_loss": None})])
+def test_the_track_of_an_eighth_is_its_siblings(name, differs):
+    """Same tokens, hardware and clock: how many tokens a step has is up to the run."""
+    tracks = {path.stem: json.loads(path.read_text()) for path in (ROOT / "records/tracks").glob("*.json")}
+    assert tracks[f"{name}-eighth"] == tracks[name] | differs
 
 
 def test_other_gpus_or_counts_are_never_ranked_together(box):
