@@ -117,7 +117,10 @@ def load(arm: Arm):
     """The module of the arm's script, from a copy: an edit meanwhile changes no run."""
     path = STATE / "scripts" / digest(arm) / "train_gpt.py"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(arm.source)
+    if not path.exists():  # another worker may be reading it
+        part = path.with_name(f"{os.getpid()}.part")
+        part.write_bytes(arm.source)
+        part.replace(path)
     return load_script(path)
 
 
