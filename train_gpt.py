@@ -1,13 +1,14 @@
-"""GPT Sprint: train a GPT-2-class language model (276 M parameters, 121 M in matmuls), fast.
+"""GPT Sprint: train a GPT-2-class language model (394 M parameters, 114 M in matmuls), fast.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the full FineWeb run, 8 H100s
     python train_gpt.py                               # the same steps on one GPU, by accumulation
     python train_gpt.py --steps=20 --val_tokens=65536       # a smoke run: every schedule scales
     ./run.sh                                # gets data and picks the preset; minutes on a CPU
 
-One H100 80GB HBM3, `--steps=128` of 393,216 tokens: a loss of 4.4157 (sd 0.0024) in 90.0 s (sd
-0.1), n = 3, in records/2026-11-25_CorpusDefault. The recipe is record 21 of the NanoGPT speedrun
-(KellerJordan/modded-nanogpt, January 2025) without its momentum warm-up, and with a lower skip_lr.
+As one of eight ranks sees it (`--preset=eighth`: every step, an eighth of its tokens) it takes
+about 90 s to a loss near 4.08 on one H100 80GB HBM3, n = 1, by records/LOG.md. The recipe takes up
+what the NanoGPT speedrun (KellerJordan/modded-nanogpt) found from its record 21 (January 2025) to
+its record 89 (July 2026), where plain PyTorch does.
 
 RECIPE: all that decides a step's loss and time, to be read from top to bottom
      1 hyperparameters   2 schedules                                          what is set
@@ -73,47 +74,64 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] packed training sequence, a multiple of 128
+    train_seq_len: int = 48 * 1024  # [tokens] training sequence where batch_stages is empty
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
-    sequences_per_step: int = 8  # [sequences] batch of a step, over all ranks
-    batch_stages: str = ""  # [text] "8x16384 16x16384": SEQUENCESxTOKENS of a step; empty = one
+    sequences_per_step: int = 8  # [sequences] batch of a step, over all ranks, likewise
+    batch_stages: str = "8x16384 16x16384 24x16384"  # [SEQUENCESxTOKENS] of a step; empty = one
+    doc_stages: str = "896 2048 2048"  # [tokens] documents are cut to; empty = whole, end to end
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
-    steps: int = 1770  # [steps] length of the run; spans up to 1 are fractions of it
-    lr_stages: str = ""  # [x lr] "0.7 1": learning rates in each of batch_stages; empty = all 1
-    cooldown: float = 0.4  # [span] linear learning-rate decay at the end; 0 = off
-    lr_floor: float = 0.1  # [x lr] what the decay ends at
-    momentum_warmup: float = 0.0  # [span] of Muon's momentum; 0 = off: better over 64 steps
-    window_min: int = 1  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
-    window_max: int = 1728  # [tokens] attention window at the end, rounded up: 1,792
+    steps: int = 1285  # [steps] length of the run; spans up to 1 are fractions of it
+    lr_stages: str = "1 1.52 1.73"  # [x lr] learning rates in each of batch_stages; empty = all 1
+    cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
+    lr_floor: float = 0.15  # [x lr] what the decay ends at
+    momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
+    momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
+    untie: float = 0.667  # [span] until which the output head is also the token embedding
+    window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
+    window_max: int = 1792  # [tokens] attention window at the end
+    average: float = 0.1  # [span] time constant of the weights' average over the end; 0 = off
+    average_share: float = 0.5  # [x average] of the final weights
     # -- model
-    layer_pattern: str = "LSSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
-    value_pattern: str = "012......012"  # [one a layer] value embedding added to v; . none
+    layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
+    value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
+    late_layer: int = 7  # [layer] whose output later attentions read, and the head sees less of
+    bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
+    bigram_dim: int = 192  # [channels] of the stream that the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
     num_heads: int = 6  # [heads] attention heads H, each model_dim / num_heads wide
     mlp_ratio: int = 4  # [x width] hidden width of the MLP
     attn_scale: float = 0.12  # [x q.k] before the softmax; with QK-norm 1/sqrt(K) is too flat
     rope_base: float = 1024.0  # [1] slowest rotary frequency is 1 / rope_base
-    logit_cap: float = 30.0  # [nats] logits = cap * sigmoid(z / logit_temp)
+    logit_cap: float = 23.0  # [nats] logits = cap * sigmoid((z + logit_shift) / logit_temp)
+    logit_shift: float = 5.0  # [1] see logit_cap
     logit_temp: float = 7.5  # [1] see logit_cap
     # -- adam
-    adam_betas: tuple = (0.8, 0.95)  # [1] decay of both moments
-    adam_eps: float = 1e-10  # [1] added to the root of the second moment
-    head_lr: float = 0.008  # [lr] output head
-    embed_lr: float = 0.6  # [lr] token and value embeddings
-    scalar_lr: float = 0.04  # [lr] residual and value mixing scalars
-    skip_lr: float = 0.01  # [lr] skip weights of the U-Net; 0 = fixed at 1
+    head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head, token embedding
+    table_betas: tuple = (0.75, 0.95)  # [1] value embeddings and bigrams
+    scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates and skip weights
+    adam_eps: float = 1e-20  # [1] added to the root of the second moment
+    head_lr: float = 0.004  # [lr] output head
+    embed_lr: float = 0.004  # [lr] token embedding, once it is not the head's
+    table_lr: float = 0.3  # [lr] value embeddings and bigrams
+    scalar_lr: float = 0.02  # [lr] residual and value mixing scalars
+    gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
+    skip_lr: float = 0.005  # [lr] skip weights of the U-Net; 0 = fixed at 1
+    head_decay: float = 0.75  # [1] head and embedding shrink by lr^2 of it where a step shrinks too
+    table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
-    muon_lr: float = 0.05  # [lr] matrices of the blocks
+    muon_lr: float = 0.0115  # [lr] matrices of the blocks
+    down_scale: float = 4.0  # [x muon_lr] second matrix of an MLP
+    muon_decay: float = 1.2  # [1] as head_decay, for the matrices
+    muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
     muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
-    muon_momentum_start: float = 0.85  # [1] momentum at step 0 of the warm-up
-    newton_schulz_steps: int = 5  # [iterations] of the quintic that orthogonalizes an update
+    muon_momentum_start: float = 0.85  # [1] momentum at the first step and at the last
     # -- fp8
     fp8: bool = True  # [switch] FP8 output head where the GPU passes a probe; False = bf16
-    x_scale: float = 2.0  # [x] of the head's input before its e4m3 cast
-    w_scale: float = 2.0**9  # [x] of the head's weight before its e4m3 cast
-    grad_scale: float = 2.0**19  # [x] of a 48K-token mean's logit gradient before its e5m2 cast
+    x_scale: float = 4.48  # [x] of the head's input before its e4m3 cast
+    w_scale: float = 280.0  # [x] of the head's weight before its e4m3 cast
+    grad_scale: float = 2.0**25  # [x] of a 48K-token mean's logit gradient before its e5m2 cast
     grad_comm: str = "bf16"  # [bf16|fp8] what gradients travel in between ranks
     # -- run
     seed: int = 1  # [integer] of the initial weights
@@ -130,24 +148,27 @@ class Hyperparameters:
 
 
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
+GATE = 12  # channels of the stream that a gate reads
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
-SMALL = dict(val_tokens=65_536, window_min=128, window_max=512, momentum_warmup=0.17)
+PLAIN = dict(batch_stages="", lr_stages="", doc_stages="")
+SMALL = dict(PLAIN, val_tokens=65_536, window_max=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
-    "24gb": dict(train_seq_len=24 * 1024, sequences_per_step=16, val_seq_len=64 * 1024),
+    "24gb": dict(val_seq_len=64 * 1024),
+    "eighth": dict(batch_stages="1x16384 2x16384 3x16384", val_tokens=2_097_152, val_every=0),
     "tiny": dict(
         SMALL, train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2,
-        epochs=5, steps=400, layer_pattern="LSSSSL", value_pattern="01..01",
-        model_dim=384, num_heads=3
+        epochs=5, steps=400, layer_pattern="LSSSSL", value_pattern="01..01", late_layer=4,
+        bigram_rows=50_000, bigram_dim=96, model_dim=384, num_heads=3
     ),
     "cpu": dict(
         SMALL, train_seq_len=1024, val_seq_len=4096, sequences_per_step=1,
-        epochs=4, steps=500, val_every=100, layer_pattern="LSSL", value_pattern="0..0",
-        model_dim=128, num_heads=2
+        epochs=4, steps=420, val_every=100, layer_pattern="LSSL", value_pattern="0..0",
+        late_layer=2, bigram_rows=8192, bigram_dim=32, model_dim=128, num_heads=2
     ),
 }
 
@@ -161,16 +182,19 @@ class Stage(NamedTuple):
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of one
     lr: float  # multiplier of every learning rate
+    doc_cap: int  # tokens that are read of a document; 0 = the stream end to end
 
 
 def stages(hp) -> list[Stage]:
     """`batch_stages` in equal spans of the run, or one stage of the two plain knobs."""
     batches = hp.batch_stages.split() or [f"{hp.sequences_per_step}x{hp.train_seq_len}"]
     rates = hp.lr_stages.split() or ["1"] * len(batches)
+    caps = hp.doc_stages.split() or ["0"] * len(batches)
     found = []
-    for k, (batch, rate) in enumerate(zip(batches, rates)):
+    for k, (batch, rate, cap) in enumerate(zip(batches, rates, caps)):
         sequences, seq_len = map(int, batch.split("x"))
-        found.append(Stage(k * hp.steps // len(batches), sequences, seq_len, float(rate)))
+        first = k * hp.steps // len(batches)
+        found.append(Stage(first, sequences, seq_len, float(rate), int(cap)))
     return found
 
 
@@ -187,20 +211,38 @@ def tokens_before(step: int, hp) -> int:
     return tokens
 
 
-def sequence_starts(hp, total: int):
-    """Yield for each step (the token of the stream at which each of its sequences begins, passes
-    over the stream begun so far). total: tokens of the stream. A sequence begins where the one
-    before it ended, and at token 0 where it, with its last target, would not fit before the end."""
+def next_sequence(stream: TokenStream, position: int, stage: Stage) -> list[tuple[int, int]]:
+    """The spans of the stream that make the next sequence; none where too little is left before the
+    end. With a `doc_cap` it holds documents from their first token on (@classiclarryd), each cut to
+    the cap (@varunneal) and the last one to what is left; without, it is the next stretch."""
+    if not stage.doc_cap:
+        end = position + stage.seq_len
+        return [(position, end)] if end < stream.total else []
+    starts, ends = stream.documents(stage.doc_cap)  # ends: in a stream of cut documents
+    first = np.searchsorted(starts, position)
+    begin = ends[first - 1] if first else 0
+    end = begin + stage.seq_len
+    last = np.searchsorted(ends, end)
+    if last == len(ends):
+        return []
+    own = starts[first : last + 1]
+    return [*zip(own, own + np.diff([begin, *ends[first:last], end]))]
+
+
+def sequences(hp, stream: TokenStream):
+    """Yield for each step ([the spans of each of its sequences], passes over the stream begun so
+    far). A sequence begins where the one before it ended, or at the next document."""
     position, passes = 0, 1
     for step in range(hp.steps):
-        stage, starts = stage_at(step, hp), []
+        stage, found = stage_at(step, hp), []
         for _ in range(stage.sequences):
-            if position + stage.seq_len >= total:
-                position = 0
+            spans = next_sequence(stream, position, stage)
+            if not spans:
                 passes += 1
-            starts.append(position)
-            position += stage.seq_len
-        yield starts, passes
+                spans = next_sequence(stream, 0, stage)
+            found.append(spans)
+            position = spans[-1][1]
+        yield found, passes
 
 
 def span(length: float, total_steps: int) -> float:
@@ -217,9 +259,12 @@ def lr_at(step: int, hp) -> float:
 
 
 def momentum_at(step: int, hp) -> float:
-    """Muon's momentum: linear from `muon_momentum_start` to `muon_momentum` over its warm-up."""
-    warmup = span(hp.momentum_warmup, hp.steps)
-    done = min(step / warmup, 1.0) if warmup else 1.0
+    """Muon's momentum: linear from `muon_momentum_start` to `muon_momentum` over its warm-up
+    (@Grad62304977, @kellerjordan0), and back over its cool-down (@classiclarryd)."""
+    warmup, cooldown = (span(x, hp.steps) for x in (hp.momentum_warmup, hp.momentum_cooldown))
+    up = step / warmup if warmup else 1.0
+    down = (hp.steps - step) / cooldown if cooldown else 1.0
+    done = min(up, down, 1.0)
     return (1 - done) * hp.muon_momentum_start + done * hp.muon_momentum
 
 
@@ -272,20 +317,46 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+def previous(x: Tensor) -> Tensor:
+    """Each row's predecessor; the first row's is itself. x: (T, ...)."""
+    return torch.cat((x[:1], x[:-1]))
+
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Keys whose channels that stand still are those of the token before: a query meets what
+    followed (@classiclarryd). k: (T, H, K), in quarters that rotate, stand still, rotate, stand
+    still."""
+    rotating, still = k.unflatten(-1, (2, 2, -1)).unbind(-2)
+    return torch.stack((rotating, previous(still)), -2).flatten(-3)
+
+
+def bigram_index(ids: Tensor, rows: int) -> Tensor:
+    """Row of a table for each token with the one before it: a hash below rows - 1, and the last row
+    for the first token (modded-nanogpt's record 62). ids: (T,) int32, below 2^16 -> (T,) int32."""
+    mixed = (36313 * ids) ^ (27191 * previous(ids))
+    index = mixed % (rows - 1)
+    index[0] = rows - 1
+    return index
+
+
 class CausalSelfAttention(nn.Module):
     """Attention with merged QKV (@fernbear.bsky.social), QK-norm (arXiv:2010.04245;
-    @Grad62304977), a fixed temperature (@leloykun), rotary, and value embeddings mixed into v
-    (arXiv:2410.17897; @KoszarskyB)."""
+    @Grad62304977), a fixed temperature (@leloykun), rotary, value embeddings added to v
+    (arXiv:2410.17897; @KoszarskyB) as far as a gate lets them, and a gate for each head's result;
+    gates see a few channels of the input (@classiclarryd)."""
 
-    def __init__(self, hp, has_value_embed: bool):
+    def __init__(self, hp, long: bool, has_value_embed: bool):
         super().__init__()
         self.num_heads = hp.num_heads
         self.head_dim = hp.head_dim
         self.scale = hp.attn_scale
+        self.long = long
         self.qkv = uniform_matrix(3, hp.model_dim, hp.model_dim)
-        # zero: a block starts as the identity (@Grad62304977)
-        self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))
-        self.lambdas = nn.Parameter(torch.full((1 + has_value_embed,), 0.5))  # of v, value embed
+        self.out = uniform_matrix(hp.model_dim, hp.model_dim)
+        self.v_scale = nn.Parameter(torch.full((1,), 0.5))
+        self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
+        if has_value_embed:
+            self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
 
     def forward(self, x, value_embed, rotary, mask):
         qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x))  # x: (T, D)
@@ -293,11 +364,17 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
         # scaling q: FlexAttention's scale would recompile
         q, k = rotary(norm(q) * self.scale), rotary(norm(k))
-        v = self.lambdas[0] * v
+        if self.long:
+            k = offset_keys(k)
+        v = self.v_scale.type_as(v) * v
         if value_embed is not None:
-            v = v + self.lambdas[1] * value_embed.view_as(v)
+            both = [t[:, : GATE // 2] for t in (x, value_embed)]
+            gate = F.linear(torch.cat(both, 1), self.value_gate.type_as(x)).sigmoid()
+            v = v + 2 * gate[..., None] * value_embed.view_as(v)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
-        y = attend(q, k, v, mask)[0].transpose(0, 1).reshape(x.shape)
+        y = attend(q, k, v, mask)[0].transpose(0, 1)  # (T, H, K)
+        gate = F.linear(x[:, :GATE], self.gate.type_as(x)).sigmoid()
+        y = (gate[..., None] * y).reshape(x.shape)
         return F.linear(y, self.out.type_as(x))
 
 
@@ -324,16 +401,20 @@ class Block(nn.Module):
         self.window_letter = hp.layer_pattern[layer]
         self.table_letter = hp.value_pattern[layer]
         attends = self.window_letter != "-"  # one layer without attention: @YouJiacheng
-        self.attn = CausalSelfAttention(hp, self.table_letter != ".") if attends else None
+        has_value_embed = self.table_letter != "."
+        long = self.window_letter == "L"
+        self.attn = CausalSelfAttention(hp, long, has_value_embed) if attends else None
         self.mlp = MLP(hp)
-        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream, and of x0
+        self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
-    def forward(self, x, x0, values, rotary, masks):
-        """x, x0: (T, D); values: value embeddings (T, D) by letter; masks: by letter."""
-        x = self.lambdas[0] * x + self.lambdas[1] * x0
+    def forward(self, x, x0, bigrams, seen, values, rotary, masks):
+        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None for x; values: value
+        embeddings (T, D) by letter; masks: by letter."""
+        x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
+            seen = norm(x) if seen is None else seen
             value_embed = values.get(self.table_letter)
-            x = x + self.attn(norm(x), value_embed, rotary, masks[self.window_letter])
+            x = x + self.attn(seen, value_embed, rotary, masks[self.window_letter])
         return x + self.mlp(norm(x))
 
 
@@ -342,14 +423,18 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """U-Net GPT (arXiv:1505.04597; @brendanh0gan): the output of encoder layer i is added, with a
-    learned weight, to the input of the mirrored decoder layer. vocab_size: rows V of embeddings
-    and head, a multiple of 128. Its optimizers: `build_optimizers`, by names and dimensions."""
+    learned weight, to the input of the mirrored decoder layer. Every block also gets x0 and a row
+    for the pair of a token and the one before it. From `late_layer` on attention reads that layer's
+    output, and the head sees the stream less a share of it (backout; both, and the `smear` of the
+    token before into x0: @classiclarryd). Head and token embedding begin as one matrix (`tie`;
+    @varunneal). vocab_size: rows V of embeddings and head, a multiple of 128. Its optimizers:
+    `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
         depth = len(hp.layer_pattern)
-        self.cap = hp.logit_cap
-        self.temp = hp.logit_temp
+        self.cap, self.shift, self.temp = hp.logit_cap, hp.logit_shift, hp.logit_temp
+        self.late_layer = hp.late_layer
         self.grad_scale = hp.grad_scale
         self.max_window = window_at(hp.steps, hp)
         self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
@@ -358,21 +443,24 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict()
         for table in sorted(set(hp.value_pattern) - {"."}):
             self.value_embeds[table] = nn.Embedding(vocab_size, hp.model_dim)
+            nn.init.normal_(self.value_embeds[table].weight, std=0.01)
+        self.bigrams = nn.Embedding(hp.bigram_rows, hp.bigram_dim)
+        nn.init.zeros_(self.bigrams.weight)
+        self.smear = nn.Parameter(torch.zeros(1))
+        self.backout = nn.Parameter(torch.full((1,), 0.5))
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(depth))
         self.skip_weights = nn.Parameter(torch.ones(depth // 2))
         longest = max(stage.seq_len for stage in stages(hp))
         self.rotary = Rotary(hp.head_dim, max(longest, hp.val_seq_len), hp.rope_base)
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
-        nn.init.zeros_(self.lm_head.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.005)
+        self.tie()
         self.set_seq_len(stages(hp)[0].seq_len)
 
-    @property
-    def encoder(self) -> list[Block]:
-        return [*self.blocks][: len(self.skip_weights)]
-
-    @property
-    def decoder(self) -> list[Block]:
-        return [*self.blocks][len(self.skip_weights) :]
+    @torch.no_grad()
+    def tie(self):
+        """Make the token embedding a copy of the output head."""
+        self.embed.weight.copy_(self.lm_head.weight)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
         """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor in
@@ -383,16 +471,20 @@ class GPT(nn.Module):
         masks = {"L": long, "S": short}
         rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
         values = {letter: table(rows) for letter, table in self.value_embeds.items()}
-        x = x0 = norm(self.embed(rows))  # (T, D)
-        skips = []
-        for block in self.encoder:
-            x = block(x, x0, values, self.rotary, masks)
-            skips.append(x)
-        for i, block in enumerate(self.decoder):
-            if skips:  # of an odd count of layers the last one has no partner
-                x = x + self.skip_weights[i] * skips.pop()
-            x = block(x, x0, values, self.rotary, masks)
-        return norm(x)
+        pairs = self.bigrams(bigram_index(rows, self.bigrams.num_embeddings))
+        x = self.embed(rows).type_as(pairs)  # (T, D)
+        bigrams = F.pad(pairs, (0, x.size(1) - pairs.size(1)))
+        x = x0 = norm(x + self.smear.type_as(x) * previous(x))
+        skips, half, seen = [], len(self.skip_weights), None
+        for i, block in enumerate(self.blocks):
+            if i >= half and skips:  # of an odd count of layers the last one has no partner
+                x = x + self.skip_weights[i - half] * skips.pop()
+            x = block(x, x0, bigrams, seen, values, self.rotary, masks)
+            if i < half:
+                skips.append(x)
+            if i == self.late_layer:
+                late, seen = x, norm(x)
+        return norm(x - self.backout.type_as(x) * late)
 
     def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
         """Mean loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32."""
@@ -402,8 +494,9 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118;
-        @Grad62304977, @KoszarskyB) made positive (@YouJiacheng)."""
-        return self.cap * torch.sigmoid(self.lm_head(x).float() / self.temp)
+        @Grad62304977, @KoszarskyB) made positive (@YouJiacheng) and shifted, so that it caps what
+        is likely sooner than what is not (@classiclarryd)."""
+        return self.cap * torch.sigmoid((self.lm_head(x).float() + self.shift) / self.temp)
 
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32
@@ -422,12 +515,12 @@ class GPT(nn.Module):
 
 
 def place(model: GPT, device) -> GPT:
-    """Move to the device; on CUDA embeddings are bf16, and with them all activations. A CPU is 6x
+    """Move to the device; on CUDA tables are bf16, and with them all activations. A CPU is 6x
     slower in bf16."""
     model.to(device)
     if torch.device(device).type == "cuda":
-        model.embed.bfloat16()
         model.value_embeds.bfloat16()
+        model.bigrams.bfloat16()
     return model
 
 
@@ -639,37 +732,69 @@ def fp8_supported(device):
 # ---- 8. Updates: Muon for the matrices, Adam for the rest, as pure functions
 
 
+# Of the polynomials a x + b x^3 + c x^5, one after the other, those that bring the singular values
+# between 0.001 and 1 closest to 1 in five (Polar Express, arXiv:2505.16932; @varunneal).
+QUINTICS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
 def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix G = U S V^T by a quintic Newton-Schulz iteration whose
-    coefficients maximise the slope at zero: singular values end between about 0.7 and 1.2
-    (kellerjordan.github.io/posts/muon). G: (..., R, C) -> same shape, bf16 (fp32 on CPU)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Approximate U V^T of each matrix G = U S V^T by a quintic Newton-Schulz iteration
+    (kellerjordan.github.io/posts/muon) with the first `steps` of QUINTICS.
+    G: (..., R, C) -> same shape, bf16 (fp32 on CPU)."""
     X = G.reshape(-1, *G.shape[-2:])
     X = X.bfloat16() if G.is_cuda else X.float()
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
 
+def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """Divide each row (each column, of a wide matrix) by the root of the moving average of its mean
+    square, and give each matrix its norm back (NorMuon, arXiv:2510.05491; @li_zichong).
+    update: (N, R, C); second_moment: (N, max(R, C)) fp32, changed in place."""
+    N, R, C = update.shape
+    axis = 2 if R >= C else 1
+    update = update.float()
+    second_moment.lerp_(update.square().mean(axis), 1 - beta2)
+    scaled = update * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(axis)
+    size = update.norm(dim=(1, 2), keepdim=True)
+    return scaled * (size / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
+
+
 def muon_update(
-    grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, lr: Tensor, ns_steps: int,
-    divisor: Tensor
+    grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: Tensor, lr: Tensor,
+    beta2: float, divisor: Tensor
 ) -> Tensor:
-    """Nesterov momentum of grad / divisor, orthogonalized, times lr * sqrt(max(1, R / C)). grad,
-    momentum_buffer (changed in place): (N, R, C); momentum, lr, divisor (sequences in the sum):
-    0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and others; in batches:
-    @scottjmaddox, @YouJiacheng."""
+    """Nesterov momentum of grad / divisor, orthogonalized, its neurons normalized, times
+    lr * sqrt(max(1, R / C)). grad, momentum_buffer (changed in place): (N, R, C); momentum, lr,
+    divisor (sequences in the sum): 0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and
+    others; in batches: @scottjmaddox, @YouJiacheng."""
     grad = grad.float() / divisor
     average = torch.lerp(momentum_buffer.float(), grad, 1 - momentum)
     momentum_buffer.copy_(average)
-    update = zeropower_via_newtonschulz5(grad.lerp(average, momentum), ns_steps)
+    update = zeropower_via_newtonschulz5(grad.lerp(average, momentum))
+    update = normalize_neurons(update, second_moment, beta2)
     scale = lr * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
     return (update * scale).bfloat16()
+
+
+def subtract(params: list[Tensor], updates: list[Tensor], shrinkage: Tensor):
+    """params -= updates, and where a step makes a weight smaller, shrinkage (0-d) times the weight
+    too: cautious weight decay (arXiv:2510.12402; @varunneal, @roeeshenberg)."""
+    for p, update in zip(params, updates):
+        weight, step = p.float(), update.float()
+        p.copy_(weight - step - shrinkage * weight * (weight * step > 0))
 
 
 def adam_update(
@@ -829,6 +954,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Raises ValueError for parameters after the constructor's."""
 
     squares = ()
+    subtract = staticmethod(subtract)
 
     def __init__(self, params, defaults: dict, grad_divisor=1, grad_comm="bf16", world_size=None):
         super().__init__(params, defaults)
@@ -853,7 +979,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def compile(self):
         """Let Inductor fuse updates and casts."""
-        self.update = compiled(self.update)
+        self.update, self.subtract = compiled(self.update), compiled(self.subtract)
         self.exchange.compile()
 
     @torch.no_grad()
@@ -879,16 +1005,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             updates.append(gathered)
         for bucket, in_flight in zip(self.buckets, updates):
-            torch._foreach_sub_(bucket.params, bucket.views(in_flight.wait()))
+            steps = bucket.views(in_flight.wait())
+            group = self.param_groups[bucket.groups[0]]
+            shrinkage = torch.full((), group["decay"] * group["lr"] ** 2, device=gradient.device)
+            self.subtract(bucket.params, steps, shrinkage)
         return loss
 
-    def moment(self, bucket: Bucket, name: str) -> Tensor:
-        """This rank's share of a state, (share,) of the parameters' dtype, kept under the bucket's
-        first parameter."""
+    def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
+        """A state of this rank's share of a bucket, of the parameters' dtype, or fp32 if it has a
+        shape of its own; kept under the bucket's first parameter."""
         first = bucket.params[0]
         state = self.state[first]
         if name not in state:
-            state[name] = first.new_zeros(bucket.share)
+            dtype = torch.float32 if shape else first.dtype
+            state[name] = first.new_zeros(shape or bucket.share, dtype=dtype)
         return state[name]
 
 
@@ -900,8 +1030,9 @@ class Muon(ShardedOptimizer):
 
     update = staticmethod(muon_update)
 
-    def __init__(self, params, lr=0.02, momentum=0.95, ns_steps=5, **exchange):
-        super().__init__(params, dict(lr=lr, momentum=momentum, ns_steps=ns_steps), **exchange)
+    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, decay=0.0, **exchange):
+        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
+        super().__init__(params, defaults, **exchange)
 
     def make_buckets(self) -> list[Bucket]:
         by_shape = defaultdict(list)
@@ -927,8 +1058,9 @@ class Muon(ShardedOptimizer):
             flat.view(-1, bucket.unit)[:, : shape.numel()].unflatten(1, shape)
             for flat in (grad, self.moment(bucket, "momentum_buffer"))
         )
-        ns_steps = group["ns_steps"]
-        update = self.update(grad, buffer, momentum, lr, ns_steps, self.grad_divisor).flatten(1)
+        second = self.moment(bucket, "second_moment", grad.size(0), max(shape))
+        inputs = grad, buffer, second, momentum, lr, group["beta2"], self.grad_divisor
+        update = self.update(*inputs).flatten(1)
         padding = bucket.unit - shape.numel()
         return (F.pad(update, (0, padding)) if padding else update).flatten()
 
@@ -939,19 +1071,26 @@ class Adam(ShardedOptimizer):
 
     update = staticmethod(adam_update)
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, **exchange):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps), **exchange)
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, decay=0.0, **exchange
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, decay=decay), **exchange)
 
     def make_buckets(self) -> list[Bucket]:
         by_key = defaultdict(list)
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
-                alike = (p.dtype, tuple(group["betas"]), group["eps"])
-                by_key[id(p) if p.ndim >= 2 else alike].append((p, g))
+                alike = (p.dtype, tuple(group["betas"]), group["eps"], group["decay"])
+                by_key[id(p) if p.numel() > SCALE_BLOCK else alike].append((p, g))
         buckets = []
         for pairs in by_key.values():
             buckets.append(Bucket(*map(list, zip(*pairs)), SCALE_BLOCK, self.world_size))
         return buckets
+
+    def copy_state(self, source: nn.Parameter, target: nn.Parameter):
+        """Give `target` the moments of `source`, of the same shape and count of steps."""
+        for name, value in self.state[source].items():
+            self.state[target][name].copy_(value)
 
     def share_update(self, bucket, grad):
         group, state = self.param_groups[bucket.groups[0]], self.state[bucket.params[0]]
@@ -965,25 +1104,29 @@ class Adam(ShardedOptimizer):
 
 
 def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[ShardedOptimizer]:
-    """[Adam, Muon], each parameter in one of their groups, by name and number of dimensions."""
-    lrs = dict(
-        lm_head=hp.head_lr, embed=hp.embed_lr, value_embeds=hp.embed_lr, scalars=hp.scalar_lr,
-        skip_weights=hp.skip_lr
+    """[Adam, Muon], each parameter in a group of its kind: by its name, or the module it is in."""
+    scale, steady = hp.down_scale, dict(betas=hp.scalar_betas)
+    tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
+    kinds = dict(
+        lm_head=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
+        embed=dict(lr=hp.embed_lr, betas=hp.head_betas, decay=hp.head_decay),
+        value_embeds=dict(tables), bigrams=dict(tables),
+        scalars=dict(lr=hp.scalar_lr, **steady), gates=dict(lr=hp.gate_lr, **steady),
+        skip_weights=dict(lr=hp.skip_lr, **steady),
+        matrices=dict(lr=hp.muon_lr, decay=hp.muon_decay),
+        down=dict(lr=hp.muon_lr * scale, decay=hp.muon_decay / scale)
     )
-    groups = defaultdict(list)
+    for kind, group in kinds.items():
+        group.update(name=kind, initial_lr=group["lr"], params=[])
     for name, p in model.named_parameters():
-        kind = name.split(".")[0]
-        if kind not in lrs:
-            kind = "scalars" if p.ndim < 2 else "matrices"
-        groups[kind].append(p)
-    adam_groups = [dict(params=groups[kind], lr=lr) for kind, lr in lrs.items()]
+        other = "scalars" if p.ndim < 2 else "gates" if "gate" in name else "matrices"
+        kind = next((part for part in name.split(".") if part in kinds), other)
+        kinds[kind]["params"].append(p)
+    groups = [group for group in kinds.values() if group["params"]]
     exchange = dict(grad_comm=hp.grad_comm, world_size=world_size)
-    adam = Adam(adam_groups, betas=hp.adam_betas, eps=hp.adam_eps, **exchange)
-    ns_steps = hp.newton_schulz_steps
-    muon = Muon(groups["matrices"], hp.muon_lr, hp.muon_momentum, ns_steps, **exchange)
-    for kind, group in zip((*lrs, "matrices"), adam.param_groups + muon.param_groups):
-        group.update(name=kind, initial_lr=group["lr"])
-    return [adam, muon]
+    adam = Adam([group for group in groups if "betas" in group], eps=hp.adam_eps, **exchange)
+    matrices = [group for group in groups if "betas" not in group]
+    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)]
 
 
 # ---- 10. Tokens
@@ -1007,6 +1150,7 @@ class TokenStream:
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
         self.total = int(self.ends[-1])
+        self.by_cap = {}  # cap -> `documents`
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the
@@ -1020,10 +1164,25 @@ class TokenStream:
             pieces.append(shard[max(start - first, 0) : max(end - first, 0)])
         return np.concatenate(pieces).astype(np.int32)
 
-    def pair(self, start: int, seq_len: int) -> tuple[Tensor, Tensor]:
-        """A sequence: (input_ids (T,) int32, targets (T,) int64)."""
-        tokens = torch.from_numpy(self.read(start, seq_len + 1))
-        return tokens[:-1].clone(), tokens[1:].long()
+    def pair(self, *spans: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Spans (start, end) of the stream as one sequence, and the token that follows each of its
+        tokens in the stream: (input_ids (T,) int32, targets (T,) int64)."""
+        pieces = [self.read(start, end + 1 - start) for start, end in spans]
+        input_ids, targets = (
+            torch.from_numpy(np.concatenate([piece[part] for piece in pieces]))
+            for part in (slice(-1), slice(1, None))
+        )
+        return input_ids, targets.long()
+
+    def documents(self, cap: int) -> tuple[np.ndarray, np.ndarray]:
+        """(where each document starts, tokens of all documents up to it, each cut to `cap`)."""
+        if cap not in self.by_cap:
+            firsts = self.ends - [len(shard) for shard in self.shards]
+            found = [np.flatnonzero(shard == EOT) for shard in self.shards]
+            starts = np.concatenate([*map(np.add, found, firsts)])
+            lengths = np.diff(starts, append=self.total - 1)  # the last token is a target alone
+            self.by_cap[cap] = starts, np.minimum(lengths, cap).cumsum()
+        return self.by_cap[cap]
 
 
 def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=False):
@@ -1034,10 +1193,9 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 
     def fill():
         try:
-            for step, (starts, _) in enumerate(sequence_starts(hp, stream.total)):
+            for step, (found, _) in enumerate(sequences(hp, stream)):
                 if step >= first_step:
-                    seq_len = stage_at(step, hp).seq_len
-                    pairs = [stream.pair(start, seq_len) for start in starts[rank::world_size]]
+                    pairs = [stream.pair(*spans) for spans in found[rank::world_size]]
                     ready.put([[t.pin_memory() for t in p] for p in pairs] if pin else pairs)
         except BaseException as error:  # it belongs to the thread that waits for the tokens
             ready.put(error)
@@ -1057,6 +1215,7 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 
 # ---- 11. Training
 
+AVERAGED = "lm_head", "embed", "matrices", "down"  # groups whose weights are averaged
 HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 26 GB
 
 
@@ -1099,13 +1258,19 @@ class Trainer:
         backward sees the undivided mean of its sequence, which FP8's gradient scale is made for;
         the optimizers divide."""
         self.set_schedules(step)
-        sequences = stage_at(step, self.hp).sequences
+        model, sequences = self.model, stage_at(step, self.hp).sequences
+        untie = round(span(self.hp.untie, self.hp.steps))
+        if step == untie:
+            self.optimizers[0].copy_state(model.lm_head.weight, model.embed.weight)
         total = torch.zeros((), device=self.device)
         for pair in pairs:
             input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
             loss = self.forward(input_ids, targets, self.window)
             loss.backward()
             total += loss.detach() / sequences
+            if step < untie:
+                model.lm_head.weight.grad += model.embed.weight.grad
+                model.embed.weight.grad = None
             for optimizer in self.optimizers:
                 optimizer.accumulate()
         every = self.hp.log_norms
@@ -1115,8 +1280,38 @@ class Trainer:
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
             optimizer.step()
-        self.model.zero_grad()
+        if step < untie:
+            model.tie()
+        model.zero_grad()
+        self.average(step)
         return total
+
+    @torch.no_grad()
+    def average(self, step: int):
+        """Head, embedding and matrices get a moving average, from three time constants before the
+        end on."""
+        length = span(self.hp.average, self.hp.steps)
+        if step < self.hp.steps - 3 * length:
+            return
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["name"] in AVERAGED else ():
+                    state = optimizer.state[p]
+                    if "average" not in state:
+                        state["average"] = p.clone()
+                    state["average"].lerp_(p, min(1 / length, 1))
+
+    @torch.no_grad()
+    def blend(self):
+        """Move the weights towards their average, with the norm that each matrix has, since an
+        average of directions is shorter (PR 360 of modded-nanogpt)."""
+        norm = lambda p: torch.linalg.matrix_norm(p, keepdim=True).clamp(min=1e-30)
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                if "average" in state:
+                    size = norm(p)
+                    p.lerp_(state["average"], self.hp.average_share)
+                    p.mul_(size / norm(p))
 
     @torch.no_grad()
     def evaluate(self, stream: TokenStream, val_tokens: int, step: int, *each) -> float:
@@ -1131,7 +1326,7 @@ class Trainer:
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
         for piece in range(self.rank, pieces, self.world_size):
             count = min(length, val_tokens - piece * length)
-            input_ids, targets = stream.pair(piece * length, count)
+            input_ids, targets = stream.pair((piece * length, piece * length + count))
             input_ids = F.pad(input_ids, (0, length - count), value=EOT).to(self.device)
             targets = F.pad(targets, (0, length - count), value=-100).to(self.device)
             x = self.features(input_ids, self.window)
@@ -1154,7 +1349,7 @@ class Trainer:
         longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
         dummy = TokenStream([(np.arange(longest + 1) * 7919 % 256).astype("<u2")])
         for stage in stages(self.hp):
-            pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
+            pairs = [dummy.pair((0, stage.seq_len))] * (stage.sequences // self.world_size)
             self.train_step(stage.first, pairs)
         self.evaluate(dummy, validated, 0)
         self.model.load_state_dict(kept)
@@ -1239,7 +1434,8 @@ def train(trainer: Trainer, stream: TokenStream, run):
             continue
         while pending:
             stop = run.report(pending.pop(0)) or stop
-        run.clock.stop()
+        if save or not last:  # else the clock runs on, over the blending
+            run.clock.stop()
         stop = stop and not last
         if save or stop:
             run.checkpoint()
@@ -1247,6 +1443,9 @@ def train(trainer: Trainer, stream: TokenStream, run):
             raise RunEnd(75, f"a signal stopped step {done}, all saved: --resume=latest goes on")
         if score and not last:
             run.validate()
+    run.clock.start()
+    trainer.blend()
+    run.clock.stop()
     run.save_weights()
     run.validate()
 
@@ -1260,12 +1459,16 @@ PLACES = ("data_dir", "resume", "save")  # say where things lie, never what is c
 ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
-SHAPE = "layer_pattern value_pattern model_dim num_heads mlp_ratio".split()
-FIXED = [*PLAIN_BATCH, "batch_stages", *SHAPE, "attn_scale", "rope_base", "logit_cap", "logit_temp"]
+FIXED = PLAIN_BATCH + (
+    "batch_stages doc_stages layer_pattern value_pattern late_layer bigram_rows bigram_dim "
+    "model_dim num_heads mlp_ratio untie attn_scale rope_base logit_cap logit_shift logit_temp"
+).split()
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
-    "cooldown momentum_warmup adam_eps head_lr embed_lr scalar_lr skip_lr muon_lr muon_momentum "
-    "muon_momentum_start newton_schulz_steps val_every checkpoint_every target_loss log_norms"
+    "cooldown momentum_warmup momentum_cooldown untie average average_share late_layer "
+    "logit_shift adam_eps head_lr embed_lr table_lr scalar_lr gate_lr skip_lr head_decay "
+    "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
+    "val_every checkpoint_every target_loss log_norms"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")
 
@@ -1334,8 +1537,9 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
         not (plain and given.get("batch_stages")),
         f"--batch_stages and {' '.join(plain)} both say what a step holds: give one of them"
     )
-    if plain:  # they win over a preset's stages
-        knobs |= dict(batch_stages="", lr_stages=given.get("lr_stages", ""))
+    if plain:  # they win over stages
+        stages = "batch_stages", "lr_stages", "doc_stages"
+        knobs |= dict.fromkeys(stages, "") | {k: given[k] for k in stages if k in given}
     return Hyperparameters(**knobs)
 
 
@@ -1386,9 +1590,15 @@ def check(hp, world_size: int):
         hp.logit_cap <= 87,
         f"--logit_cap={hp.logit_cap} is too large for an exact loss in fp32: 87 is the greatest"
     )
+    for name in ("head_betas", "table_betas", "scalar_betas"):
+        betas = getattr(hp, name)
+        require(
+            0 <= min(betas) <= max(betas) < 1,
+            f"{flag(name, betas)} must both lie from 0 to below 1"
+        )
     require(
-        0 <= min(hp.adam_betas) <= max(hp.adam_betas) < 1,
-        f"--adam_betas={hp.adam_betas} must both lie from 0 to below 1"
+        hp.late_layer < len(hp.layer_pattern),
+        f"--late_layer={hp.late_layer} must be below the {len(hp.layer_pattern)} layers"
     )
     require(
         hp.window_min <= hp.window_max,
@@ -1401,7 +1611,9 @@ def check(hp, world_size: int):
 
 def check_batches(hp, world_size: int):
     """Refused 2 where stages cannot be read, cut into blocks, or dealt to the ranks."""
-    batches, rates = hp.batch_stages.split(), hp.lr_stages.split()
+    batches, rates, caps = (
+        text.split() for text in (hp.batch_stages, hp.lr_stages, hp.doc_stages)
+    )
     batch = re.compile("[1-9][0-9]{0,5}x[1-9][0-9]{0,7}")
     rate = re.compile("[0-9]{0,6}[.]?[0-9]{1,9}")
     require(
@@ -1413,6 +1625,11 @@ def check_batches(hp, world_size: int):
     require(
         all(map(rate.fullmatch, rates)) and len(rates) in (0, count),
         f"--lr_stages={hp.lr_stages!r} must hold one number for each of the {count} stages"
+    )
+    require(
+        all(re.fullmatch("[0-9]{1,9}", cap) for cap in caps) and len(caps) in (0, count),
+        f"--doc_stages={hp.doc_stages!r} must hold one count of tokens for each of the {count} "
+        "stages"
     )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     require(
@@ -1529,22 +1746,21 @@ def read_sources(folder: Path, scored: np.ndarray):
     )
 
 
-def count_passes(hp, total: int) -> int:
-    """Passes over a training stream of `total` tokens. Refused 2 if the knobs allow fewer."""
-    longest = max(stage.seq_len for stage in stages(hp))
+def count_passes(hp, stream: TokenStream) -> int:
+    """Passes over a training stream. Refused 2 if the knobs allow fewer."""
     require(
-        longest < total,
-        f"the training data has {total} tokens: shorter sequences than {longest} are needed, by "
-        "--train_seq_len or --batch_stages"
+        all(next_sequence(stream, 0, stage) for stage in stages(hp)),
+        f"the training data has too few of {stream.total} tokens for a sequence: shorter ones are "
+        "needed, by --train_seq_len or --batch_stages, or longer --doc_stages"
     )
-    tokens = tokens_before(hp.steps, hp)
-    enough = math.ceil(tokens / (total - longest))
-    for step, (_, passes) in enumerate(sequence_starts(hp, total)):
+    reads = tokens_before(hp.steps, hp)
+    for step, (_, passes) in enumerate(sequences(hp, stream)):
+        used = hp.epochs * reads / tokens_before(step, hp) if step else passes * hp.steps
         other = f" or --steps={step}" if step and not hp.batch_stages else ""
         require(
             passes <= hp.epochs,
-            f"--steps={hp.steps} reads {tokens} tokens, and the data has {total}: take "
-            f"--epochs={enough}{other}"
+            f"--steps={hp.steps} reads {reads} tokens, and the data has {stream.total}: take "
+            f"--epochs={math.ceil(used)}{other}"
         )
     return passes
 
@@ -1567,7 +1783,7 @@ def load_corpus(hp, thorough: bool) -> Corpus:
         f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
         f"--val_tokens={val.total - 1} is the most"
     )
-    passes = count_passes(hp, train.total)
+    passes = count_passes(hp, train)
     shards = opened[0] | opened[1] if thorough else {}
     with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
         scan = lambda shard: scan_shard(*shard, encoding, known)

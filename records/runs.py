@@ -182,7 +182,7 @@ KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_m
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
-STAGE = dict(first=int, sequences=int, seq_len=int, lr=float)
+STAGE = dict(first=int, sequences=int, seq_len=int, lr=float, doc_cap=(int, MISSING))
 START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, changed=KNOBS, seed=int, device=str,
              gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT, **SOFTWARE, world_size=int,
              fp8=dict(on=bool, reason=str), attention=str, data=DATA)
@@ -227,23 +227,28 @@ class Stage(NamedTuple):
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of a sequence
     lr: float  # multiplier of the learning rates
+    doc_cap: int = 0  # tokens that are read of a document; 0 = the stream end to end, as in all older runs
 
 MOST_STAGES = 1000
 BATCH = re.compile("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")  # SEQUENCES x TOKENS
+CAP = re.compile("[0-9]{1,9}")
 
 def stages_of(knobs: dict) -> list[Stage]:
     """Those of a run with these knobs; without `batch_stages`, as in all of format 1, one. Bad if they are not legal.
     """
     whole = f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}"
-    texts = [knobs.get("batch_stages", ""), knobs.get("lr_stages", "")]
-    fit(texts, [str], "batch_stages and lr_stages")
+    texts = [knobs.get(name, "") for name in ("batch_stages", "lr_stages", "doc_stages")]
+    fit(texts, [str], "batch_stages, lr_stages and doc_stages")
     batches = [BATCH.fullmatch(word) for word in (texts[0] or whole).split()]
     rates = [positive(word) for word in texts[1].split()] or [1.0] * len(batches)
-    if not 0 < len(batches) == len(rates) <= min(knobs["steps"], MOST_STAGES) or None in batches + rates:
-        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}' and lr_stages '{safe(texts[1], 80)}' "
-                            f"are not as many batches SEQUENCESxTOKENS as numbers, for {knobs['steps']} steps")
+    caps = [CAP.fullmatch(word) and int(word) for word in texts[2].split()] or [0] * len(batches)
+    counts, most = {len(batches), len(rates), len(caps)}, min(knobs["steps"], MOST_STAGES)
+    if len(counts) > 1 or not 0 < len(batches) <= most or None in batches + rates + caps:
+        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}', lr_stages '{safe(texts[1], 80)}', "
+                            f"doc_stages '{safe(texts[2], 80)}' are not as many batches SEQUENCESxTOKENS as numbers "
+                            f"and counts, for {knobs['steps']} steps")
     firsts = [k * knobs["steps"] // len(batches) for k in range(len(batches))]
-    return [Stage(first, int(m[1]), int(m[2]), lr) for first, m, lr in zip(firsts, batches, rates)]
+    return [Stage(first, int(m[1]), int(m[2]), lr, cap) for first, m, lr, cap in zip(firsts, batches, rates, caps)]
 
 def positive(text: str) -> float | None:
     """A number that is finite and not negative, or None."""
@@ -457,7 +462,7 @@ def rows_of_stages(run: Run) -> Iterator[tuple]:
         return
     yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
     for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
-        yield "tokens", f"stage {i}", found, stage._asdict()
+        yield "tokens", f"stage {i}", found | dict(doc_cap=found.get("doc_cap", 0)), stage._asdict()
     yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
            [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
     for row in steps:

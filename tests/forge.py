@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,14 +24,19 @@ from tiny import environment, make_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOBS = ("--train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 --steps=20 "
-         "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --window_min=128 "
-         "--window_max=128").split()
+         "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 "
+         "--bigram_rows=256 --bigram_dim=16 --window_min=128 --window_max=128").split()
 COLD = "--b.head_lr=0.0001"  # the other arm learns next to nothing, so that few runs tell it from the first
 TARGET, TRACK, README = 5.0, "toy-cpu", "# A toy\n\n{}\nold\n{}\n\nThe end.\n"
 # Answers run.sh's question for the GPUs without torch, whose import is a third of such a run.
 PYTHON = f"""#!/bin/sh
 case $2 in *'print(n, min('*) echo 0 0 ;; *) exec "{sys.executable}" "$@" ;; esac
 """
+
+
+def default_of(knob):
+    """Of a number, as the script has it; without importing torch."""
+    return re.search(rf"^    {knob}: \w+ = (\S+)", (ROOT / "train_gpt.py").read_text(encoding="utf-8"), re.M)[1]
 
 
 class Done(NamedTuple):
@@ -204,7 +210,7 @@ def convert(rows, version):
         start["grad_accum"] = batch["sequences"] // start["world_size"]
         end["mfu"] = end["mfu_with_attention"] = None
     else:
-        start["stages"] = [dict(first=0, lr=1.0, **batch)]
+        start["stages"] = [dict(first=0, lr=1.0, doc_cap=0, **batch)]
         del start["grad_accum"], end["mfu_with_attention"]
     for row in (row for row in rows if row["event"] == "step"):
         for key in rates:

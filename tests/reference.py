@@ -25,6 +25,114 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()  # the eps of float32
+
+
+def rotated(x: Tensor, base: float) -> Tensor:
+    """(T, K) channels, in pairs (i, i + K / 2): a complex rotation of half of the pairs, in float64."""
+    length, width = x.shape
+    frequencies = [base ** (-i / (width // 4 - 1)) for i in range(width // 4)] + [0.0] * (width // 4)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
+    z = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), -angle)
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tensor, hp) -> Tensor:
+    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding."""
+    width, heads = hp.head_dim, []
+    for h in range(hp.num_heads):
+        own = slice(h * width, h * width + width)
+        q, k, v = (seen @ matrix[own].double().T for matrix in attn.qkv)
+        q, k = rotated(rms(q) * hp.attn_scale, hp.rope_base), rotated(rms(k), hp.rope_base)
+        v = attn.v_scale.double() * v
+        if attn.long:  # channels that stand still come from the token before
+            still = [channel % (width // 2) >= width // 4 for channel in range(width)]
+            before = [max(t - 1, 0) for t in range(len(k))]
+            k = torch.where(torch.tensor(still), k[before], k)
+        if value is not None:
+            read = torch.cat((seen[:, :6], value[:, :6]), 1)
+            v = v + 2 * torch.sigmoid(read @ attn.value_gate[h].double())[:, None] * value[:, own]
+        y = attention(q[None, None], k[None, None], v[None, None], visible_keys)[0, 0]
+        heads.append(torch.sigmoid(seen[:, :12] @ attn.gate[h].double())[:, None] * y)
+    return torch.cat(heads, 1) @ attn.out.double().T
+
+
+def features(model, hp, ids: Tensor, window: int) -> Tensor:
+    """GPT.features of a byte model, layer by layer in float64, from its parameters."""
+    rows = [min(int(i), 256) for i in ids]
+    last = hp.bigram_rows - 1
+    pairs = [last] + [(36313 * b ^ 27191 * a) % last for a, b in zip(rows, rows[1:])]
+    embed, bigrams = model.embed.weight.double()[rows], model.bigrams.weight.double()[pairs]
+    bigrams = torch.cat((bigrams, bigrams.new_zeros(len(rows), hp.model_dim - hp.bigram_dim)), 1)
+    x = x0 = rms(torch.stack([e + model.smear.double() * (embed[t - 1] if t else 0) for t, e in enumerate(embed)]))
+    outputs, depth = [], len(hp.layer_pattern)
+    for i, (letter, table) in enumerate(zip(hp.layer_pattern, hp.value_pattern)):
+        block, partner = model.blocks[i], 2 * (depth // 2) - 1 - i
+        if depth // 2 <= i < 2 * (depth // 2):
+            x = x + model.skip_weights[i - depth // 2].double() * outputs[partner]
+        a, b, c = block.lambdas.double()
+        x = a * x + b * x0 + c * bigrams
+        if letter != "-":
+            seen = rms(outputs[hp.late_layer] if i > hp.late_layer else x)
+            value = None if table == "." else model.value_embeds[table].weight.double()[rows]
+            keys = visible(ids, window if letter == "L" else max(window // 2, 1))
+            x = x + gated_attention(block.attn, seen, value, keys, hp)
+        x = x + (rms(x) @ block.mlp.up.double().T).clamp(min=0) ** 2 @ block.mlp.down.double().T
+        outputs.append(x)
+    return rms(x - model.backout.double() * outputs[hp.late_layer])
+
+
+def normalized(update: Tensor, second: list[float], beta2: float) -> Tensor:
+    """One matrix, each neuron (a row, or a column of a wide matrix) over the root of its mean square's average."""
+    rows = update if update.size(0) >= update.size(1) else update.T
+    for i, row in enumerate(rows):
+        second[i] = beta2 * second[i] + (1 - beta2) * float((row**2).mean())
+    scaled = torch.stack([row / second[i] ** 0.5 for i, row in enumerate(rows)])
+    scaled = scaled * (update.norm() / scaled.norm())
+    return scaled if rows is update else scaled.T
+
+
+def subtracted(weight: Tensor, step: Tensor, shrinkage: float) -> Tensor:
+    """weight - step, and where that makes a value smaller by itself, the value's share `shrinkage` off too."""
+    pairs = zip(weight.flatten().tolist(), step.flatten().tolist())
+    left = [w - s - (shrinkage * w if w * s > 0 else 0) for w, s in pairs]
+    return torch.tensor(left, dtype=torch.float64).view(weight.shape)
+
+
+class SlowAdam:
+    """Adam of one tensor in float64, its steps rounded to bf16 as they travel, with cautious decay."""
+
+    def __init__(self, weight: Tensor, lr: float, betas, eps: float = 1e-10, decay: float = 0.0):
+        self.weight, self.lr, self.betas, self.eps, self.decay = weight.detach().double(), lr, betas, eps, decay
+        self.m, self.v, self.steps = torch.zeros_like(self.weight), torch.zeros_like(self.weight), 0
+
+    def step(self, grad: Tensor, rate: float = 1.0) -> Tensor:
+        (b1, b2), lr, grad = self.betas, self.lr * rate, grad.double()
+        self.steps += 1
+        self.m, self.v = b1 * self.m + (1 - b1) * grad, b2 * self.v + (1 - b2) * grad**2
+        m, v = self.m / (1 - b1**self.steps), self.v / (1 - b2**self.steps)
+        step = (lr * m / (v.sqrt() + self.eps)).bfloat16()
+        self.weight = subtracted(self.weight, step, self.decay * lr**2)
+        return self.weight
+
+
+class SlowMuon:
+    """Muon of one matrix likewise, around an orthogonalization that it is given."""
+
+    def __init__(self, weight: Tensor, lr: float, momentum: float, beta2: float, decay: float, orthogonalize):
+        self.lr, self.momentum, self.beta2, self.decay, self.orthogonalize = lr, momentum, beta2, decay, orthogonalize
+        self.weight, self.second = weight.detach().double(), [0.0] * max(weight.shape)
+        self.average = torch.zeros_like(self.weight)
+
+    def step(self, grad: Tensor) -> Tensor:
+        self.average = self.momentum * self.average + (1 - self.momentum) * grad
+        update = self.orthogonalize(self.momentum * self.average + (1 - self.momentum) * grad)
+        update = normalized(update, self.second, self.beta2) * max(1, grad.size(0) / grad.size(1)) ** 0.5
+        self.weight = subtracted(self.weight, (self.lr * update).bfloat16(), self.decay * self.lr**2)
+        return self.weight
+
+
 def random_documents(length: int, generator: torch.Generator) -> Tensor:
     """Tokens with document starts at random places: few or many, sometimes in a row, sometimes on block edges."""
     ids = torch.randint(0, 256, (length,), generator=generator)

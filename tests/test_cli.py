@@ -33,9 +33,9 @@ def test_explicit_knobs_win_over_a_preset_in_any_order():
 
 
 def test_types():
-    hp = t.parse_overrides(["--logit_cap=15", "--adam_betas=(0,0.9)", "--fp8=False", "--resume=a=b", "--steps=7"])
-    assert (hp.logit_cap, hp.adam_betas, hp.fp8, hp.resume, hp.steps) == (15.0, (0.0, 0.9), False, "a=b", 7)
-    assert type(hp.logit_cap) is float and type(hp.adam_betas[0]) is float
+    hp = t.parse_overrides(["--logit_cap=15", "--head_betas=(0,0.9)", "--fp8=False", "--resume=a=b", "--steps=7"])
+    assert (hp.logit_cap, hp.head_betas, hp.fp8, hp.resume, hp.steps) == (15.0, (0.0, 0.9), False, "a=b", 7)
+    assert type(hp.logit_cap) is float and type(hp.head_betas[0]) is float
 
 
 @pytest.mark.parametrize("argument, words", [
@@ -53,10 +53,15 @@ def test_types():
     ("--logit_cap=1000", ["--logit_cap=1000", "fp32"]),
     ("--logit_cap=87.01", ["--logit_cap=87.01", "87 is the greatest"]),
     ("--log_norms=-1", ["--log_norms must not be below 0"]),
-    ("--adam_betas=(0.9,)", ["--adam_betas takes", "tuple"]),
-    ("--adam_betas=0.9", ["--adam_betas takes"]),
-    ("--adam_betas=0.9,x", ["--adam_betas takes", "tuple", "({},{})".format(*t.Hyperparameters().adam_betas)]),
-    ("--adam_betas=0.9,1.0", ["--adam_betas", "below 1"]),
+    ("--head_betas=(0.9,)", ["--head_betas takes", "tuple"]),
+    ("--head_betas=0.9", ["--head_betas takes"]),
+    ("--head_betas=0.9,x", ["--head_betas takes", "tuple", "({},{})".format(*t.Hyperparameters().head_betas)]),
+    ("--head_betas=0.9,1.0", ["--head_betas", "below 1"]),
+    ("--table_betas=-0.1,0.9", ["--table_betas", "below 1"]),
+    ("--scalar_betas=0.9,1", ["--scalar_betas", "below 1"]),
+    ("--late_layer=99", ["--late_layer=99", "layers"]),
+    ("--bigram_rows=0", ["--bigram_rows must be above 0"]),
+    ("--untie=-1", ["--untie must not be below 0"]),
     ("--seed=99999999999999999999", ["--seed takes"]),
     ("--window_max=1000000000000", ["--window_max takes"]),
     ("--preset=81gb", ["unknown preset", "80gb"]),
@@ -66,7 +71,7 @@ def test_types():
     ("--val_tokens=0", ["--val_tokens must be above 0"]),
     ("--val_every=-1", ["--val_every must not be below 0"]),
     ("--model_dim=100", ["--model_dim", "multiple of 64"]),
-    ("--layer_pattern=LSL", ["--layer_pattern", "'LSL' and '012......012'"]),
+    ("--layer_pattern=LSL", ["--layer_pattern", "'LSL' and '.01.....234'"]),
     ("--layer_pattern=XSSSLSS-SSSL", ["L, S and -"]),
     ("--window_min=4096", ["--window_min", "--window_max"]),
     ("--grad_comm=fp16", ["bf16 or fp8"]),
@@ -74,14 +79,16 @@ def test_types():
     ("--batch_stages=8x128 16", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=8x128,16x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=0x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
-    ("--batch_stages=8x128 8x130", ["--batch_stages", "multiple of 128", "128 or 256", "130"]),
-    ("--lr_stages=1 2", ["--lr_stages", "each of the 1 stages"]),
+    ("--lr_stages=|--doc_stages=|--batch_stages=8x128 8x130",
+     ["--batch_stages", "multiple of 128", "128 or 256", "130"]),
+    ("--batch_stages=|--lr_stages=1 2", ["--lr_stages", "each of the 1 stages"]),
     ("--lr_stages=-1", ["--lr_stages", "one number"]),
-    ("--batch_stages=1x128 1x256 1x384 1x512 1x640 1x768 1x896 1x1024 1x1152", ["--batch_stages", "8 different"]),
+    ("--lr_stages=|--doc_stages=|--batch_stages=1x128 1x256 1x384 1x512 1x640 1x768 1x896 1x1024 1x1152",
+     ["--batch_stages", "8 different"]),
     ("--lr_stages=half", ["--lr_stages", "one number"]),
 ])
 def test_refusals(argument, words):
-    sentence = refusal(argument)
+    sentence = refusal(*argument.split("|"))
     assert all(word in sentence for word in words), sentence
 
 
@@ -89,6 +96,11 @@ def test_ranks_that_do_not_divide_the_step_name_those_that_do():
     assert "divisors of 8" in refusal(world=3)
     assert "divisors of 1000000000" in refusal("--sequences_per_step=1000000000", world=3)
     t.check(t.parse_overrides(["--sequences_per_step=16"]), 16)
+
+
+@pytest.mark.parametrize("told", ["1 2", "-1 2 3", "a b c", "1.5 2 3", "1,2,3"])
+def test_caps_of_documents_are_one_count_a_stage(told):
+    assert "--doc_stages" in refusal(f"--doc_stages={told}")
 
 
 def test_ranks_must_divide_every_stage():
@@ -102,12 +114,14 @@ def test_both_forms_of_a_batch_are_refused_and_a_preset_gives_way(monkeypatch):
     stages = "--batch_stages=4x128 8x256"
     for plain in ("--train_seq_len=128", "--sequences_per_step=4"):
         assert plain.partition("=")[0] in refusal(stages, plain) and "--batch_stages" in refusal(stages, plain)
-    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1"])
-    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5), (hp.steps // 2, 8, 256, 1.0)]
+    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1", "--doc_stages=0 512"])
+    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5, 0), (hp.steps // 2, 8, 256, 1.0, 512)]
     monkeypatch.setitem(t.PRESETS, "staged", dict(batch_stages="4x128 8x256", lr_stages="0.5 1"))
     assert len(t.stages(t.parse_overrides(["--preset=staged"]))) == 2
     alone = t.parse_overrides(["--preset=staged", "--train_seq_len=1280"])
-    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0)]
+    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0, 0)]
+    capped = t.parse_overrides(["--train_seq_len=1280", "--doc_stages=512", "--lr_stages=2"])
+    assert [tuple(s) for s in t.stages(capped)] == [(0, capped.sequences_per_step, 1280, 2.0, 512)]
 
 
 def test_what_may_be_zero_is_what_has_an_off_value_or_a_rate():
@@ -127,7 +141,7 @@ def notes():
     """{knob: (group, unit, meaning)} as --help shows them."""
     found, group = {}, ""
     for row in t.help_text().partition("\npresets")[0].splitlines()[1:]:
-        knob = re.fullmatch(r"  --(\w+)=\S* +\[(.*?)\] (.*)", row)
+        knob = re.fullmatch(r"  --(\w+)=.*? +\[(.*?)\] (.*)", row)
         if knob:
             found[knob[1]] = group, knob[2], knob[3]
         group = group if knob or not row else row

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forge
 import pytest
-from forge import at, convert, in_stages, lower, overlay, swap
+from forge import at, convert, default_of, in_stages, lower, overlay, swap
 
 FORGERIES, ON_BASELINES = [], []
 
@@ -34,7 +34,8 @@ def forgery(sealed, among=FORGERIES):
 EVENTS = dict(
     loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "headline", "be 4.0"),
     loss_of_the_end_alone=(lambda rows: at(rows, "end").update(val_loss=4.0), "headline", "is 4.0"),
-    knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5", "0.008"),
+    knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5",
+                          default_of("head_lr")),
     knob_of_one_run=(lambda rows: [rows[0][key].update(head_lr=0.5) for key in ("knobs", "changed")], "knobs",
                      "recipes", "is 2", "be 1"),
     seed_against_its_knob=(lambda rows: rows[0].update(seed=9), "seeds", "is 2", "be 9"),
@@ -91,6 +92,7 @@ OF_FORMAT_2 = dict(
     length_of_a_step=(lambda rows: at(rows, "step", 10).update(seq_len=256), "tokens", "(2, 256)", "(2, 128)"),
     stage_of_the_start_alone=(lambda rows: rows[0]["stages"][0].update(seq_len=64), "tokens", "stage 0", "64", "128"),
     rate_of_a_stage=(lambda rows: rows[0]["stages"][0].update(lr=0.5), "tokens", "stage 0", "'lr': 0.5"),
+    cap_of_a_stage=(lambda rows: rows[0]["stages"][0].update(doc_cap=896), "tokens", "stage 0", "'doc_cap': 896"),
     no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "the number of stages is 0", "be 1"),
     stages_in_the_knobs_alone=(lambda rows: [rows[0][key].update(batch_stages="2x128 4x128") for key in (
         "knobs", "changed")], "tokens", "5120", str(10 * 256 + 10 * 512)),
@@ -103,6 +105,8 @@ OF_FORMAT_2 = dict(
     stages_without_end=(lambda rows: rows[0]["knobs"].update(batch_stages="1x128 " * 21), "schema", "for 20 steps"),
     rates_of_other_stages=(lambda rows: rows[0]["knobs"].update(lr_stages="1 1"), "schema", "lr_stages '1 1'"),
     rate_of_a_stage_that_is_none=(lambda rows: rows[0]["knobs"].update(lr_stages="-1"), "schema", "lr_stages '-1'"),
+    caps_of_other_stages=(lambda rows: rows[0]["knobs"].update(doc_stages="9 9"), "schema", "doc_stages '9 9'"),
+    cap_that_is_no_count=(lambda rows: rows[0]["knobs"].update(doc_stages="0.5"), "schema", "doc_stages '0.5'"),
     stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75, val_loss=None), "truncated",
                          "75", "complete"),
     loss_of_a_run_that_was_stopped=(lambda rows: at(rows, "end").update(status="stopped", code=75), "headline", "None"),
@@ -386,7 +390,7 @@ def baseline_in_one_piece_between_the_runs(box):
 @forgery("all", ON_BASELINES)
 def baseline_with_other_knobs_than_the_parent(box):
     box.edit_all(lambda rows: [rows[0][key].update(muon_lr=0.5) for key in ("knobs", "changed")], "baseline")
-    return "knobs", "muon_lr", "0.5", "0.05"
+    return "knobs", "'muon_lr': 0.5", f"'muon_lr': {default_of('muon_lr')}"
 
 
 @forgery("all", ON_BASELINES)

@@ -120,10 +120,11 @@ def test_newton_schulz_in_bf16_orthogonalizes():
 
 
 def test_stages_never_recompile_and_follow_the_uncompiled_model():
-    """Three stages of two lengths: the warm-up compiles all, the run nothing, and the losses are those of dense
-    attention without a compiler."""
+    """Three stages of two lengths, of documents that are cut, with a tied table and an average: the warm-up compiles
+    all, the run nothing, and the losses are those of dense attention without a compiler."""
     torch._dynamo.reset()
-    hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", lr_stages="1 0.5 0.7", steps=9, fp8=False)
+    hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", lr_stages="1 0.5 0.7", steps=9, fp8=False,
+               doc_stages="150 0 400", untie=5.0, average=1.0)
     losses = []
     for fast in (True, False):
         t = tg.build(hp, 384, 0, 1, torch.device("cuda"))
@@ -133,6 +134,8 @@ def test_stages_never_recompile_and_follow_the_uncompiled_model():
             t.model.use_flex = False
             t = trainer(t.model, hp)
         with torch._dynamo.config.patch(error_on_recompile=fast):
-            stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 60_000).astype(np.uint16)])
+            tokens = np.random.default_rng(0).integers(0, 100, 60_000).astype(np.uint16)
+            tokens[::180] = tg.EOT
+            stream = tg.TokenStream([tokens])
             losses.append([float(t.train_step(step, pairs)) for step, pairs in enumerate(tg.prefetch(stream, hp))])
     assert losses[0] == pytest.approx(losses[1], abs=0.03) and losses[0][-1] < losses[0][0] - 0.3, losses

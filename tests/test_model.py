@@ -1,5 +1,6 @@
 """The model and its schedules: end points, causality, the loss, the U-Net's wiring, and one batch learned by heart."""
 
+import copy
 import dataclasses
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import EOT, attention, relative_error, visible
+from reference import EOT, SlowAdam, features, relative_error, rotated
 from small import ROWS, documents, small_hp, small_model, trainer, window_tensor
 
 import train_gpt as tg
@@ -53,6 +54,24 @@ def test_learning_rate_and_momentum_at_their_end_points():
     assert {tg.momentum_at(step, off) for step in range(21)} == {0.95}
 
 
+def test_momentum_warms_up_and_cools_down():
+    hp = small_hp(steps=1285, momentum_warmup=300.0, momentum_cooldown=50.0)
+    momenta = {step: tg.momentum_at(step, hp) for step in (0, 150, 300, 1234, 1235, 1260, 1284)}
+    assert momenta == pytest.approx({0: 0.85, 150: 0.9, 300: 0.95, 1234: 0.95, 1235: 0.95, 1260: 0.9, 1284: 0.852})
+    for step in range(41):  # spans that overlap: the lower one counts
+        up, down = min(step / 30, 1), min((40 - step) / 20, 1)
+        short = small_hp(steps=40, momentum_warmup=0.75, momentum_cooldown=20.0)
+        assert tg.momentum_at(step, short) == pytest.approx(0.85 + 0.1 * min(up, down))
+
+
+def test_each_stage_has_its_rate_and_its_cap():
+    hp = small_hp(steps=10, batch_stages="1x128 2x128 3x256", lr_stages="1 1.5 1.75", doc_stages="90 0 200",
+                  cooldown=4.0)
+    assert [stage[:3] + stage[4:] for stage in tg.stages(hp)] == [(0, 1, 128, 90), (3, 2, 128, 0), (6, 3, 256, 200)]
+    rates = [1, 1, 1, 1.5, 1.5, 1.5] + [1.75 * share for share in (1, 0.775, 0.55, 0.325)]
+    assert [tg.lr_at(step, hp) for step in range(10)] == pytest.approx(rates)
+
+
 def test_a_short_run_is_a_scaled_run():
     long = small_hp(steps=1770, momentum_warmup=300 / 1770)
     short = dataclasses.replace(long, steps=177)
@@ -70,11 +89,10 @@ def test_a_step_sets_window_learning_rate_and_momentum():
     for step in (0, 7, 9):
         t.train_step(step, documents(hp, 2))
         assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
-        lrs = hp.head_lr, hp.embed_lr, hp.embed_lr, hp.scalar_lr, hp.skip_lr
-        found = [group["lr"] for group in adam.param_groups]
+        lrs = hp.head_lr, hp.embed_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
+        found = [group["lr"] for group in adam.param_groups + muon.param_groups]
         assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-12)
-        group = muon.param_groups[0]
-        assert group["lr"] == hp.muon_lr * tg.lr_at(step, hp) and group["momentum"] == tg.momentum_at(step, hp)
+        assert {group["momentum"] for group in muon.param_groups} == {tg.momentum_at(step, hp)}
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -85,8 +103,9 @@ def test_the_loss_at_the_start_is_that_of_guessing():
     hp = small_hp()
     model = small_model(hp)
     (ids, targets), = documents(hp, 1)
-    assert model(ids, targets, window_tensor(2)).item() == pytest.approx(math.log(ROWS), abs=1e-5)
-    assert torch.equal(model.logits(torch.randn(3, 64)), torch.full((3, ROWS), hp.logit_cap / 2))
+    assert model(ids, targets, window_tensor(2)).item() == pytest.approx(math.log(ROWS), abs=5e-3)  # a small head
+    logits = model.logits(torch.zeros(3, 64))
+    assert torch.allclose(logits, torch.full((3, ROWS), 30 / (1 + math.exp(-5 / 7.5))), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])  # in the last the cap binds on both sides
@@ -99,7 +118,7 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
     ignored = targets.clone()
     ignored[::7] = -100
     z = F.linear(x, model.lm_head.weight).double()
-    logits = 30 * torch.sigmoid(z / 7.5)
+    logits = 30 * torch.sigmoid((z + 5) / 7.5)
     assert relative_error(model.logits(x), logits) < 1e-6
     for t in (targets, ignored):
         ours, want = model.losses(x, t), F.cross_entropy(logits, t, reduction="none", ignore_index=-100)
@@ -122,7 +141,7 @@ def test_the_fast_loss_is_exact_up_to_the_greatest_legal_cap(z):
     scores = (z + torch.randn(20, 384, generator=torch.Generator().manual_seed(3))).requires_grad_()
     model.lm_head.forward = lambda x: x
     targets = torch.arange(20)
-    want = F.cross_entropy(87 * torch.sigmoid(scores.double() / 7.5), targets, reduction="none")
+    want = F.cross_entropy(87 * torch.sigmoid((scores.double() + 5) / 7.5), targets, reduction="none")
     ours = model.losses(scores, targets)
     assert torch.allclose(ours.double(), want, atol=5e-5), (ours - want).abs().max()
     got, exact = (torch.autograd.grad(losses.sum(), scores)[0] for losses in (ours, want))
@@ -163,18 +182,24 @@ def every_loss(model, ids, blocks):
         return model.losses(model.features(ids, window_tensor(blocks)), torch.full((len(ids),), 7))
 
 
-def test_no_later_token_and_no_other_document_moves_a_loss():
-    hp = small_hp(train_seq_len=512, window_max=512)
+@pytest.mark.parametrize("pattern", ["SS-S", "LS-S"])
+def test_no_later_token_moves_a_loss_and_other_documents_only_by_their_last_token(pattern):
+    """Smearing, bigrams and, of long layers, keys read the token before, be it another document's."""
+    hp = small_hp(train_seq_len=512, window_max=512, layer_pattern=pattern)
     model = small_model(hp, awake=True)
     ids = torch.randint(0, 100, (512,), generator=torch.Generator().manual_seed(3)).int()
     ids[0] = ids[200] = EOT
     before = every_loss(model, ids, 4)
-    for place, first, last in ((50, 50, 200), (199, 199, 200), (201, 201, 512), (300, 300, 512), (511, 511, 512)):
+    for place, document in ((50, 200), (199, 200), (201, 512), (300, 512), (511, 512)):
         changed = ids.clone()
         changed[place] = 101
         moved = (every_loss(model, changed, 4) - before).abs() > 1e-6
-        assert moved[first] and not moved[:first].any() and not moved[last:].any(), place
-        assert moved[first:last].float().mean() > 0.9, "what may move it does"
+        assert moved[place] and not moved[:place].any(), place
+        assert moved[place:document].float().mean() > 0.9, "what may move it does"
+        if place == 199:
+            assert moved[200:].any()
+        elif "L" not in pattern:
+            assert not moved[document:].any(), place
 
 
 def test_the_window_limits_how_far_a_layer_looks():
@@ -185,7 +210,7 @@ def test_the_window_limits_how_far_a_layer_looks():
         hp = small_hp(train_seq_len=1024, val_seq_len=1024, layer_pattern=pattern, value_pattern="..", window_max=1024)
         model = small_model(hp, awake=True)
         moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
-        assert not moved[max(6, 128 * reach) :].any() if reach else moved.nonzero().tolist() == [[5]]
+        assert not moved[max(7, 128 * reach) :].any() if reach else moved.nonzero().tolist() == [[5], [6]]
         assert not reach or moved[128 * reach - 128 : 128 * reach].any()
 
 
@@ -193,73 +218,63 @@ def test_the_window_limits_how_far_a_layer_looks():
 
 
 def test_rotary_is_a_complex_rotation_of_half_of_the_pairs():
-    length, width, base = 300, 32, 1024.0
-    x = torch.randn(length, 3, width, generator=torch.Generator().manual_seed(0))
-    frequencies = [base ** (-i / (width // 4 - 1)) for i in range(width // 4)] + [0.0] * (width // 4)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    z = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), -angle)[:, None]
-    want = torch.cat((z.real, z.imag), dim=-1)
-    rotary = tg.Rotary(width, 512, base)
-    assert (rotary(x) - want).abs().max() < 2e-4
+    x = torch.randn(300, 3, 32, generator=torch.Generator().manual_seed(0))
+    rotary = tg.Rotary(32, 512, 1024.0)
+    assert (rotary(x) - torch.stack([rotated(head, 1024.0) for head in x.unbind(1)], 1)).abs().max() < 2e-4
     assert rotary(x.bfloat16()).dtype == torch.bfloat16 and not rotary.state_dict()
     assert torch.equal(rotary(x)[0], x[0])
 
 
-@pytest.mark.parametrize("pattern", ["LSSSLSS-SSSL", "LS-S", "SLS"])
-def test_each_decoder_layer_gets_its_mirrored_encoder_layer(pattern):
-    hp = small_hp(layer_pattern=pattern, value_pattern="0" + "." * (len(pattern) - 1))
+@pytest.mark.parametrize("pattern, values, late", [
+    ("LS-S", "0..0", 1), ("SLS", "0.1", 0), ("LL", "..", 0), ("SSSLSS-SSSL", ".01.....234", 7), ("S-L", ".00", 1)])
+def test_the_model_is_the_one_written_out(pattern, values, late):
+    """Features and the gradients of all parameters, against float64 layer by layer."""
+    hp = small_hp(train_seq_len=512, window_max=512, num_heads=2, layer_pattern=pattern, value_pattern=values,
+                  late_layer=late, attn_scale=0.3)
     model = small_model(hp, awake=True)
-    inputs, outputs = {}, {}
-    assert [*model.encoder, *model.decoder] == [*model.blocks]
-    for i, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda _, args, i=i: inputs.update({i: args[0]}))
-        block.register_forward_hook(lambda _, args, out, i=i: outputs.update({i: out}))
-    ids = documents(hp, 1)[0][0]
-    model.features(ids, window_tensor(2))
-    depth, half = len(pattern), len(pattern) // 2
-    assert torch.equal(inputs[0], tg.norm(model.embed(ids.clamp(max=256))))
-    for i in range(1, depth):
-        want, partner = outputs[i - 1], 2 * half - 1 - i
-        if half <= i < 2 * half:
-            want = want + model.skip_weights[i - half] * outputs[partner]
-        assert torch.allclose(inputs[i], want, atol=1e-5), i
-    assert torch.equal(small_model(hp).skip_weights, torch.ones(half))
-
-
-def test_each_layer_gets_its_window_and_value_table(monkeypatch):
-    hp = small_hp(train_seq_len=512, layer_pattern="LSSSLSS-SSSL", value_pattern="012......012", window_max=512)
-    model, seen, real = small_model(hp, awake=True), [], tg.CausalSelfAttention.forward
-    assert model.decoder[1].attn is None and sum(block.attn is None for block in model.blocks) == 1
-    ids = torch.arange(512, dtype=torch.int32) % 100  # one document: the windows alone differ
-    tables = [table(ids.clamp(max=256)) for table in model.value_embeds.values()]
-
-    def watch(self, x, value_embed, rotary, mask):
-        which = [i for i, table in enumerate(tables) if value_embed is not None and torch.equal(table, value_embed)]
-        seen.append((int(torch.stack([visible.sum() for _, _, visible in mask]).sum()), *which))
-        return real(self, x, value_embed, rotary, mask)
-
-    monkeypatch.setattr(tg.CausalSelfAttention, "forward", watch)
-    model.features(ids, window_tensor(4))
-    long, short = (sum(int(v.sum()) for _, _, v in tg.dense_chunks(mask))
-                   for mask in tg.create_masks(ids, 128, window_tensor(4), 4))
-    assert long > short
-    windows = dict(L=long, S=short)
-    want = [(windows[w], *([int(t)] if t != "." else []))
-            for w, t in zip(hp.layer_pattern, hp.value_pattern) if w != "-"]
-    assert seen == want
-
-
-def test_a_block_starts_as_the_identity_and_x0_is_mixed_in():
-    hp = small_hp()
-    block = small_model(hp).encoder[0]
-    x, x0 = torch.randn(2, 256, 64)
-    mask = tg.dense_chunks(tg.create_masks(torch.zeros(256, dtype=torch.int32))[0])
-    rotary, values = tg.Rotary(64, 256, 1024.0), torch.randn(256, 64)
-    args = {"0": values}, rotary, {"L": mask}
-    assert torch.equal(block(x, x0, *args), x)
     with torch.no_grad():
-        block.lambdas.copy_(torch.tensor([0.5, 2.0]))
-    assert torch.allclose(block(x, x0, *args), 0.5 * x + 2 * x0)
+        model.embed.weight.normal_()
+    ids, weight = documents(hp, 1)[0][0], torch.randn(512, 64, generator=torch.Generator().manual_seed(6))
+    ids[150:300] = 7  # one document over a block's border
+    names, params = zip(*((name, p) for name, p in model.named_parameters() if name != "lm_head.weight"))
+    fast, slow = (with_gradients(x, params, weight)
+                  for x in (model.features(ids, window_tensor(4)), features(model, hp, ids, 4)))
+    for name, got, want in zip(("features", *names), fast, slow):
+        assert want.any() and relative_error(got, want) < 2e-4, name
+
+
+def test_what_a_model_starts_with():
+    model = small_model(small_hp())
+    starts = dict(smear=0.0, backout=0.5, skip_weights=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0)
+    for name, p in model.named_parameters():
+        want = starts.get(name.split(".")[-1])
+        assert want is None or torch.equal(p, torch.full_like(p, want)), name
+    assert all(block.lambdas.tolist() == pytest.approx([1.1, 0, 0.05]) for block in model.blocks)
+    assert torch.equal(model.embed.weight, model.lm_head.weight) and not model.bigrams.weight.any()
+    for matrix, std in ((model.lm_head.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
+                        (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8)):
+        assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.mean().abs() < 0.03 * std
+
+
+@pytest.mark.parametrize("rows", [2, 256, 250_000])
+def test_bigrams_are_hashed_as_python_does(rows):
+    g = torch.Generator().manual_seed(rows)
+    ids = torch.randint(0, 50304, (5000,), generator=g, dtype=torch.int32)
+    ids[:3] = torch.tensor([50303, 50303, 0])
+    found, tokens = tg.bigram_index(ids, rows), ids.tolist()
+    want = [((36313 * b) ^ (27191 * a)) % (rows - 1) for a, b in zip(tokens, tokens[1:])]
+    assert found.tolist() == [rows - 1, *want] and found.dtype == torch.int32
+    assert rows != 256 or len(set(want)) == 255, "every row is used"
+
+
+def test_the_token_before_and_keys_from_there():
+    k = torch.randn(5, 2, 8, requires_grad=True)
+    want = torch.stack([torch.stack([torch.stack([
+        k[t if c % 4 < 2 else max(t - 1, 0), h, c] for c in range(8)]) for h in range(2)]) for t in range(5)])
+    weight = torch.randn(5, 2, 8)
+    for got, exact in zip(with_gradients(tg.offset_keys(k), [k], weight), with_gradients(want, [k], weight)):
+        assert torch.equal(got, exact)
+    assert tg.previous(torch.tensor([4, 5, 6])).tolist() == [4, 4, 5]
 
 
 def test_the_default_model_has_the_stated_size():
@@ -267,12 +282,14 @@ def test_the_default_model_has_the_stated_size():
     with torch.device("meta"):
         model = tg.GPT(hp, 50304)
     total = sum(p.numel() for p in model.parameters())
-    square, mlp, table = 768 * 768, 768 * 3072, 50304 * 768
-    scalars = sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    assert total == 11 * 4 * square + 12 * 2 * mlp + 5 * table + scalars and round(total / 1e6, 1) == 275.7
+    square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
+    gates, scalars = (10 + 5) * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    assert total == 10 * 4 * square + 11 * 2 * mlp + 7 * table + pairs + gates + scalars
+    assert round(total / 1e6, 1) == 393.9
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    assert embeddings == 4 * table and total - embeddings - scalars == 121_208_832, "in matmuls"
-    assert len(model.encoder) == len(model.decoder) == 6 and hp.num_heads * hp.head_dim == 768 and hp.head_dim == 128
+    assert embeddings == 6 * table + pairs and total - embeddings - gates - scalars == 114_130_944, "in matmuls"
+    assert (len(model.skip_weights), len(model.blocks)) == (5, 11)
+    assert hp.num_heads * hp.head_dim == 768 == 6 * hp.head_dim
 
 
 def with_gradients(output, inputs, weight):
@@ -293,56 +310,130 @@ def test_the_mlp_is_relu_squared_between_two_matrices():
         assert want.any() and relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("table", ["0", "."])
-def test_attention_mixes_the_value_embedding_into_v(table):
-    """Against attention written out in float64: merged QKV, QK-norm, temperature, rotary, mixing, output."""
-    hp = small_hp(num_heads=2, value_pattern="0" + table + "..", layer_pattern="LLLL", attn_scale=0.3)
-    attn = small_model(hp, awake=True).blocks[1].attn
-    assert attn.lambdas.shape == ((2,) if table == "0" else (1,))
-    g = torch.Generator().manual_seed(6)
-    x, values, weight = (torch.randn(256, 64, generator=g) for _ in range(3))
-    x.requires_grad_(), values.requires_grad_()
-    ids = documents(hp, 1)[0][0]
-    mask, rotary = tg.create_masks(ids, window=2)[0], tg.Rotary(32, 256, hp.rope_base)
-    q, k, v = (x.double() @ attn.qkv[i].double().T for i in range(3))
-    v = attn.lambdas[0] * v + (attn.lambdas[1] * values if table == "0" else 0)
-    heads = [t.view(256, 2, 32) for t in (q, k, v)]
-    q, k = (rotary(t / t.square().mean(-1, keepdim=True).sqrt()) for t in heads[:2])
-    q, k, v = (t.transpose(0, 1)[None] for t in (q * 0.3, k, heads[2]))
-    slow = attention(q, k, v, visible(ids, 2))[0].transpose(0, 1).reshape(256, 64) @ attn.out.double().T
-    fast = attn(x, values if table == "0" else None, rotary, tg.dense_chunks(mask))
-    inputs = [x, attn.qkv, attn.out, attn.lambdas] + [values] * (table == "0")
-    for got, want in zip(with_gradients(fast, inputs, weight), with_gradients(slow, inputs, weight)):
-        assert want.any() and relative_error(got, want) < 1e-4
-
-
 # ---- The step
+
+
+def watched(t, monkeypatch):
+    """{name: the divided gradient that its optimizer got}, anew in each step."""
+    names, got = {p: name for name, p in t.model.named_parameters()}, {}
+    for o in t.optimizers:
+        def watch(bucket, grad, o=o, real=o.share_update):
+            got.update({names[p]: g.float() / o.grad_divisor for p, g in zip(bucket.params, bucket.views(grad))})
+            return real(bucket, grad)
+
+        monkeypatch.setattr(o, "share_update", watch)
+    return got
 
 
 def test_the_gradient_of_two_sequences_is_the_mean_of_both(monkeypatch):
     hp = small_hp(window_max=256)
     model, data = small_model(hp, awake=True), documents(hp, 2)
-    t, got = trainer(model, hp), {}
-    for o in t.optimizers:
-        def watch(bucket, grad, o=o, real=o.share_update):
-            got.update({id(p): g.float() / o.grad_divisor for p, g in zip(bucket.params, bucket.views(grad))})
-            return real(bucket, grad)
-
-        monkeypatch.setattr(o, "share_update", watch)
+    t = trainer(model, hp)
+    got = watched(t, monkeypatch)
     loss = sum(model(*pair, window_tensor(1)) for pair in data) / 2
     want = torch.autograd.grad(loss, list(model.parameters()))
     params = list(model.named_parameters())
     total = t.train_step(0, data)
     assert float(total) == pytest.approx(loss.item(), rel=1e-6)
-    for (name, p), grad in zip(params, want):
-        assert grad.any() and relative_error(got[id(p)], grad) < 4e-3, name  # gradients travel in bf16
+    for (name, _), grad in zip(params, want):
+        assert grad.any() and relative_error(got[name], grad) < 4e-3, name  # gradients travel in bf16
+
+
+def test_head_and_embedding_are_one_parameter_until_they_are_untied(monkeypatch):
+    """Against torch's way to tie them, and against Adam of one tensor, then of two."""
+    hp = small_hp(steps=8, untie=0.5, window_max=256, head_decay=20.0)
+    model = small_model(hp, awake=True)
+    t, head, embed = trainer(model, hp), model.lm_head.weight, model.embed.weight
+    start = head.detach().clone()
+    got, slow = watched(t, monkeypatch), SlowAdam(head, hp.head_lr, hp.head_betas, hp.adam_eps, hp.head_decay)
+    for step in range(hp.steps):
+        data = documents(hp, 2, seed=step)
+        twin = copy.deepcopy(model)
+        if step < 4:
+            twin.embed.weight = twin.lm_head.weight
+        sum(twin(*pair, window_tensor(tg.window_at(step, hp))) / 2 for pair in data).backward()
+        if step == 4:
+            apart = copy.deepcopy(slow)
+            apart.lr = hp.embed_lr
+        t.train_step(step, data)
+        assert relative_error(got["lm_head.weight"], twin.lm_head.weight.grad) < 4e-3
+        want = slow.step(got["lm_head.weight"], tg.lr_at(step, hp))
+        assert relative_error(head - start, want - start) < 1e-3  # some roundings to bf16 fall otherwise
+        if step < 4:
+            assert torch.equal(head, embed) and not got["embed.weight"].any()
+        else:
+            assert relative_error(got["embed.weight"], twin.embed.weight.grad) < 4e-3
+            want = apart.step(got["embed.weight"], tg.lr_at(step, hp))
+            assert relative_error(embed - start, want - start) < 1e-3
+            assert not torch.equal(head, embed)
+
+
+@pytest.mark.parametrize("untie, tied", [(0.0, 0), (1.0, 6), (2.0, 2), (0.4, 2)])
+def test_untie_is_a_span(untie, tied):
+    hp = small_hp(steps=6, untie=untie, window_max=256)
+    model = small_model(hp)
+    t = trainer(model, hp)
+    for step in range(6):
+        t.train_step(step, documents(hp, 1))
+        assert torch.equal(model.embed.weight, model.lm_head.weight) == (step < tied)
+
+
+@pytest.mark.parametrize("length, first", [(0.1, 14), (4.0, 8), (0.01, 20), (10.0, 0)])
+def test_weights_are_averaged_and_blended_as_in_float64(length, first):
+    """Steps 0 to 19; the average begins three time constants before the end, with the weights of that step."""
+    hp = small_hp(steps=20, average=length, average_share=0.4, train_seq_len=128, window_max=128)
+    model = small_model(hp, awake=True)
+    t, slow, tau = trainer(model, hp), {}, max(length * 20 if length <= 1 else length, 1)
+    kinds = {p: group["name"] for o in t.optimizers for group in o.param_groups for p in group["params"]}
+    own = {p for p, kind in kinds.items() if kind in ("lm_head", "embed", "matrices", "down")}
+    for step in range(20):
+        t.train_step(step, documents(hp, 1, seed=step))
+        for p in own if step >= first else ():
+            slow[p] = slow[p] + (p.detach().double() - slow[p]) / tau if p in slow else p.detach().double()
+    averages = {p: state["average"] for o in t.optimizers for p, state in o.state.items() if "average" in state}
+    assert averages.keys() == slow.keys() and (first == 20) == (not slow)
+    for p, average in averages.items():
+        assert relative_error(average, slow[p]) < 1e-6
+    before = {p: p.detach().clone() for p in model.parameters()}
+    t.blend()
+    for p, old in before.items():
+        if p not in slow:
+            assert torch.equal(p, old)
+            continue
+        for new, start, average in zip(*(x.detach().double().flatten(0, -3) if x.ndim > 2 else x[None].detach().double()
+                                         for x in (p, old, slow[p]))):
+            mixed = 0.6 * start + 0.4 * average
+            assert relative_error(new, mixed * (start.norm() / mixed.norm())) < 1e-5 and not torch.equal(new, start)
+            assert new.norm().item() == pytest.approx(start.norm().item(), rel=1e-5)
+
+
+def test_without_an_average_nothing_is_kept_or_blended():
+    hp = small_hp(steps=3, average=0.0, window_max=256)
+    model = small_model(hp)
+    t = trainer(model, hp)
+    for step in range(3):
+        t.train_step(step, documents(hp, 2))
+    before = copy.deepcopy(model.state_dict())
+    t.blend()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("average" in state for o in t.optimizers for state in o.state.values())
+
+
+def test_blending_leaves_a_matrix_of_zeros_alone():
+    hp = small_hp(steps=3, average=1.0, muon_lr=0.0, window_max=256)
+    model = small_model(hp)  # the second matrices of its MLPs are zero, and stay so
+    t = trainer(model, hp)
+    for step in range(3):
+        t.train_step(step, documents(hp, 2))
+    t.blend()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_tiny_model_learns_one_batch_by_heart():
     hp = small_hp(steps=30)
     t, data = trainer(small_model(hp), hp), documents(hp, 2)
     losses = [float(t.train_step(step, data)) for step in range(hp.steps)]
-    assert losses[0] == pytest.approx(math.log(ROWS), abs=1e-5) and losses[-1] < 0.5, losses
+    assert losses[0] == pytest.approx(math.log(ROWS), abs=5e-3) and losses[-1] < 0.5, losses
 
 
 def test_a_seed_gives_the_same_weights_and_another_one_others():

@@ -35,7 +35,7 @@ import train_gpt as t
 sys.path.append(str(ROOT / "records"))
 import runs  # noqa: E402
 
-SOURCE = SCRIPT.read_bytes()
+SOURCE, HP = SCRIPT.read_bytes(), t.Hyperparameters()
 LINE = re.compile(r"^step:(\d+)/(\d+) (?:(train_loss|val_loss):(\d+\.\d+|nan|inf) )?train_time:(\d+)(ms|s) "
                   r"step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*$", re.ASCII)
 KEYS = dict(
@@ -92,7 +92,7 @@ def test_metrics_and_clock(done):
     for step, row in enumerate(steps):
         schedules = dict(lr=t.lr_at(step, hp), momentum=t.momentum_at(step, hp), window=t.window_at(step, hp))
         assert row.items() >= (schedules | dict(sequences=4, seq_len=256)).items()
-    assert rows[0]["stages"] == [dict(first=0, sequences=4, seq_len=256, lr=1.0)] and rows[0]["format"] == 2
+    assert rows[0]["stages"] == [dict(first=0, sequences=4, seq_len=256, lr=1.0, doc_cap=0)] and rows[0]["format"] == 2
 
 
 def test_at_most_fifty_step_lines_go_to_the_files(tmp_path):
@@ -131,10 +131,33 @@ def test_a_resumed_run_has_the_rates_of_its_knobs(done, tmp_path):
     folders = run_folders(tmp_path)
     warned = {folder / "weights.pt": [row["text"] for row in events(folder, "warning")] for folder in folders}
     plain, other = sorted(warned, key=lambda path: len(warned[path]))
-    assert warned[plain] == [] and warned[other] == ["changed since the checkpoint: head_lr 0.008 -> 0.5"]
+    assert warned[plain] == [] and warned[other] == [f"changed since the checkpoint: head_lr {HP.head_lr} -> 0.5"]
     heads = [torch.load(path)["model"]["lm_head.weight"] for path in (plain, other)]
     start = torch.load(checkpoint)["model"]["lm_head.weight"]
     assert (heads[1] - start).abs().max() > 10 * (heads[0] - start).abs().max()
+
+
+def test_the_last_checkpoint_holds_the_weights_before_they_are_blended(here):
+    run = once(here, "--checkpoint_every=4", "--average=2.0", "--average_share=0.25")
+    saved = torch.load(run.log.folder / "checkpoints/step_000008.pt")["model"]
+    ended = torch.load(run.log.folder / "weights.pt")["model"]
+    averages = {name: run.trainer.optimizers[i].state[p]["average"] for name, p in run.trainer.model.named_parameters()
+                for i in (0, 1) if "average" in run.trainer.optimizers[i].state.get(p, {})}
+    assert {"lm_head.weight", "embed.weight", "blocks.0.attn.qkv", "blocks.3.mlp.down"} <= averages.keys()
+    for name, weight in saved.items():
+        if name not in averages:
+            assert torch.equal(weight, ended[name]), name
+            continue
+        mixed = weight.lerp(averages[name], 0.25)
+        mixed *= weight.norm(dim=(-2, -1), keepdim=True) / mixed.norm(dim=(-2, -1), keepdim=True)
+        assert torch.allclose(ended[name], mixed, rtol=1e-4, atol=1e-7) and not torch.equal(weight, ended[name]), name
+    for step in (4, 8):
+        again = once(here, f"--resume={run.log.folder / f'checkpoints/step_{step:06d}.pt'}", "--average=2.0",
+                     "--average_share=0.25")
+        other = torch.load(again.log.folder / "weights.pt")["model"]
+        assert all(torch.equal(ended[name], other[name]) for name in ended)
+        assert problems(again.log.folder) == []
+    assert problems(run.log.folder) == []
 
 
 def test_damaged_checkpoints(done, tmp_path):
@@ -259,8 +282,8 @@ def test_what_is_not_finite_on_rank_1_alone_is_named(tmp_path):
     """The last value of a moment is padding, or a row that no text holds: no loss and no weight shows it."""
     make_corpus(tmp_path / "data")
     spoil = ('list(self.optimizers[0].state.values())[1]["exp_avg_sq"][-1] = float("inf") if self.rank else 1.0'
-             "\n        self.model.zero_grad()\n        return total")
-    script = edited(tmp_path, "self.model.zero_grad()\n        return total", spoil)
+             "\n        self.average(step)\n        return total")
+    script = edited(tmp_path, "self.average(step)\n        return total", spoil)
     said = run(tmp_path, "--steps=1", ranks=2, code=1, script=script).stderr
     assert "Adam's exp_avg_sq of embed.weight is not finite after step 1" in said
     end = events(run_folders(tmp_path)[0], "end")[0]
@@ -320,7 +343,7 @@ def test_latest_says_what_is_other(killed, capsys):
     folder, first = killed
     line = f"--resume=logs/{first.name}/checkpoints/step_000005.pt"
     said = ended(capsys, folder, "--resume=latest", "--muon_lr=0.5", "--seed=2", code=5)
-    assert "seed 1 -> 2" in said and "muon_lr 0.05 -> 0.5" in said and line in said and said.count("\n") == 1
+    assert "seed 1 -> 2" in said and f"muon_lr {HP.muon_lr} -> 0.5" in said and line in said and said.count("\n") == 1
     source = SCRIPT.read_bytes()
     hashes = [hashlib.sha256(text).hexdigest()[:12] for text in (source, source + b"\n")]
     said = ended(capsys, folder, "--resume=latest", code=5, source=source + b"\n")
@@ -331,7 +354,8 @@ def test_latest_says_what_is_other(killed, capsys):
     assert len(run_folders(folder)) == 1
     named = once(folder, line, "--muon_lr=0.5")
     warned = events(named.log.folder, "warning")[0]["text"]
-    assert re.fullmatch("changed since the checkpoint: muon_lr 0[.]05 -> 0[.]5, training data .{12} -> .{12}", warned)
+    want = f"changed since the checkpoint: muon_lr {HP.muon_lr} -> 0[.]5, training data .{{12}} -> .{{12}}"
+    assert re.fullmatch(want, warned)
     (first / "metrics.jsonl").unlink()
     shutil.rmtree(named.log.folder)
     assert "metrics.jsonl that cannot be read" in ended(capsys, folder, "--resume=latest", code=5)
@@ -484,7 +508,7 @@ def test_norms_stand_where_they_are_due(here):
     rows, due = {row["step"]: row for row in events(folder, "step")}, set(range(7, 50, 7))
     assert set(rows) == {1, *range(2, 51, 2)} | due
     assert {step for step, row in rows.items() if "norms" in row} == due
-    kinds = "lm_head embed value_embeds scalars skip_weights matrices".split()
+    kinds = "lm_head embed value_embeds bigrams scalars gates skip_weights matrices down".split()
     for step in due:
         assert [*rows[step]["norms"]] == [f"{kind}.{what}" for kind in kinds for what in ("grad", "update")]
     assert problems(folder) == []
@@ -593,7 +617,8 @@ def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_p
     assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
 
 
-STAGES = "--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--steps=9", "--epochs=3", "--cooldown=0.4"
+STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--doc_stages=100 0 250", "--untie=6.0",
+          "--average=2.0", "--steps=9", "--epochs=3", "--cooldown=0.4")  # averages from step 3 on
 TINY = [knob for knob in KNOBS if not knob.startswith(("--train_seq_len", "--sequences_per_step", "--steps"))]
 
 
@@ -621,7 +646,7 @@ def stages(tmp_path_factory):
 def test_stages_stand_in_the_events(stages):
     rows = events(stages[1][0])
     found = [tuple(stage.values()) for stage in rows[0]["stages"]]
-    assert found == [(0, 4, 128, 0.5), (3, 8, 128, 1.0), (6, 4, 256, 0.8)]
+    assert found == [(0, 4, 128, 0.5, 100), (3, 8, 128, 1.0, 0), (6, 4, 256, 0.8, 250)]
     steps = [row for row in rows if row["event"] == "step"]
     assert [(row["sequences"], row["seq_len"]) for row in steps] == [(4, 128)] * 3 + [(8, 128)] * 3 + [(4, 256)] * 3
     assert [row["tokens"] for row in steps] == [512, 1024, 1536, 2560, 3584, 4608, 5632, 6656, 7680]
@@ -630,7 +655,7 @@ def test_stages_stand_in_the_events(stages):
 
 @pytest.mark.parametrize("which, step", [(0, 5), (1, 6), (1, 8)])
 def test_resume_inside_a_stage_and_at_a_border_bit_for_bit(stages, tmp_path, which, step):
-    """From step 5 on the run crosses a border, and at 6 what comes next is of another stage."""
+    """From step 5 on the run crosses a border and unties its table, and at 6 that comes next."""
     folder, found = stages
     shutil.copytree(folder / "data", tmp_path / "data")
     staged(tmp_path, f"--resume={found[which] / f'checkpoints/step_{step:06d}.pt'}")

@@ -31,7 +31,8 @@ def make_run(folder, script=SCRIPT, encoding="bytes"):
     folder.mkdir(parents=True)
     shutil.copy(script, folder / "train_gpt.py")
     t = sample.load_script(folder / "train_gpt.py")
-    hp = t.parse_overrides(KNOBS)
+    known = {field.name for field in dataclasses.fields(t.Hyperparameters)}
+    hp = t.parse_overrides([knob for knob in KNOBS if knob[2:].partition("=")[0] in known])
     torch.manual_seed(1)
     model = t.GPT(hp, t.VOCAB[encoding])
     for parameter in model.parameters():

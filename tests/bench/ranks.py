@@ -72,8 +72,8 @@ def planned(world: int, comm: str) -> list:
     hp = dataclasses.replace(tg.Hyperparameters(), grad_comm=comm)
     with torch.device("meta"):
         model = tg.GPT(hp, tg.VOCAB["gpt2"])
-    model.embed.bfloat16()  # as tg.place does on a GPU
-    model.value_embeds.bfloat16()
+    model.value_embeds.bfloat16()  # as tg.place does on a GPU
+    model.bigrams.bfloat16()
     return tg.build_optimizers(model, hp, world)
 
 

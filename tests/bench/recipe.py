@@ -120,7 +120,7 @@ def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
     weight, scale = model.lm_head.weight, model.lm_head.scale
 
     def loss(head):
-        logits = model.cap * torch.sigmoid(head(x).float() / model.temp)
+        logits = model.cap * torch.sigmoid((head(x).float() + model.shift) / model.temp)
         hit = targets[:, None] == torch.arange(logits.size(-1), device=x.device)
         log_total = (logits - model.cap).exp().sum(-1).log() + model.cap
         return (log_total - torch.where(hit, logits, 0).sum(-1)).mean()
@@ -152,7 +152,6 @@ def main(argv: list[str]) -> None:
     if cuda:
         print(f"bf16 8192^3: {ceiling():.0f} TFLOP/s")
     trainer = tg.build(hp, tg.VOCAB["bytes" if args.tiny else "gpt2"], 0, 1, device)
-    trainer.model.lm_head.weight.data.normal_(std=0.005)  # at the zero of the start every gradient below it is zero
     generator = torch.Generator().manual_seed(0)
     sequences = [documents(hp.train_seq_len, generator, device) for _ in range(4)]
     trainer.set_schedules(0)
