@@ -304,7 +304,7 @@ def test_a_halted_training_takes_no_command(box):
 
 
 @pytest.mark.parametrize("knob, words", [
-    ("--b.adam_eps=1e-10", "both arms are one recipe"), ("--b.val_tokens=512", "losses on other tokens")])
+    ("--b.adam_eps=1e-20", "both arms are one recipe"), ("--b.val_tokens=512", "losses on other tokens")])
 def test_arms_that_cannot_be_told_apart_are_refused_before_the_first_run(box, monkeypatch, knob, words):
     shutil.rmtree(box.logs)
     done = trial(box, "--runs=2", knob)

@@ -86,10 +86,10 @@ def read_knobs(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> t
     """Ends with the training script's own sentence and exit code where a knob, or the data, cannot work."""
     try:
         hp = tg.parse_overrides(plain_batch(knobs))
-        for count in ranks:
-            tg.check(hp, count)
         tg.require(not hp.batch_stages, "--batch_stages is not for benches: they time steps of one shape, as "
                                         "--sequences_per_step and --train_seq_len say it")
+        for count in ranks:
+            tg.check(hp, count)
         if data:
             tg.load_corpus(hp, thorough=False)
         return hp
