@@ -181,7 +181,7 @@ fi
             say "FineWeb is not here and cannot be fetched: a tiny model learns the text that comes with numpy instead"
             preset=tiny; embedded_text; } ;;
 esac
-case $preset in cpu|tiny) processes=1 ;; esac  # their steps have one or two sequences
+case $preset in cpu|tiny|eighth) processes=1 ;; esac  # their steps have few sequences
 case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is no count of processes." ;; esac; processes=${NPROC:-$processes}
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"

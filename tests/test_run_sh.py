@@ -44,7 +44,7 @@ case "$1 $2" in
         case $* in *needs.txt*) cp "${0%/bin/*}/constraints.txt" "${0%/bin/*}/needs.txt" "$KEPT" ;; esac ;;
     'data/fineweb.py '*) exit "${FINEWEB:-0}" ;;
     *'/data/sample.py '*) echo "sample: some words"; exit "${SAMPLE:-0}" ;;
-    *'.py --help') printf '  --preset=%-8s\\n' ${PRESETS-80gb 40gb 24gb tiny cpu}; exit "${HELP:-0}" ;;
+    *'.py --help') printf '  --preset=%-8s\\n' ${PRESETS-80gb 40gb 24gb eighth tiny cpu}; exit "${HELP:-0}" ;;
     'data/tokenize_text.py '*) mkdir -p data/embedded; echo '{}' > data/embedded/manifest.json ;;
     '-m pytest') echo "tested: ${SCRIPT:-all}"; exit 7 ;;
     'records/records.py '*|'data/sample.py '*)
@@ -655,7 +655,8 @@ def test_nvidia_smi_spares_the_start_of_torch_unless_that_is_for_cpus(machine):
     calls = machine.fineweb().as_is()
     assert "2 GPUs of at least 40 GiB, processes: 2, preset: 40gb" in machine.out
     assert not [call for call in calls if "import torch" in call]
-    machine.as_is("--preset=tiny", "--data_dir=here")
-    assert "processes: 1, preset: tiny" in machine.out
+    for preset in ("tiny", "eighth"):
+        machine.as_is(f"--preset={preset}", "--data_dir=here")
+        assert f"processes: 1, preset: {preset}" in machine.out
     machine.torch("2.13.0+cpu").as_is()
     assert "cannot use this machine's GPU" in machine.out and "preset: cpu" in machine.out
