@@ -214,7 +214,8 @@ def tokens_before(step: int, hp) -> int:
 def next_sequence(stream: TokenStream, position: int, stage: Stage) -> list[tuple[int, int]]:
     """The spans of the stream that make the next sequence; none where too little is left before the
     end. With a `doc_cap` it holds documents from their first token on (@classiclarryd), each cut to
-    the cap (@varunneal) and the last one to what is left; without, it is the next stretch."""
+    the cap (@varunneal) and the last one to what is left: documents at 0, 500 and 1,700, cap 896,
+    and a sequence of 1,024 make (0, 500), (500, 1024). Without, it is the next stretch."""
     if not stage.doc_cap:
         end = position + stage.seq_len
         return [(position, end)] if end < stream.total else []
@@ -408,8 +409,8 @@ class Block(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
     def forward(self, x, x0, bigrams, seen, values, rotary, masks):
-        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None for x; values: value
-        embeddings (T, D) by letter; masks: by letter."""
+        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None before `late_layer`:
+        the normed stream; values: value embeddings (T, D) by letter; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
@@ -791,7 +792,8 @@ def muon_update(
 
 def subtract(params: list[Tensor], updates: list[Tensor], shrinkage: Tensor):
     """params -= updates, and where a step makes a weight smaller, shrinkage (0-d) times the weight
-    too: cautious weight decay (arXiv:2510.12402; @varunneal, @roeeshenberg)."""
+    too: cautious weight decay (arXiv:2510.12402; @varunneal, @roeeshenberg). shrinkage is decay
+    times lr^2: it follows the schedule twice, as a step and as a decay that fades."""
     for p, update in zip(params, updates):
         weight, step = p.float(), update.float()
         p.copy_(weight - step - shrinkage * weight * (weight * step > 0))
@@ -1256,7 +1258,9 @@ class Trainer:
         """One optimizer step over this rank's sequences of the batch. pairs: iterable of
         (input_ids, targets). Returns the 0-d sum of their losses / sequences of the step. Each
         backward sees the undivided mean of its sequence, which FP8's gradient scale is made for;
-        the optimizers divide."""
+        the optimizers divide. Until `untie` head and token embedding are one matrix that is kept
+        twice: the head gets both gradients and moves, and the embedding is its copy. Then the
+        embedding takes over the head's moments, and each goes its own way."""
         self.set_schedules(step)
         model, sequences = self.model, stage_at(step, self.hp).sequences
         untie = round(span(self.hp.untie, self.hp.steps))
