@@ -74,31 +74,31 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] training sequence where batch_stages is empty
+    train_seq_len: int = 48 * 1024  # [tokens] training sequence; given, it empties all stages
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
-    sequences_per_step: int = 8  # [sequences] batch of a step, over all ranks, likewise
+    sequences_per_step: int = 8  # [sequences] of a step, over all ranks; likewise
     batch_stages: str = "8x16384 16x16384 24x16384"  # [SEQUENCESxTOKENS] of a step; empty = one
-    doc_stages: str = "896 2048 2048"  # [tokens] documents are cut to; empty = whole, end to end
+    doc_stages: str = "896 2048 2048"  # [tokens] kept of a document, by stage; empty = end to end
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
     steps: int = 1285  # [steps] length of the run; spans up to 1 are fractions of it
     lr_stages: str = "1 1.52 1.73"  # [x lr] learning rates in each of batch_stages; empty = all 1
     cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
-    lr_floor: float = 0.15  # [x lr] what the decay ends at
+    lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
     untie: float = 0.667  # [span] until which the output head is also the token embedding
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
     window_max: int = 1792  # [tokens] attention window at the end
-    average: float = 0.1  # [span] time constant of the weights' average over the end; 0 = off
-    average_share: float = 0.5  # [x average] of the final weights
+    average: float = 0.1  # [span] time constant of the matrices' average over the end; 0 = off
+    average_share: float = 0.5  # [1] share of the average in the final weights
     # -- model
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer] whose output later attentions read, and the head sees less of
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
-    bigram_dim: int = 192  # [channels] of the stream that the pair's row is added to
+    bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
     num_heads: int = 6  # [heads] attention heads H, each model_dim / num_heads wide
     mlp_ratio: int = 4  # [x width] hidden width of the MLP
@@ -115,10 +115,10 @@ class Hyperparameters:
     head_lr: float = 0.004  # [lr] output head
     embed_lr: float = 0.004  # [lr] token embedding, once it is not the head's
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
-    scalar_lr: float = 0.02  # [lr] residual and value mixing scalars
+    scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, pairs, v, smear and backout
     gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
     skip_lr: float = 0.005  # [lr] skip weights of the U-Net; 0 = fixed at 1
-    head_decay: float = 0.75  # [1] head and embedding shrink by lr^2 of it where a step shrinks too
+    head_decay: float = 0.75  # [1] x lr^2: cautious decay of head and embedding, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
     muon_lr: float = 0.0115  # [lr] matrices of the blocks
@@ -148,7 +148,7 @@ class Hyperparameters:
 
 
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
-GATE = 12  # channels of the stream that a gate reads
+GATE = 12  # channels that a gate reads: the first of the stream, or half of them of a table's row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
@@ -214,8 +214,9 @@ def tokens_before(step: int, hp) -> int:
 def next_sequence(stream: TokenStream, position: int, stage: Stage) -> list[tuple[int, int]]:
     """The spans of the stream that make the next sequence; none where too little is left before the
     end. With a `doc_cap` it holds documents from their first token on (@classiclarryd), each cut to
-    the cap (@varunneal) and the last one to what is left: documents at 0, 500 and 1,700, cap 896,
-    and a sequence of 1,024 make (0, 500), (500, 1024). Without, it is the next stretch."""
+    the cap (@varunneal) and the last one to what is left: documents at 0, 500 and 1,700, a
+    cap of 300 and a sequence of 512 make (0, 300), (500, 712), and what was cut is not read in this
+    pass. Without, it is the next stretch."""
     if not stage.doc_cap:
         end = position + stage.seq_len
         return [(position, end)] if end < stream.total else []
@@ -273,7 +274,7 @@ def window_scheduler(
     step: int, total_steps: int, window_min: int = 128, window_max: int = 1792
 ) -> int:
     """Sliding window in blocks of 128 tokens: ceil((min + (max - min) * step / total) / 128).
-    Defaults as published."""
+    Defaults are those of the recipe's published description."""
     tokens = window_min + (window_max - window_min) * step / total_steps
     return math.ceil(tokens / BLOCK)
 
@@ -319,7 +320,9 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
 
 
 def previous(x: Tensor) -> Tensor:
-    """Each row's predecessor; the first row's is itself. x: (T, ...)."""
+    """Each row's predecessor; the first row's is itself. x: (T, ...). At the first token of a
+    document it is the last one of another: what uses it reaches over that border, as no mask does.
+    """
     return torch.cat((x[:1], x[:-1]))
 
 
@@ -409,7 +412,7 @@ class Block(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
     def forward(self, x, x0, bigrams, seen, values, rotary, masks):
-        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None before `late_layer`:
+        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None up to `late_layer`:
         the normed stream; values: value embeddings (T, D) by letter; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
@@ -425,7 +428,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """U-Net GPT (arXiv:1505.04597; @brendanh0gan): the output of encoder layer i is added, with a
     learned weight, to the input of the mirrored decoder layer. Every block also gets x0 and a row
-    for the pair of a token and the one before it. From `late_layer` on attention reads that layer's
+    for the pair of a token and the one before it. After `late_layer` attention reads that layer's
     output, and the head sees the stream less a share of it (backout; both, and the `smear` of the
     token before into x0: @classiclarryd). Head and token embedding begin as one matrix (`tie`;
     @varunneal). vocab_size: rows V of embeddings and head, a multiple of 128. Its optimizers:
@@ -476,6 +479,7 @@ class GPT(nn.Module):
         x = self.embed(rows).type_as(pairs)  # (T, D)
         bigrams = F.pad(pairs, (0, x.size(1) - pairs.size(1)))
         x = x0 = norm(x + self.smear.type_as(x) * previous(x))
+        # the last encoder layer's partner follows at once: its input is that output 1 + w times
         skips, half, seen = [], len(self.skip_weights), None
         for i, block in enumerate(self.blocks):
             if i >= half and skips:  # of an odd count of layers the last one has no partner
@@ -803,7 +807,7 @@ def adam_update(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor, betas: tuple,
     eps: float, divisor: Tensor
 ) -> Tensor:
-    """Adam without weight decay (arXiv:1412.6980; small eps: @YouJiacheng) on grad / divisor. grad,
+    """Adam (arXiv:1412.6980; small eps: @YouJiacheng) on grad / divisor; decay: `subtract`. grad,
     exp_avg, exp_avg_sq (changed in place): (n, 4096); step: 0-d, from 1; lr: (n, 1). Returns the
     bf16 step to subtract."""
     grad = grad.float() / divisor
@@ -1218,7 +1222,7 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 # ---- 11. Training
 
 AVERAGED = "lm_head", "embed", "matrices", "down"  # groups whose weights are averaged
-HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 26 GB
+HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 53 GB
 
 
 class Trainer:
@@ -1366,7 +1370,7 @@ class Trainer:
 def build(hp, vocab_size: int, rank: int, world_size: int, device) -> Trainer:
     """Weights come from hp.seed, those of rank 0 for all. Compiled on a GPU."""
     torch.manual_seed(hp.seed)
-    with device:  # drawing 193 M random numbers takes seconds on a CPU
+    with device:  # drawing 600 M random numbers takes seconds on a CPU
         model = place(GPT(hp, vocab_size), device)
     model.use_flex = flex_supported(device)
     fp8, reason = fp8_supported(device) if hp.fp8 else (False, "--fp8=False")

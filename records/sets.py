@@ -80,7 +80,7 @@ def listing(only: str | None, records: list[Record]) -> str:
             empty.append(title)
             continue
         out += ["", f"{title}. {safe(track['clock'])}"]
-        out += [] if own else ["No record: nobody has run ours there."]
+        out += [] if own else ["No record yet."]
         machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
         key = "train_time_ms_median" if timed else "val_loss_mean"
         for kind in sorted({machine(meta) for meta in own}):
@@ -91,7 +91,7 @@ def listing(only: str | None, records: list[Record]) -> str:
                 late = missed[meta["name"]]
                 return late, late and meta["result"]["val_loss_mean"], meta["result"][key]
             out += [row(m, timed) for m in sorted(own, key=rank) if machine(m) == kind]
-    out += ["", f"No record yet, as nobody has run ours there: {'; '.join(empty)}."] if empty else []
+    out += ["", f"No record yet: {'; '.join(empty)}."] if empty else []
     return "\n".join([*out, LIST_MARKS[1]])
 
 def row(meta: dict, timed: bool) -> str:
