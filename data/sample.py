@@ -123,7 +123,8 @@ def generate(script, hp, model, ids, count, temperature, seed):
         padding = [script.EOT] * (-len(context) % script.BLOCK)  # later documents: nothing before them sees them
         input_ids = torch.tensor(context + padding, dtype=torch.int32, device=device)
         last = model.features(input_ids, window)[len(context) - 1 : len(context)]
-        logits = model.logits(last)[0, : model.last_row + 1]  # further rows are no tokens
+        # further rows are no tokens, and no text begins with its end
+        logits = model.logits(last)[0, : model.last_row + (len(ids + new) > 1)]
         new.append(choose(logits.float().cpu(), temperature, generator))
     return new
 

@@ -120,7 +120,8 @@ def test_the_end_of_the_document_ends_the_text(lively, monkeypatch):
     ahead = torch.zeros(1, 384)
     ahead[0, 7], ahead[0, 256], ahead[0, 300] = 1, 2, 3  # a byte, the document's end, a row that is no token
     monkeypatch.setattr(model, "logits", lambda x: ahead)
-    assert sample.generate(script, hp, model, [50256], 9, 0, 1) == [256]
+    assert sample.generate(script, hp, model, [50256, 5], 9, 0, 1) == [256]
+    assert sample.generate(script, hp, model, [50256], 9, 0, 1) == [7, 256], "no text begins with its end"
     ahead[0, 256] = 0
     assert sample.generate(script, hp, model, [50256], 9, 0, 1) == [7] * 9
 
