@@ -1302,24 +1302,24 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"] if group["name"] in AVERAGED else ():
-                    state = optimizer.state[p]
-                    if "average" not in state:
-                        state["average"] = p.clone()
-                    state["average"].lerp_(p, min(1 / length, 1))
+            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
+            for p in sum((group["params"] for group in groups), []):
+                state = optimizer.state[p]
+                if "average" not in state:
+                    state["average"] = p.clone()
+                state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
         """Move the weights towards their average, with the norm that each matrix has, since an
         average of directions is shorter (PR 360 of modded-nanogpt)."""
-        norm = lambda p: torch.linalg.matrix_norm(p, keepdim=True).clamp(min=1e-30)
+        norms = lambda p: torch.linalg.matrix_norm(p, keepdim=True).clamp(min=1e-30)
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 if "average" in state:
-                    size = norm(p)
+                    before = norms(p)
                     p.lerp_(state["average"], self.hp.average_share)
-                    p.mul_(size / norm(p))
+                    p.mul_(before / norms(p))
 
     @torch.no_grad()
     def evaluate(self, stream: TokenStream, val_tokens: int, step: int, *each) -> float:
@@ -1546,8 +1546,7 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
         f"--batch_stages and {' '.join(plain)} both say what a step holds: give one of them"
     )
     if plain:  # they win over stages
-        stages = "batch_stages", "lr_stages", "doc_stages"
-        knobs |= dict.fromkeys(stages, "") | {k: given[k] for k in stages if k in given}
+        knobs |= {name: given.get(name, "") for name in PLAIN}
     return Hyperparameters(**knobs)
 
 
@@ -1752,6 +1751,14 @@ def read_sources(folder: Path, scored: np.ndarray):
         2, f'{path} cannot be used: it must hold {{"sources": [names], "doc_source": [an index of '
         f"sources for each of at least {docs[-1] + 1} documents]}}"
     )
+
+
+def by_source(names: list[str], source_of: np.ndarray, losses: Tensor) -> dict:
+    """{name: mean loss} of `read_sources`, summed in fp64, without what has no token that is
+    scored. losses: of each token, in order, and of padding after the last."""
+    weights = losses.flatten()[: len(source_of)].cpu()
+    counts, sums = np.bincount(source_of), np.bincount(source_of, weights)
+    return {name: total / n for name, total, n in zip(names, sums, counts) if n}
 
 
 def count_passes(hp, stream: TokenStream) -> int:
@@ -2177,11 +2184,8 @@ class Run:
         facts = dict(
             step=step, tokens=self.tokens, val_loss=self.val_loss, val_tokens=hp.val_tokens, **now
         )
-        for losses in each:  # sums are fp64; a source may have no token that is scored
-            weights = losses.flatten()[: hp.val_tokens].cpu()
-            counts, sums = np.bincount(corpus.source_of), np.bincount(corpus.source_of, weights)
-            named = zip(corpus.sources, sums, counts)
-            facts["sources"] = {name: total / n for name, total, n in named if n}
+        for losses in each:
+            facts["sources"] = by_source(corpus.sources, corpus.source_of, losses)
         average = now["train_ms"] / step if step else math.nan
         self.log.emit("val", facts, total=hp.steps, step_avg=average)
         require(

@@ -91,8 +91,7 @@ def score(trainer, hp, folder, groups: dict | None = None, val_tokens: int | Non
     each = [torch.zeros(shape, device=trainer.device)] if text.groups else []
     found = dict(val_loss=trainer.evaluate(text.stream, count, hp.steps, *each), val_tokens=count, sources={})
     for losses in each:
-        tokens, sums = np.bincount(text.group_of), np.bincount(text.group_of, losses.flatten()[:count].cpu())
-        found["sources"] = {name: total / n for name, total, n in zip(text.groups, sums, tokens) if n}
+        found["sources"] = tg.by_source(text.groups, text.group_of, losses)
     return found
 
 
