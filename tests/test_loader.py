@@ -12,7 +12,7 @@ from tiny import make_corpus, write_shard
 
 import train_gpt as t
 
-PLAIN = dict(batch_stages="", lr_stages="", doc_stages="")  # one stage, of documents end to end
+PLAIN = t.PLAIN  # one stage, of documents end to end
 
 
 def knobs(folder, **changed):

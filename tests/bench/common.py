@@ -75,11 +75,11 @@ def data_option(args):
 def plain_batch(knobs: list[str], script=tg) -> list[str]:
     """`knobs` for steps of one shape. Where a script's defaults or a preset set stages, it is that of the last, as a
     rule the largest; a plain knob among `knobs` wins, and stages that they ask for stay."""
-    stages = getattr(script.parse_overrides(knobs), "batch_stages", "").split()
-    if not stages or any(knob.startswith("--batch_stages=") for knob in knobs):
+    hp = script.parse_overrides(knobs)
+    if not getattr(hp, "batch_stages", "") or any(knob.startswith("--batch_stages=") for knob in knobs):
         return knobs
-    sequences, length = stages[-1].split("x")
-    return [f"--sequences_per_step={sequences}", f"--train_seq_len={length}", *knobs]
+    last = script.stages(hp)[-1]
+    return [f"--sequences_per_step={last.sequences}", f"--train_seq_len={last.seq_len}", *knobs]
 
 
 def read_knobs(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> tg.Hyperparameters:
