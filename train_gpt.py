@@ -78,7 +78,6 @@ class Hyperparameters:
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; likewise
     batch_stages: str = "8x16384 16x16384 24x16384"  # [SEQUENCESxTOKENS] of a step; empty = one
-    doc_stages: str = "896 2048 2048"  # [tokens] kept of a document, by stage; empty = end to end
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
@@ -153,7 +152,7 @@ EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
-PLAIN = dict(batch_stages="", lr_stages="", doc_stages="")
+PLAIN = dict(batch_stages="", lr_stages="")
 SMALL = dict(PLAIN, val_tokens=65_536, window_max=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
@@ -182,19 +181,17 @@ class Stage(NamedTuple):
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of one
     lr: float  # multiplier of every learning rate
-    doc_cap: int  # tokens that are read of a document; 0 = the stream end to end
 
 
 def stages(hp) -> list[Stage]:
     """`batch_stages` in equal spans of the run, or one stage of the two plain knobs."""
     batches = hp.batch_stages.split() or [f"{hp.sequences_per_step}x{hp.train_seq_len}"]
     rates = hp.lr_stages.split() or ["1"] * len(batches)
-    caps = hp.doc_stages.split() or ["0"] * len(batches)
     found = []
-    for k, (batch, rate, cap) in enumerate(zip(batches, rates, caps)):
+    for k, (batch, rate) in enumerate(zip(batches, rates)):
         sequences, seq_len = map(int, batch.split("x"))
         first = k * hp.steps // len(batches)
-        found.append(Stage(first, sequences, seq_len, float(rate), int(cap)))
+        found.append(Stage(first, sequences, seq_len, float(rate)))
     return found
 
 
@@ -211,40 +208,20 @@ def tokens_before(step: int, hp) -> int:
     return tokens
 
 
-def next_sequence(stream: TokenStream, position: int, stage: Stage) -> list[tuple[int, int]]:
-    """The spans of the stream that make the next sequence; none where too little is left before the
-    end. With a `doc_cap` it holds documents from their first token on (@classiclarryd), each cut to
-    the cap (@varunneal) and the last one to what is left: documents at 0, 500 and 1,700, a
-    cap of 300 and a sequence of 512 make (0, 300), (500, 712), and what was cut is not read in this
-    pass. Without, it is the next stretch."""
-    if not stage.doc_cap:
-        end = position + stage.seq_len
-        return [(position, end)] if end < stream.total else []
-    starts, ends = stream.documents(stage.doc_cap)  # ends: in a stream of cut documents
-    first = np.searchsorted(starts, position)
-    begin = ends[first - 1] if first else 0
-    end = begin + stage.seq_len
-    last = np.searchsorted(ends, end)
-    if last == len(ends):
-        return []
-    own = starts[first : last + 1]
-    return [*zip(own, own + np.diff([begin, *ends[first:last], end]))]
-
-
-def sequences(hp, stream: TokenStream):
-    """Yield for each step ([the spans of each of its sequences], passes over the stream begun so
-    far). A sequence begins where the one before it ended, or at the next document."""
+def sequence_starts(hp, total: int):
+    """Yield for each step (the token of the stream at which each of its sequences begins, passes
+    over the stream begun so far). total: tokens of the stream. A sequence begins where the one
+    before it ended, and at token 0 where it, with its last target, would not fit before the end."""
     position, passes = 0, 1
     for step in range(hp.steps):
-        stage, found = stage_at(step, hp), []
+        stage, starts = stage_at(step, hp), []
         for _ in range(stage.sequences):
-            spans = next_sequence(stream, position, stage)
-            if not spans:
+            if position + stage.seq_len >= total:
+                position = 0
                 passes += 1
-                spans = next_sequence(stream, 0, stage)
-            found.append(spans)
-            position = spans[-1][1]
-        yield found, passes
+            starts.append(position)
+            position += stage.seq_len
+        yield starts, passes
 
 
 def span(length: float, total_steps: int) -> float:
@@ -1156,7 +1133,6 @@ class TokenStream:
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
         self.total = int(self.ends[-1])
-        self.by_cap = {}  # cap -> `documents`
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the
@@ -1170,25 +1146,11 @@ class TokenStream:
             pieces.append(shard[max(start - first, 0) : max(end - first, 0)])
         return np.concatenate(pieces).astype(np.int32)
 
-    def pair(self, *spans: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Spans (start, end) of the stream as one sequence, and the token that follows each of its
-        tokens in the stream: (input_ids (T,) int32, targets (T,) int64)."""
-        pieces = [self.read(start, end + 1 - start) for start, end in spans]
-        input_ids, targets = (
-            torch.from_numpy(np.concatenate([piece[part] for piece in pieces]))
-            for part in (slice(-1), slice(1, None))
-        )
-        return input_ids, targets.long()
-
-    def documents(self, cap: int) -> tuple[np.ndarray, np.ndarray]:
-        """(where each document starts, tokens of all documents up to it, each cut to `cap`)."""
-        if cap not in self.by_cap:
-            firsts = self.ends - [len(shard) for shard in self.shards]
-            found = [np.flatnonzero(shard == EOT) for shard in self.shards]
-            starts = np.concatenate([*map(np.add, found, firsts)])
-            lengths = np.diff(starts, append=self.total - 1)  # the last token is a target alone
-            self.by_cap[cap] = starts, np.minimum(lengths, cap).cumsum()
-        return self.by_cap[cap]
+    def pair(self, start: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        """A sequence, and the token that follows each of its tokens: (input_ids (T,) int32,
+        targets (T,) int64)."""
+        tokens = torch.from_numpy(self.read(start, seq_len + 1))
+        return tokens[:-1].clone(), tokens[1:].long()
 
 
 def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=False):
@@ -1199,9 +1161,10 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 
     def fill():
         try:
-            for step, (found, _) in enumerate(sequences(hp, stream)):
+            for step, (starts, _) in enumerate(sequence_starts(hp, stream.total)):
                 if step >= first_step:
-                    pairs = [stream.pair(*spans) for spans in found[rank::world_size]]
+                    seq_len = stage_at(step, hp).seq_len
+                    pairs = [stream.pair(start, seq_len) for start in starts[rank::world_size]]
                     ready.put([[t.pin_memory() for t in p] for p in pairs] if pin else pairs)
         except BaseException as error:  # it belongs to the thread that waits for the tokens
             ready.put(error)
@@ -1334,7 +1297,7 @@ class Trainer:
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
         for piece in range(self.rank, pieces, self.world_size):
             count = min(length, val_tokens - piece * length)
-            input_ids, targets = stream.pair((piece * length, piece * length + count))
+            input_ids, targets = stream.pair(piece * length, count)
             input_ids = F.pad(input_ids, (0, length - count), value=EOT).to(self.device)
             targets = F.pad(targets, (0, length - count), value=-100).to(self.device)
             x = self.features(input_ids, self.window)
@@ -1357,7 +1320,7 @@ class Trainer:
         longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
         dummy = TokenStream([(np.arange(longest + 1) * 7919 % 256).astype("<u2")])
         for stage in stages(self.hp):
-            pairs = [dummy.pair((0, stage.seq_len))] * (stage.sequences // self.world_size)
+            pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
             self.train_step(stage.first, pairs)
         self.evaluate(dummy, validated, 0)
         self.model.load_state_dict(kept)
@@ -1468,7 +1431,7 @@ ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
-    "batch_stages doc_stages layer_pattern value_pattern late_layer bigram_rows bigram_dim "
+    "batch_stages layer_pattern value_pattern late_layer bigram_rows bigram_dim "
     "model_dim num_heads mlp_ratio untie attn_scale rope_base logit_cap logit_shift logit_temp"
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.
@@ -1618,9 +1581,7 @@ def check(hp, world_size: int):
 
 def check_batches(hp, world_size: int):
     """Refused 2 where stages cannot be read, cut into blocks, or dealt to the ranks."""
-    batches, rates, caps = (
-        text.split() for text in (hp.batch_stages, hp.lr_stages, hp.doc_stages)
-    )
+    batches, rates = hp.batch_stages.split(), hp.lr_stages.split()
     batch = re.compile("[1-9][0-9]{0,5}x[1-9][0-9]{0,7}")
     rate = re.compile("[0-9]{0,6}[.]?[0-9]{1,9}")
     require(
@@ -1632,11 +1593,6 @@ def check_batches(hp, world_size: int):
     require(
         all(map(rate.fullmatch, rates)) and len(rates) in (0, count),
         f"--lr_stages={hp.lr_stages!r} must hold one number for each of the {count} stages"
-    )
-    require(
-        all(re.fullmatch("[0-9]{1,9}", cap) for cap in caps) and len(caps) in (0, count),
-        f"--doc_stages={hp.doc_stages!r} must hold one count of tokens for each of the {count} "
-        "stages"
     )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     require(
@@ -1761,21 +1717,22 @@ def by_source(names: list[str], source_of: np.ndarray, losses: Tensor) -> dict:
     return {name: total / n for name, total, n in zip(names, sums, counts) if n}
 
 
-def count_passes(hp, stream: TokenStream) -> int:
-    """Passes over a training stream. Refused 2 if the knobs allow fewer."""
+def count_passes(hp, total: int) -> int:
+    """Passes over a training stream of `total` tokens. Refused 2 if the knobs allow fewer."""
+    longest = max(stage.seq_len for stage in stages(hp))
     require(
-        all(next_sequence(stream, 0, stage) for stage in stages(hp)),
-        f"the training data has too few of {stream.total} tokens for a sequence: shorter ones are "
-        "needed, by --train_seq_len or --batch_stages, or longer --doc_stages"
+        longest < total,
+        f"the training data has {total} tokens, too few for a sequence of {longest}: shorter ones "
+        "are needed, by --train_seq_len or --batch_stages"
     )
     reads = tokens_before(hp.steps, hp)
-    for step, (_, passes) in enumerate(sequences(hp, stream)):
-        used = hp.epochs * reads / tokens_before(step, hp) if step else passes * hp.steps
+    enough = math.ceil(reads / (total - longest))
+    for step, (_, passes) in enumerate(sequence_starts(hp, total)):
         other = f" or --steps={step}" if step and not hp.batch_stages else ""
         require(
             passes <= hp.epochs,
-            f"--steps={hp.steps} reads {reads} tokens, and the data has {stream.total}: take "
-            f"--epochs={math.ceil(used)}{other}"
+            f"--steps={hp.steps} reads {reads} tokens, and the data has {total}: take "
+            f"--epochs={enough}{other}"
         )
     return passes
 
@@ -1798,7 +1755,7 @@ def load_corpus(hp, thorough: bool) -> Corpus:
         f"--val_tokens={hp.val_tokens} is more than the validation stream can score: "
         f"--val_tokens={val.total - 1} is the most"
     )
-    passes = count_passes(hp, train)
+    passes = count_passes(hp, train.total)
     shards = opened[0] | opened[1] if thorough else {}
     with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
         scan = lambda shard: scan_shard(*shard, encoding, known)

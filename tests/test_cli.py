@@ -79,11 +79,11 @@ def test_types():
     ("--batch_stages=8x128 16", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=8x128,16x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=0x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
-    ("--lr_stages=|--doc_stages=|--batch_stages=8x128 8x130",
+    ("--lr_stages=|--batch_stages=8x128 8x130",
      ["--batch_stages", "multiple of 128", "128 or 256", "130"]),
     ("--batch_stages=|--lr_stages=1 2", ["--lr_stages", "each of the 1 stages"]),
     ("--lr_stages=-1", ["--lr_stages", "one number"]),
-    ("--lr_stages=|--doc_stages=|--batch_stages=1x128 1x256 1x384 1x512 1x640 1x768 1x896 1x1024 1x1152",
+    ("--lr_stages=|--batch_stages=1x128 1x256 1x384 1x512 1x640 1x768 1x896 1x1024 1x1152",
      ["--batch_stages", "8 different"]),
     ("--lr_stages=half", ["--lr_stages", "one number"]),
 ])
@@ -98,11 +98,6 @@ def test_ranks_that_do_not_divide_the_step_name_those_that_do():
     t.check(t.parse_overrides(["--sequences_per_step=16"]), 16)
 
 
-@pytest.mark.parametrize("told", ["1 2", "-1 2 3", "a b c", "1.5 2 3", "1,2,3"])
-def test_caps_of_documents_are_one_count_a_stage(told):
-    assert "--doc_stages" in refusal(f"--doc_stages={told}")
-
-
 def test_ranks_must_divide_every_stage():
     argument = "--batch_stages=4x128 8x256 12x128"
     assert "divisors of 4" in refusal(argument, world=8) and argument in refusal(argument, world=8)
@@ -114,14 +109,14 @@ def test_both_forms_of_a_batch_are_refused_and_a_preset_gives_way(monkeypatch):
     stages = "--batch_stages=4x128 8x256"
     for plain in ("--train_seq_len=128", "--sequences_per_step=4"):
         assert plain.partition("=")[0] in refusal(stages, plain) and "--batch_stages" in refusal(stages, plain)
-    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1", "--doc_stages=0 512"])
-    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5, 0), (hp.steps // 2, 8, 256, 1.0, 512)]
+    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1"])
+    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5), (hp.steps // 2, 8, 256, 1.0)]
     monkeypatch.setitem(t.PRESETS, "staged", dict(batch_stages="4x128 8x256", lr_stages="0.5 1"))
     assert len(t.stages(t.parse_overrides(["--preset=staged"]))) == 2
     alone = t.parse_overrides(["--preset=staged", "--train_seq_len=1280"])
-    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0, 0)]
-    capped = t.parse_overrides(["--train_seq_len=1280", "--doc_stages=512", "--lr_stages=2"])
-    assert [tuple(s) for s in t.stages(capped)] == [(0, capped.sequences_per_step, 1280, 2.0, 512)]
+    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0)]
+    faster = t.parse_overrides(["--train_seq_len=1280", "--lr_stages=2"])
+    assert [tuple(s) for s in t.stages(faster)] == [(0, faster.sequences_per_step, 1280, 2.0)]
 
 
 def test_what_may_be_zero_is_what_has_an_off_value_or_a_rate():

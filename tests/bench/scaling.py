@@ -83,7 +83,7 @@ class Bench:
         whole, pairs = (stream.total - 1) // length, []
         for i in range(self.rank * count, (self.rank + 1) * count):
             start = i % whole * length
-            pair = stream.pair((start, start + length))
+            pair = stream.pair(start, length)
             pairs.append(tuple(t.pin_memory() for t in pair) if self.cuda else pair)
         return pairs
 
