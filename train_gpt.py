@@ -87,7 +87,6 @@ class Hyperparameters:
     lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
-    untie: float = 0.667  # [span] until which the output head is also the token embedding
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the matrices' average over the end; 0 = off
@@ -107,17 +106,16 @@ class Hyperparameters:
     logit_shift: float = 5.0  # [1] see logit_cap
     logit_temp: float = 7.5  # [1] see logit_cap
     # -- adam
-    head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head, token embedding
+    head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head
     table_betas: tuple = (0.75, 0.95)  # [1] value embeddings and bigrams
     scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates and skip weights
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
-    head_lr: float = 0.004  # [lr] output head
-    embed_lr: float = 0.004  # [lr] token embedding, once it is not the head's
+    head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
     scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, pairs, v, smear and backout
     gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
     skip_lr: float = 0.005  # [lr] skip weights of the U-Net; 0 = fixed at 1
-    head_decay: float = 0.75  # [1] x lr^2: cautious decay of head and embedding, see `subtract`
+    head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
     muon_lr: float = 0.0115  # [lr] matrices of the blocks
@@ -407,9 +405,9 @@ class GPT(nn.Module):
     learned weight, to the input of the mirrored decoder layer. Every block also gets x0 and a row
     for the pair of a token and the one before it. After `late_layer` attention reads that layer's
     output, and the head sees the stream less a share of it (backout; both, and the `smear` of the
-    token before into x0: @classiclarryd). Head and token embedding begin as one matrix (`tie`;
-    @varunneal). vocab_size: rows V of embeddings and head, a multiple of 128. Its optimizers:
-    `build_optimizers`, by names and dimensions."""
+    token before into x0: @classiclarryd). Head and token embedding are one matrix
+    (arXiv:1608.05859; from small values on: @varunneal). vocab_size: rows V of embeddings and head,
+    a multiple of 128. Its optimizers: `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
@@ -421,6 +419,7 @@ class GPT(nn.Module):
         self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
         self.use_flex = True  # False: dense attention, where FlexAttention has no backward
         self.embed = nn.Embedding(vocab_size, hp.model_dim)
+        nn.init.normal_(self.embed.weight, std=0.005)
         self.value_embeds = nn.ModuleDict()
         for table in sorted(set(hp.value_pattern) - {"."}):
             self.value_embeds[table] = nn.Embedding(vocab_size, hp.model_dim)
@@ -434,14 +433,8 @@ class GPT(nn.Module):
         longest = max(stage.seq_len for stage in stages(hp))
         self.rotary = Rotary(hp.head_dim, max(longest, hp.val_seq_len), hp.rope_base)
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
-        nn.init.normal_(self.lm_head.weight, std=0.005)
-        self.tie()
+        self.lm_head.weight = self.embed.weight
         self.set_seq_len(stages(hp)[0].seq_len)
-
-    @torch.no_grad()
-    def tie(self):
-        """Make the token embedding a copy of the output head."""
-        self.embed.weight.copy_(self.lm_head.weight)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
         """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor in
@@ -1070,11 +1063,6 @@ class Adam(ShardedOptimizer):
             buckets.append(Bucket(*map(list, zip(*pairs)), SCALE_BLOCK, self.world_size))
         return buckets
 
-    def copy_state(self, source: nn.Parameter, target: nn.Parameter):
-        """Give `target` the moments of `source`, of the same shape and count of steps."""
-        for name, value in self.state[source].items():
-            self.state[target][name].copy_(value)
-
     def share_update(self, bucket, grad):
         group, state = self.param_groups[bucket.groups[0]], self.state[bucket.params[0]]
         flat = grad, self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
@@ -1091,8 +1079,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
     scale, steady = hp.down_scale, dict(betas=hp.scalar_betas)
     tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
     kinds = dict(
-        lm_head=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
-        embed=dict(lr=hp.embed_lr, betas=hp.head_betas, decay=hp.head_decay),
+        embed=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
         value_embeds=dict(tables), bigrams=dict(tables),
         scalars=dict(lr=hp.scalar_lr, **steady), gates=dict(lr=hp.gate_lr, **steady),
         skip_weights=dict(lr=hp.skip_lr, **steady),
@@ -1184,7 +1171,7 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 
 # ---- 11. Training
 
-AVERAGED = "lm_head", "embed", "matrices", "down"  # groups whose weights are averaged
+AVERAGED = "embed", "matrices", "down"  # groups whose weights are averaged
 HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them would be 53 GB
 
 
@@ -1225,23 +1212,15 @@ class Trainer:
         """One optimizer step over this rank's sequences of the batch. pairs: iterable of
         (input_ids, targets). Returns the 0-d sum of their losses / sequences of the step. Each
         backward sees the undivided mean of its sequence, which FP8's gradient scale is made for;
-        the optimizers divide. Until `untie` head and token embedding are one matrix that is kept
-        twice: the head gets both gradients and moves, and the embedding is its copy. Then the
-        embedding takes over the head's moments, and each goes its own way."""
+        the optimizers divide."""
         self.set_schedules(step)
-        model, sequences = self.model, stage_at(step, self.hp).sequences
-        untie = round(span(self.hp.untie, self.hp.steps))
-        if step == untie:
-            self.optimizers[0].copy_state(model.lm_head.weight, model.embed.weight)
+        sequences = stage_at(step, self.hp).sequences
         total = torch.zeros((), device=self.device)
         for pair in pairs:
             input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
             loss = self.forward(input_ids, targets, self.window)
             loss.backward()
             total += loss.detach() / sequences
-            if step < untie:
-                model.lm_head.weight.grad += model.embed.weight.grad
-                model.embed.weight.grad = None
             for optimizer in self.optimizers:
                 optimizer.accumulate()
         every = self.hp.log_norms
@@ -1251,15 +1230,13 @@ class Trainer:
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
             optimizer.step()
-        if step < untie:
-            model.tie()
-        model.zero_grad()
+        self.model.zero_grad()
         self.average(step)
         return total
 
     @torch.no_grad()
     def average(self, step: int):
-        """Head, embedding and matrices get a moving average, from three time constants before the
+        """Head and matrices get a moving average, from three time constants before the
         end on."""
         length = span(self.hp.average, self.hp.steps)
         if step < self.hp.steps - 3 * length:
@@ -1432,12 +1409,12 @@ PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
     "batch_stages layer_pattern value_pattern late_layer bigram_rows bigram_dim "
-    "model_dim num_heads mlp_ratio untie attn_scale rope_base logit_cap logit_shift logit_temp"
+    "model_dim num_heads mlp_ratio attn_scale rope_base logit_cap logit_shift logit_temp"
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
-    "cooldown momentum_warmup momentum_cooldown untie average average_share late_layer "
-    "logit_shift adam_eps head_lr embed_lr table_lr scalar_lr gate_lr skip_lr head_decay "
+    "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
+    "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"
 ).split()

@@ -14,10 +14,10 @@ SMALL = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, laye
              late_layer=1, bigram_rows=256, bigram_dim=16, sequences_per_step=2, steps=20)
 # On these depends what tests find, and a script under test may have other defaults, or lack a knob.
 RECIPE = dict(batch_stages="", lr_stages="", cooldown=0.4, lr_floor=0.1, momentum_warmup=0.0,
-              momentum_cooldown=0.0, untie=0.0, average=0.0, average_share=0.5, window_min=1, window_max=1728,
+              momentum_cooldown=0.0, average=0.0, average_share=0.5, window_min=1, window_max=1728,
               mlp_ratio=4, attn_scale=0.12, rope_base=1024.0, logit_cap=30.0, logit_shift=5.0, logit_temp=7.5,
               head_betas=(0.5, 0.95), table_betas=(0.75, 0.9), scalar_betas=(0.9, 0.99), adam_eps=1e-10, head_lr=0.008,
-              embed_lr=0.012, table_lr=0.3, scalar_lr=0.04, gate_lr=0.016, skip_lr=0.01, head_decay=0.75,
+              table_lr=0.3, scalar_lr=0.04, gate_lr=0.016, skip_lr=0.01, head_decay=0.75,
               table_decay=0.025, muon_lr=0.025, down_scale=2.0,
               muon_decay=1.2, muon_beta2=0.9, muon_momentum=0.95, muon_momentum_start=0.85,
               x_scale=2.0, w_scale=2.0**9, grad_scale=2.0**19, grad_comm="bf16")
@@ -31,21 +31,19 @@ def small_hp(**knobs) -> tg.Hyperparameters:
 
 def small_model(hp: tg.Hyperparameters, seed: int = 0, awake: bool = False) -> tg.GPT:
     """`awake`: what starts at zero, and hides most of the model by it, gets random values instead, and the head larger
-    ones; the token embedding is as at the start, unless head and embedding are tied."""
+    ones."""
     torch.manual_seed(seed)
     model = tg.place(tg.GPT(hp, ROWS), "cpu").train()
     model.use_flex = False
     if awake:
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if name == "lm_head.weight" or name.startswith("bigrams") or "gate" in name:
+                if name == "embed.weight" or name.startswith("bigrams") or "gate" in name:
                     p.normal_(std=0.3)
                 elif p.ndim >= 2 and not p.any():
                     p.normal_(std=0.2 * p.size(-1) ** -0.5)
                 elif p.ndim < 2:
                     p.add_(torch.rand(p.shape) * 0.3 + 0.1)
-            if hp.untie:
-                model.tie()
             model.skip_weights.copy_(torch.linspace(0.5, 1.5, len(model.skip_weights)))
     return model
 

@@ -61,7 +61,7 @@ def test_types():
     ("--scalar_betas=0.9,1", ["--scalar_betas", "below 1"]),
     ("--late_layer=99", ["--late_layer=99", "layers"]),
     ("--bigram_rows=0", ["--bigram_rows must be above 0"]),
-    ("--untie=-1", ["--untie must not be below 0"]),
+    ("--average=-1", ["--average must not be below 0"]),
     ("--seed=99999999999999999999", ["--seed takes"]),
     ("--window_max=1000000000000", ["--window_max takes"]),
     ("--preset=81gb", ["unknown preset", "80gb"]),

@@ -88,7 +88,7 @@ def test_a_step_sets_window_learning_rate_and_momentum():
     for step in (0, 7, 9):
         t.train_step(step, documents(hp, 2))
         assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
-        lrs = hp.head_lr, hp.embed_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
+        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
         found = [group["lr"] for group in adam.param_groups + muon.param_groups]
         assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-12)
         assert {group["momentum"] for group in muon.param_groups} == {tg.momentum_at(step, hp)}
@@ -163,7 +163,7 @@ def test_the_document_token_of_a_byte_model_is_row_256():
     assert EOT in ids and 256 not in ids
     x = model.features(ids, window_tensor(2))
     embeds = [model.embed, *model.value_embeds.values()]
-    grads = torch.autograd.grad(model.losses(x, targets).sum(), [e.weight for e in embeds])
+    grads = torch.autograd.grad((x * targets[:, None]).sum(), [e.weight for e in embeds])
     for grad in grads:
         assert grad[256].any() and not grad[257:].any() and not grad[100:256].any()
     ends = torch.full((256,), EOT)
@@ -235,11 +235,13 @@ def test_the_model_is_the_one_written_out(pattern, values, late):
         model.embed.weight.normal_()
     ids, weight = documents(hp, 1)[0][0], torch.randn(512, 64, generator=torch.Generator().manual_seed(6))
     ids[150:300] = 7  # one document over a block's border
-    names, params = zip(*((name, p) for name, p in model.named_parameters() if name != "lm_head.weight"))
+    names, params = zip(*model.named_parameters())
     fast, slow = (with_gradients(x, params, weight)
                   for x in (model.features(ids, window_tensor(4)), features(model, hp, ids, 4)))
-    for name, got, want in zip(("features", *names), fast, slow):
-        assert want.any() and relative_error(got, want) < 2e-4, name
+    single = [i for i, p in enumerate(params, 1) if p.numel() == 1]  # one alone may be next to zero
+    fast, slow = ([*grads, torch.cat([grads[i].flatten() for i in single])] for grads in (fast, slow))
+    for i, (name, got, want) in enumerate(zip(("features", *names, "single values"), fast, slow)):
+        assert want.any() and (i in single or relative_error(got, want) < 2e-4), name
 
 
 def test_what_a_model_starts_with():
@@ -249,8 +251,8 @@ def test_what_a_model_starts_with():
         want = starts.get(name.split(".")[-1])
         assert want is None or torch.equal(p, torch.full_like(p, want)), name
     assert all(block.lambdas.tolist() == pytest.approx([1.1, 0, 0.05]) for block in model.blocks)
-    assert torch.equal(model.embed.weight, model.lm_head.weight) and not model.bigrams.weight.any()
-    for matrix, std in ((model.lm_head.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
+    assert model.embed.weight is model.lm_head.weight and not model.bigrams.weight.any()
+    for matrix, std in ((model.embed.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
                         (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8)):
         assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.mean().abs() < 0.03 * std
 
@@ -283,8 +285,8 @@ def test_the_default_model_has_the_stated_size():
     total = sum(p.numel() for p in model.parameters())
     square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
     gates, scalars = (10 + 5) * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    assert total == 10 * 4 * square + 11 * 2 * mlp + 7 * table + pairs + gates + scalars
-    assert round(total / 1e6, 1) == 393.9
+    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars
+    assert round(total / 1e6, 1) == 355.3
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     assert embeddings == 6 * table + pairs and total - embeddings - gates - scalars == 114_130_944, "in matmuls"
     assert (len(model.skip_weights), len(model.blocks)) == (5, 11)
@@ -338,43 +340,24 @@ def test_the_gradient_of_two_sequences_is_the_mean_of_both(monkeypatch):
         assert grad.any() and relative_error(got[name], grad) < 4e-3, name  # gradients travel in bf16
 
 
-def test_head_and_embedding_are_one_parameter_until_they_are_untied(monkeypatch):
-    """Against torch's way to tie them, and against Adam of one tensor, then of two."""
-    hp = small_hp(steps=8, untie=0.5, window_max=256, head_decay=20.0)
+def test_head_and_embedding_are_one_parameter_with_the_gradients_of_two(monkeypatch):
+    """Against a twin with two parameters, and against Adam of one tensor."""
+    hp = small_hp(steps=4, window_max=256, head_decay=20.0)
     model = small_model(hp, awake=True)
-    t, head, embed = trainer(model, hp), model.lm_head.weight, model.embed.weight
+    t, head = trainer(model, hp), model.lm_head.weight
+    assert head is model.embed.weight
     start = head.detach().clone()
     got, slow = watched(t, monkeypatch), SlowAdam(head, hp.head_lr, hp.head_betas, hp.adam_eps, hp.head_decay)
     for step in range(hp.steps):
         data = documents(hp, 2, seed=step)
         twin = copy.deepcopy(model)
-        if step < 4:
-            twin.embed.weight = twin.lm_head.weight
+        twin.lm_head.weight = torch.nn.Parameter(head.detach().clone())
         sum(twin(*pair, window_tensor(tg.window_at(step, hp))) / 2 for pair in data).backward()
-        if step == 4:
-            apart = copy.deepcopy(slow)
-            apart.lr = hp.embed_lr
+        assert twin.lm_head.weight.grad.any() and twin.embed.weight.grad.any()
         t.train_step(step, data)
-        assert relative_error(got["lm_head.weight"], twin.lm_head.weight.grad) < 4e-3
-        want = slow.step(got["lm_head.weight"], tg.lr_at(step, hp))
+        assert relative_error(got["embed.weight"], twin.lm_head.weight.grad + twin.embed.weight.grad) < 4e-3
+        want = slow.step(got["embed.weight"], tg.lr_at(step, hp))
         assert relative_error(head - start, want - start) < 1e-3  # some roundings to bf16 fall otherwise
-        if step < 4:
-            assert torch.equal(head, embed) and not got["embed.weight"].any()
-        else:
-            assert relative_error(got["embed.weight"], twin.embed.weight.grad) < 4e-3
-            want = apart.step(got["embed.weight"], tg.lr_at(step, hp))
-            assert relative_error(embed - start, want - start) < 1e-3
-            assert not torch.equal(head, embed)
-
-
-@pytest.mark.parametrize("untie, tied", [(0.0, 0), (1.0, 6), (2.0, 2), (0.4, 2)])
-def test_untie_is_a_span(untie, tied):
-    hp = small_hp(steps=6, untie=untie, window_max=256)
-    model = small_model(hp)
-    t = trainer(model, hp)
-    for step in range(6):
-        t.train_step(step, documents(hp, 1))
-        assert torch.equal(model.embed.weight, model.lm_head.weight) == (step < tied)
 
 
 @pytest.mark.parametrize("length, first", [(0.1, 14), (4.0, 8), (0.01, 20), (10.0, 0)])
@@ -384,7 +367,7 @@ def test_weights_are_averaged_and_blended_as_in_float64(length, first):
     model = small_model(hp, awake=True)
     t, slow, tau = trainer(model, hp), {}, max(length * 20 if length <= 1 else length, 1)
     kinds = {p: group["name"] for o in t.optimizers for group in o.param_groups for p in group["params"]}
-    own = {p for p, kind in kinds.items() if kind in ("lm_head", "embed", "matrices", "down")}
+    own = {p for p, kind in kinds.items() if kind in ("embed", "matrices", "down")}
     for step in range(20):
         t.train_step(step, documents(hp, 1, seed=step))
         for p in own if step >= first else ():
@@ -429,10 +412,10 @@ def test_blending_leaves_a_matrix_of_zeros_alone():
 
 
 def test_a_tiny_model_learns_one_batch_by_heart():
-    hp = small_hp(steps=30)
+    hp = small_hp(steps=40)
     t, data = trainer(small_model(hp), hp), documents(hp, 2)
     losses = [float(t.train_step(step, data)) for step in range(hp.steps)]
-    assert losses[0] == pytest.approx(math.log(ROWS), abs=5e-3) and losses[-1] < 0.5, losses
+    assert losses[0] == pytest.approx(math.log(ROWS), abs=2e-2) and losses[-1] < 0.5, losses
 
 
 def test_a_seed_gives_the_same_weights_and_another_one_others():

@@ -27,7 +27,7 @@ KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", tra
 STAGES = dict(batch_stages="4x128 8x128 4x256", lr_stages="0.5 1 0.8")
 EIGHT = dict(batch_stages="8x128 16x128 8x256", lr_stages="0.5 1 0.8")
 # As the default: one, two and three times 8 sequences of documents that are cut, a tied table, an average at the end
-WHOLE = dict(batch_stages="8x128 16x128 24x128", lr_stages="1 1.5 1.7", untie=2.0, average=1.0,
+WHOLE = dict(batch_stages="8x128 16x128 24x128", lr_stages="1 1.5 1.7", average=1.0,
              momentum_warmup=2.0, momentum_cooldown=1.0)
 STILL = dict(head_decay=0.0, table_decay=0.0, muon_decay=0.0)  # so that norms of updates are those of the change
 WAYS = dict(bf16=STILL, fp8=STILL | dict(grad_comm="fp8"), stages=STAGES, eight=EIGHT, whole=WHOLE)
@@ -40,7 +40,7 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     model = small_model(hp, awake=True)
     t, losses, shares = trainer(model, hp, rank, world), [], []
     optimizers, stream = t.optimizers, tg.TokenStream([t.numpy().astype("uint16") for t in documents_end_to_end()])
-    loader, ties = tg.prefetch(stream, hp, rank, world), []
+    loader = tg.prefetch(stream, hp, rank, world)
     for o in optimizers:
         def watch(bucket, grad, real=o.share_update):
             used = sum(tg.round_up(p.numel(), tg.SCALE_BLOCK) for p in bucket.params)
@@ -59,15 +59,13 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
         grads = plain_gradients(hp, model, step, data) if way in ("bf16", "fp8") else None
         losses.append(t.train_step(step, data))
         assert all(len(o.squares) == 2 * (step == STEPS - 1) for o in optimizers)
-        ties.append(torch.equal(model.embed.weight, model.lm_head.weight))
     unblended = [p.detach().clone() for p in model.parameters()]
     t.blend()
     states = [item for o in optimizers for s in o.state.values() for item in s.items()]
     state = sum(t.numel() for name, t in states if name != "average")
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
                 plan=[list(item) for o in optimizers for item in plan(o)], state=state, before=before, grads=grads,
-                ties=ties, unblended=unblended,
-                squares=torch.cat([o.squares for o in optimizers], 1))
+                unblended=unblended, squares=torch.cat([o.squares for o in optimizers], 1))
 
 
 def documents_end_to_end() -> list[torch.Tensor]:
@@ -165,8 +163,6 @@ def test_all_ranks_hold_the_same_bits(seen, comm, world):
     shares = [sum(share.numel() for _, share in rank["shares"]) for rank in seen[comm, world]]
     assert len(set(shares)) == 1 and shares[0] < 0.65 * sum(s.numel() for _, s in seen[comm, 1][0]["shares"])
     assert all(rank["state"] < 0.65 * seen[comm, 1][0]["state"] for rank in seen[comm, world]), "state is sharded"
-    ties = [rank["ties"] for rank in seen[comm, world] + seen[comm, 1]]
-    assert all(tie == [comm == "whole"] * 2 + [False] * 2 for tie in ties)
     blended = [not torch.equal(a, b) for a, b in zip(seen[comm, world][0]["unblended"], first)]
     assert any(blended) == (comm == "whole")
 
@@ -238,7 +234,7 @@ def test_norms_are_those_of_the_summed_gradients_and_of_the_change_of_the_weight
     groups = [group for o in tg.build_optimizers(model, small_hp(**KNOBS)) for group in o.param_groups]
     kinds = {p: group["name"] for group in groups for p in group["params"]}
     assert [group["name"] for group in groups] == [
-        "lm_head", "embed", "value_embeds", "bigrams", "scalars", "gates", "skip_weights", "matrices", "down"]
+        "embed", "value_embeds", "bigrams", "scalars", "gates", "skip_weights", "matrices", "down"]
     outcome = tg.Outcome(torch.tensor(1.5), False, 1, [SimpleNamespace(squares=sum(rank["squares"] for rank in ranks))])
     loss, stop, squares = outcome.wait()
     assert (loss, stop, len(squares)) == (1.5, False, 2 * len(groups))
