@@ -87,6 +87,7 @@ class Hyperparameters:
     lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
+    ahead: str = "0.5 0.25"  # [1] first weights of the targets 2, 3, ... tokens ahead; empty = off
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the matrices' average over the end; 0 = off
@@ -95,6 +96,7 @@ class Hyperparameters:
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer] whose output later attentions read, and the head sees less of
+    mixed_layers: str = "3 7 9"  # [layers] whose outputs the last layer and the head mix in again
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -112,9 +114,10 @@ class Hyperparameters:
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
-    scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, pairs, v, smear and backout
+    scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, pairs, v and smear
     gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
-    skip_lr: float = 0.005  # [lr] skip weights of the U-Net; 0 = fixed at 1
+    skip_lr: float = 0.005  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
+    mix_lr: float = 0.001  # [lr] networks of `Mix`
     head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
@@ -151,7 +154,7 @@ BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
 PLAIN = dict(batch_stages="", lr_stages="")
-SMALL = dict(PLAIN, val_tokens=65_536, window_max=512)
+SMALL = dict(PLAIN, ahead="", val_tokens=65_536, window_max=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
@@ -160,12 +163,13 @@ PRESETS = {  # what each changes; a knob on the command line wins
     "tiny": dict(
         SMALL, train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2,
         epochs=5, steps=400, layer_pattern="LSSSSL", value_pattern="01..01", late_layer=4,
-        bigram_rows=50_000, bigram_dim=96, model_dim=384, num_heads=3
+        mixed_layers="2 4", bigram_rows=50_000, bigram_dim=96, model_dim=384, num_heads=3
     ),
     "cpu": dict(
         SMALL, train_seq_len=1024, val_seq_len=4096, sequences_per_step=1,
         epochs=4, steps=420, val_every=100, layer_pattern="LSSL", value_pattern="0..0",
-        late_layer=2, bigram_rows=8192, bigram_dim=32, model_dim=128, num_heads=2
+        late_layer=2, mixed_layers="1 2", bigram_rows=8192, bigram_dim=32, model_dim=128,
+        num_heads=2
     ),
 }
 
@@ -243,6 +247,14 @@ def momentum_at(step: int, hp) -> float:
     down = (hp.steps - step) / cooldown if cooldown else 1.0
     done = min(up, down, 1.0)
     return (1 - done) * hp.muon_momentum_start + done * hp.muon_momentum
+
+
+def ahead_at(step: int, hp) -> list[float]:
+    """Weights of the losses of the next token, the one after it, ...: 1, and those of `ahead`, of
+    which the last falls to 0 first, in equal spans of the run, and none is left for the last."""
+    weights = [1.0, *map(float, hp.ahead.split())]
+    left = len(weights) * (1 - step / hp.steps)
+    return [weight * min(max(left - k, 0), 1) for k, weight in enumerate(weights)]
 
 
 def window_scheduler(
@@ -337,7 +349,7 @@ class CausalSelfAttention(nn.Module):
         if has_value_embed:
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
 
-    def forward(self, x, value_embed, rotary, mask):
+    def forward(self, x, value_embed, mixed, rotary, mask):
         qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x))  # x: (T, D)
         qkv = qkv.view(-1, 3 * self.num_heads, self.head_dim)
         q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
@@ -350,6 +362,8 @@ class CausalSelfAttention(nn.Module):
             both = [t[:, : GATE // 2] for t in (x, value_embed)]
             gate = F.linear(torch.cat(both, 1), self.value_gate.type_as(x)).sigmoid()
             v = v + 2 * gate[..., None] * value_embed.view_as(v)
+        if mixed is not None:
+            v = v + mixed.view_as(v)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
         y = attend(q, k, v, mask)[0].transpose(0, 1)  # (T, H, K)
         gate = F.linear(x[:, :GATE], self.gate.type_as(x)).sigmoid()
@@ -372,6 +386,25 @@ class MLP(nn.Module):
         return F.linear(hidden, self.down.type_as(x))
 
 
+class Mix(nn.Module):
+    """A sum of streams with weights for each token: constants, `start` at first, plus what a small
+    network, which starts at zero, makes of the stream there (MUDDFormer, arXiv:2502.12170;
+    modded-nanogpt's record 81)."""
+
+    def __init__(self, dim: int, start: list[float]):
+        super().__init__()
+        self.network_in = uniform_matrix(64, dim)
+        self.network_out = nn.Parameter(torch.zeros(len(start), 64))
+        self.skip_weights = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x, streams):
+        """x, and each of the streams: (T, D) -> (T, D)."""
+        hidden = F.gelu(F.linear(norm(x), self.network_in.type_as(x)))
+        change = F.linear(hidden, self.network_out.type_as(x))
+        weights = self.skip_weights.type_as(x) + 0.1 * change  # (T, n)
+        return sum(w * s for w, s in zip(weights.split(1, 1), streams))
+
+
 class Block(nn.Module):
     """One layer: mix in x0, then attention where its window letter has it, then the MLP."""
 
@@ -386,14 +419,15 @@ class Block(nn.Module):
         self.mlp = MLP(hp)
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
-    def forward(self, x, x0, bigrams, seen, values, rotary, masks):
+    def forward(self, x, x0, bigrams, seen, values, mixed, rotary, masks):
         """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None up to `late_layer`:
-        the normed stream; values: value embeddings (T, D) by letter; masks: by letter."""
+        the normed stream; values: value embeddings (T, D) by letter; mixed: added to v, (T, D) or
+        None; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
-            value_embed = values.get(self.table_letter)
-            x = x + self.attn(seen, value_embed, rotary, masks[self.window_letter])
+            value_embed, mask = values.get(self.table_letter), masks[self.window_letter]
+            x = x + self.attn(seen, value_embed, mixed, rotary, mask)
         return x + self.mlp(norm(x))
 
 
@@ -405,7 +439,8 @@ class GPT(nn.Module):
     learned weight, to the input of the mirrored decoder layer. Every block also gets x0 and a row
     for the pair of a token and the one before it. After `late_layer` attention reads that layer's
     output, and the head sees the stream less a share of it (backout; both, and the `smear` of the
-    token before into x0: @classiclarryd). Head and token embedding are one matrix
+    token before into x0: @classiclarryd), as it does other layers' by a `Mix`; the last layer's
+    values and input have one too. Head and token embedding are one matrix
     (arXiv:1608.05859; from small values on: @varunneal). vocab_size: rows V of embeddings and head,
     a multiple of 128. Its optimizers: `build_optimizers`, by names and dimensions."""
 
@@ -414,6 +449,7 @@ class GPT(nn.Module):
         depth = len(hp.layer_pattern)
         self.cap, self.shift, self.temp = hp.logit_cap, hp.logit_shift, hp.logit_temp
         self.late_layer = hp.late_layer
+        self.mixed_layers = [*map(int, hp.mixed_layers.split())]
         self.grad_scale = hp.grad_scale
         self.max_window = window_at(hp.steps, hp)
         self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
@@ -427,13 +463,18 @@ class GPT(nn.Module):
         self.bigrams = nn.Embedding(hp.bigram_rows, hp.bigram_dim)
         nn.init.zeros_(self.bigrams.weight)
         self.smear = nn.Parameter(torch.zeros(1))
-        self.backout = nn.Parameter(torch.full((1,), 0.5))
+        backout = [-0.5 * (layer == hp.late_layer) for layer in (-1, *self.mixed_layers)]
+        nothing = [0.0] * len(backout)
+        self.mix_values, self.mix_last, self.mix_head = (
+            Mix(hp.model_dim, start) for start in (nothing, nothing, backout)
+        )
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(depth))
         self.skip_weights = nn.Parameter(torch.ones(depth // 2))
         longest = max(stage.seq_len for stage in stages(hp))
         self.rotary = Rotary(hp.head_dim, max(longest, hp.val_seq_len), hp.rope_base)
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
         self.lm_head.weight = self.embed.weight
+        self.register_buffer("ahead", torch.tensor(ahead_at(0, hp)), persistent=False)
         self.set_seq_len(stages(hp)[0].seq_len)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
@@ -450,20 +491,29 @@ class GPT(nn.Module):
         bigrams = F.pad(pairs, (0, x.size(1) - pairs.size(1)))
         x = x0 = norm(x + self.smear.type_as(x) * previous(x))
         # the last encoder layer's partner follows at once: its input is that output 1 + w times
-        skips, half, seen = [], len(self.skip_weights), None
+        skips, half, seen, mixed = [], len(self.skip_weights), None, None
+        streams = [x0]  # what the mixes sum up
         for i, block in enumerate(self.blocks):
             if i >= half and skips:  # of an odd count of layers the last one has no partner
                 x = x + self.skip_weights[i - half] * skips.pop()
-            x = block(x, x0, bigrams, seen, values, self.rotary, masks)
+            if i == len(self.blocks) - 1:
+                mixed = self.mix_values(x, streams)
+                x = x + self.mix_last(x, streams)
+            x = block(x, x0, bigrams, seen, values, mixed, self.rotary, masks)
             if i < half:
                 skips.append(x)
+            if i in self.mixed_layers:
+                streams.append(x)
             if i == self.late_layer:
-                late, seen = x, norm(x)
-        return norm(x - self.backout.type_as(x) * late)
+                seen = norm(x)
+        return norm(x + self.mix_head(x, streams))
 
     def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
-        """Mean loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32."""
-        return self.losses(self.features(input_ids, window), targets).mean()
+        """Mean loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32. With
+        `ahead` it has that of targets further on too (arXiv:2404.19737; @varunneal)."""
+        n, T = len(self.ahead), len(targets)
+        further = F.pad(targets, (0, n - 1), value=-100).unfold(0, T, 1)  # (n, T)
+        return self.losses(self.features(input_ids, window), *further).mean()
 
     # ---- 5. Loss
 
@@ -473,15 +523,20 @@ class GPT(nn.Module):
         is likely sooner than what is not (@classiclarryd)."""
         return self.cap * torch.sigmoid((self.lm_head(x).float() + self.shift) / self.temp)
 
-    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each row. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32
-        nats. Logits never exceed the cap, so it serves as the softmax's maximum; the target is
-        picked in the same pass over V."""
+    def losses(self, x: Tensor, *targets: Tensor) -> Tensor:
+        """Cross-entropy of each row, or of several targets the sum by the weights `ahead`, of which
+        the first is 1. x: (n, D), targets: (n,) int64, -100 scores 0 -> (n,) fp32 nats. Logits
+        never exceed the cap, so it serves as the softmax's maximum; targets are picked in the same
+        pass over V."""
         logits = self.logits(x)
         columns = torch.arange(logits.size(-1), device=x.device)
-        hit = targets.clamp(max=self.last_row)[:, None] == columns
         log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
-        return torch.where(targets >= 0, log_total - torch.where(hit, logits, 0).sum(-1), 0)
+        losses = 0
+        for weight, target in zip(self.ahead.unbind(), targets):
+            hit = target.clamp(max=self.last_row)[:, None] == columns
+            loss = log_total - torch.where(hit, logits, 0).sum(-1)
+            losses = losses + weight * torch.where(target >= 0, loss, 0)
+        return losses
 
     def set_seq_len(self, seq_len: int):
         """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
@@ -1082,7 +1137,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
         embed=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
         value_embeds=dict(tables), bigrams=dict(tables),
         scalars=dict(lr=hp.scalar_lr, **steady), gates=dict(lr=hp.gate_lr, **steady),
-        skip_weights=dict(lr=hp.skip_lr, **steady),
+        skip_weights=dict(lr=hp.skip_lr, **steady), mixes=dict(lr=hp.mix_lr, **steady),
         matrices=dict(lr=hp.muon_lr, decay=hp.muon_decay),
         down=dict(lr=hp.muon_lr * scale, decay=hp.muon_decay / scale)
     )
@@ -1090,6 +1145,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
         group.update(name=kind, initial_lr=group["lr"], params=[])
     for name, p in model.named_parameters():
         other = "scalars" if p.ndim < 2 else "gates" if "gate" in name else "matrices"
+        other = "mixes" if "network" in name else other
         kind = next((part for part in name.split(".") if part in kinds), other)
         kinds[kind]["params"].append(p)
     groups = [group for group in kinds.values() if group["params"]]
@@ -1201,6 +1257,8 @@ class Trainer:
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
         self.window.fill_(window_at(step, hp))
         self.model.set_seq_len(stage.seq_len)
+        for weight, now in zip(self.model.ahead, ahead_at(step, hp)):
+            weight.fill_(now)
         for optimizer in self.optimizers:
             optimizer.grad_divisor.fill_(stage.sequences)
             for group in optimizer.param_groups:
@@ -1408,13 +1466,13 @@ ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
-    "batch_stages layer_pattern value_pattern late_layer bigram_rows bigram_dim "
+    "batch_stages layer_pattern value_pattern late_layer mixed_layers bigram_rows bigram_dim "
     "model_dim num_heads mlp_ratio attn_scale rope_base logit_cap logit_shift logit_temp"
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
-    "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr head_decay "
+    "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"
 ).split()
@@ -1546,6 +1604,15 @@ def check(hp, world_size: int):
     require(
         hp.late_layer < len(hp.layer_pattern),
         f"--late_layer={hp.late_layer} must be below the {len(hp.layer_pattern)} layers"
+    )
+    mixed = {str(layer) for layer in range(len(hp.layer_pattern))}
+    require(
+        mixed.issuperset(hp.mixed_layers.split()),
+        f"--mixed_layers={hp.mixed_layers!r} must be numbers of layers, from 0 on"
+    )
+    require(
+        all(re.fullmatch("[0-9]*[.]?[0-9]+", weight) for weight in hp.ahead.split()),
+        f"--ahead={hp.ahead!r} must be numbers, such as '0.5 0.25'"
     )
     require(
         hp.window_min <= hp.window_max,
