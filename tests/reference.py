@@ -38,8 +38,9 @@ def rotated(x: Tensor, base: float) -> Tensor:
     return torch.cat((z.real, z.imag), dim=-1)
 
 
-def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tensor, hp) -> Tensor:
-    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding."""
+def gated_attention(attn, seen: Tensor, value: Tensor | None, more: Tensor, visible_keys: Tensor, hp) -> Tensor:
+    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding; more: added
+    to v, (T, D)."""
     width, heads = hp.head_dim, []
     for h in range(hp.num_heads):
         own = slice(h * width, h * width + width)
@@ -53,9 +54,21 @@ def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tens
         if value is not None:
             read = torch.cat((seen[:, :6], value[:, :6]), 1)
             v = v + 2 * torch.sigmoid(read @ attn.value_gate[h].double())[:, None] * value[:, own]
+        v = v + more[:, own]
         y = attention(q[None, None], k[None, None], v[None, None], visible_keys)[0, 0]
         heads.append(torch.sigmoid(seen[:, :12] @ attn.gate[h].double())[:, None] * y)
     return torch.cat(heads, 1) @ attn.out.double().T
+
+
+def summed(mix, x: Tensor, streams: list[Tensor]) -> Tensor:
+    """`Mix` in float64, token by token."""
+    rows = []
+    for t, row in enumerate(rms(x)):
+        hidden = mix.network_in.double() @ row
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        weights = mix.skip_weights.double() + 0.1 * mix.network_out.double() @ hidden
+        rows.append(sum(weight * stream[t] for weight, stream in zip(weights, streams)))
+    return torch.stack(rows)
 
 
 def features(model, hp, ids: Tensor, window: int) -> Tensor:
@@ -66,21 +79,27 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
     embed, bigrams = model.embed.weight.double()[rows], model.bigrams.weight.double()[pairs]
     bigrams = torch.cat((bigrams, bigrams.new_zeros(len(rows), hp.model_dim - hp.bigram_dim)), 1)
     x = x0 = rms(torch.stack([e + model.smear.double() * (embed[t - 1] if t else 0) for t, e in enumerate(embed)]))
-    outputs, depth = [], len(hp.layer_pattern)
+    outputs, depth, streams = [], len(hp.layer_pattern), [x0]
     for i, (letter, table) in enumerate(zip(hp.layer_pattern, hp.value_pattern)):
         block, partner = model.blocks[i], 2 * (depth // 2) - 1 - i
         if depth // 2 <= i < 2 * (depth // 2):
             x = x + model.skip_weights[i - depth // 2].double() * outputs[partner]
+        more = torch.zeros_like(x)
+        if i == depth - 1:
+            more = summed(model.mix_values, x, streams)
+            x = x + summed(model.mix_last, x, streams)
         a, b, c = block.lambdas.double()
         x = a * x + b * x0 + c * bigrams
         if letter != "-":
             seen = rms(outputs[hp.late_layer] if i > hp.late_layer else x)
             value = None if table == "." else model.value_embeds[table].weight.double()[rows]
             keys = visible(ids, window if letter == "L" else max(window // 2, 1))
-            x = x + gated_attention(block.attn, seen, value, keys, hp)
+            x = x + gated_attention(block.attn, seen, value, more, keys, hp)
         x = x + (rms(x) @ block.mlp.up.double().T).clamp(min=0) ** 2 @ block.mlp.down.double().T
         outputs.append(x)
-    return rms(x - model.backout.double() * outputs[hp.late_layer])
+        if str(i) in hp.mixed_layers.split():
+            streams.append(x)
+    return rms(x + summed(model.mix_head, x, streams))
 
 
 def normalized(update: Tensor, second: list[float], beta2: float) -> Tensor:

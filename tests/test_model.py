@@ -88,7 +88,7 @@ def test_a_step_sets_window_learning_rate_and_momentum():
     for step in (0, 7, 9):
         t.train_step(step, documents(hp, 2))
         assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
-        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
+        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.mix_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
         found = [group["lr"] for group in adam.param_groups + muon.param_groups]
         assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-12)
         assert {group["momentum"] for group in muon.param_groups} == {tg.momentum_at(step, hp)}
@@ -128,6 +128,37 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
         for a, b in zip(got, torch.autograd.grad((want * weight).sum(), inputs, retain_graph=True)):
             assert relative_error(a, b) < 1e-4
     assert not ours[::7].any() and ours[1:7].all()
+
+
+def test_targets_further_ahead_count_by_their_weights():
+    """Against a sum over positions and targets; at the end of a sequence there are fewer, and the mean is over all."""
+    hp = small_hp(ahead="0.7 0.3 0.1")
+    model = small_model(hp, awake=True)
+    (ids, targets), = documents(hp, 1)
+    model.ahead.copy_(torch.tensor([0.5, 0.0, 0.25]))
+    params = [*model.parameters()]
+    targets = targets.clamp(max=256)
+    loss = model(ids, targets, window_tensor(2))
+    each = torch.log_softmax(model.logits(model.features(ids, window_tensor(2))).double(), 1)
+    pairs = [(t, k, weight) for t in range(256) for k, weight in ((0, 1), (1, 0.5), (3, 0.25)) if t + k < 256]
+    want = -sum(weight * each[t, targets[t + k]] for t, k, weight in pairs) / 256
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for got, exact in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params)):
+        assert relative_error(got, exact) < 1e-3
+    alone = -each[torch.arange(256), targets].mean().item()  # as in validation
+    assert float(model.losses(model.features(ids, window_tensor(2)), targets).mean()) == pytest.approx(alone, rel=1e-5)
+
+
+def test_weights_of_targets_ahead_fall_in_equal_spans():
+    hp = small_hp(steps=30, ahead="0.5 0.25")
+    for step in range(30):
+        third = 3 * step / 30
+        want = [0.5 * min(max(2 - third, 0), 1), 0.25 * max(1 - third, 0)]
+        assert tg.ahead_at(step, hp) == pytest.approx(want)
+    assert tg.ahead_at(7, small_hp(ahead="")) == []
+    t = trainer(small_model(hp), hp)
+    t.set_schedules(5)
+    assert t.model.ahead.tolist() == pytest.approx([0.5, 0.125])
 
 
 @pytest.mark.parametrize("z", [-1e4, -40.0, 0.0, 40.0, 1e4])
@@ -228,8 +259,9 @@ def test_rotary_is_a_complex_rotation_of_half_of_the_pairs():
     ("LS-S", "0..0", 1), ("SLS", "0.1", 0), ("LL", "..", 0), ("SSSLSS-SSSL", ".01.....234", 7), ("S-L", ".00", 1)])
 def test_the_model_is_the_one_written_out(pattern, values, late):
     """Features and the gradients of all parameters, against float64 layer by layer."""
+    mixed = " ".join(map(str, range(0, len(pattern), 2)))
     hp = small_hp(train_seq_len=512, window_max=512, num_heads=2, layer_pattern=pattern, value_pattern=values,
-                  late_layer=late, attn_scale=0.3)
+                  late_layer=late, mixed_layers=mixed, attn_scale=0.3)
     model = small_model(hp, awake=True)
     with torch.no_grad():
         model.embed.weight.normal_()
@@ -246,7 +278,9 @@ def test_the_model_is_the_one_written_out(pattern, values, late):
 
 def test_what_a_model_starts_with():
     model = small_model(small_hp())
-    starts = dict(smear=0.0, backout=0.5, skip_weights=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0)
+    starts = dict(smear=0.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
+    assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
+    assert not model.mix_last.skip_weights.any() and not model.mix_values.skip_weights.any()
     for name, p in model.named_parameters():
         want = starts.get(name.split(".")[-1])
         assert want is None or torch.equal(p, torch.full_like(p, want)), name
@@ -284,11 +318,13 @@ def test_the_default_model_has_the_stated_size():
         model = tg.GPT(hp, 50304)
     total = sum(p.numel() for p in model.parameters())
     square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
+    mixes = 3 * (768 + 4) * 64
     gates, scalars = (10 + 5) * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars
-    assert round(total / 1e6, 1) == 355.3
+    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars + mixes
+    assert round(total / 1e6, 1) == 355.4
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    assert embeddings == 6 * table + pairs and total - embeddings - gates - scalars == 114_130_944, "in matmuls"
+    assert embeddings == 6 * table + pairs
+    assert total - embeddings + table - gates - scalars - mixes == 114_130_944, "in matmuls"
     assert (len(model.skip_weights), len(model.blocks)) == (5, 11)
     assert hp.num_heads * hp.head_dim == 768 == 6 * hp.head_dim
 

@@ -509,7 +509,7 @@ def test_norms_stand_where_they_are_due(here):
     rows, due = {row["step"]: row for row in events(folder, "step")}, set(range(7, 50, 7))
     assert set(rows) == {1, *range(2, 51, 2)} | due
     assert {step for step, row in rows.items() if "norms" in row} == due
-    kinds = "embed value_embeds bigrams scalars gates skip_weights matrices down".split()
+    kinds = "embed value_embeds bigrams scalars gates skip_weights mixes matrices down".split()
     for step in due:
         assert [*rows[step]["norms"]] == [f"{kind}.{what}" for kind in kinds for what in ("grad", "update")]
     assert problems(folder) == []
@@ -618,7 +618,7 @@ def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_p
     assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
 
 
-STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8",
+STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--ahead=0.5 0.25",
           "--average=2.0", "--steps=9", "--epochs=3", "--cooldown=0.4")  # averages from step 3 on
 TINY = [knob for knob in KNOBS if not knob.startswith(("--train_seq_len", "--sequences_per_step", "--steps"))]
 
