@@ -5,10 +5,10 @@
     python train_gpt.py --steps=20 --val_tokens=65536       # a smoke run: every schedule scales
     ./run.sh                                # gets data and picks the preset; minutes on a CPU
 
-What it reaches as one of eight ranks sees it (`--preset=eighth`: every step, an eighth of its
-tokens) is measured in records/. The recipe takes up what the NanoGPT speedrun
-(KellerJordan/modded-nanogpt) found from its record 21 (January 2025) to its record 89 (July 2026),
-where plain PyTorch does.
+What one rank's share of a run reaches (`--preset=eighth`: all steps, an eighth of the tokens) is
+measured in records/. The recipe adopts what the NanoGPT speedrun (KellerJordan/modded-nanogpt)
+found from its record 21 (January 2025) to its record 89 (July 2026), wherever plain PyTorch is
+enough.
 
 RECIPE: all that decides a step's loss and time, to be read from top to bottom
      1 hyperparameters   2 schedules                                          what is set
@@ -74,7 +74,7 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] training sequence; given, it empties all stages
+    train_seq_len: int = 48 * 1024  # [tokens] training sequence, if without stages; empties them
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; likewise
     batch_stages: str = "8x16384 16x16384 24x16384"  # [SEQUENCESxTOKENS] of a step; empty = one
@@ -87,16 +87,16 @@ class Hyperparameters:
     lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
-    ahead: str = "0.5 0.25"  # [1] first weights of the targets 2, 3, ... tokens ahead; empty = off
+    mtp_weights: str = "0.5 0.25"  # [1] multi-token prediction, see `mtp_weights_at`; empty = off
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
     window_max: int = 1792  # [tokens] attention window at the end
-    average: float = 0.1  # [span] time constant of the matrices' average over the end; 0 = off
+    average: float = 0.1  # [span] time constant of the average of head and matrices; 0 = off
     average_share: float = 0.5  # [1] share of the average in the final weights
     # -- model
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
-    late_layer: int = 7  # [layer] whose output later attentions read, and the head sees less of
-    mixed_layers: str = "3 7 9"  # [layers] whose outputs the last layer and the head mix in again
+    late_layer: int = 7  # [layer, from 0] whose output all later attentions read
+    mixed_layers: str = "3 7 9"  # [layers] whose outputs, with x0, last layer and head add (`Mix`)
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -110,7 +110,7 @@ class Hyperparameters:
     # -- adam
     head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head
     table_betas: tuple = (0.75, 0.95)  # [1] value embeddings and bigrams
-    scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates and skip weights
+    scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates, skip weights, `Mix`
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
@@ -148,13 +148,13 @@ class Hyperparameters:
 
 
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
-GATE = 12  # channels that a gate reads: the first of the stream, or half of them of a table's row
+GATE = 12  # channels that a gate reads: of attention's input, or half of it, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
 PLAIN = dict(batch_stages="", lr_stages="")
-SMALL = dict(PLAIN, ahead="", val_tokens=65_536, window_max=512)
+SMALL = dict(PLAIN, mtp_weights="", val_tokens=65_536, window_max=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
@@ -249,12 +249,15 @@ def momentum_at(step: int, hp) -> float:
     return (1 - done) * hp.muon_momentum_start + done * hp.muon_momentum
 
 
-def ahead_at(step: int, hp) -> list[float]:
-    """Weights of the losses of targets further ahead than the next token, which has 1. The last
-    falls to 0 first, in equal spans of the run, and in the last span all are 0."""
-    weights = np.array(hp.ahead.split(), float)
+def mtp_weights_at(step: int, hp) -> list[float]:
+    """Multi-token prediction (arXiv:2404.19737; @varunneal): weights of the losses of the second,
+    third, ... next token. The first has 1. With n of them the run has n + 1 equal spans: in the
+    first the last weight falls linearly to 0, in the next one the weight before it, and so on; in
+    the last span the next token alone counts."""
+    weights = np.array(hp.mtp_weights.split(), float)
     left = (1 + len(weights)) * (1 - step / hp.steps) - 1
-    return [*weights * (left - np.arange(len(weights))).clip(0, 1)]
+    left = (left - np.arange(len(weights))).clip(0, 1)
+    return (weights * left).tolist()
 
 
 def window_scheduler(
@@ -308,15 +311,15 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
 
 def previous(x: Tensor) -> Tensor:
     """Each row's predecessor; the first row's is itself. x: (T, ...). At the first token of a
-    document it is the last one of another: what uses it reaches over that border, as no mask does.
-    """
+    document it is the last one of another: what uses it reaches one token over that border, which
+    the attention masks do not."""
     return torch.cat((x[:1], x[:-1]))
 
 
 def offset_keys(k: Tensor) -> Tensor:
-    """Keys whose channels that stand still are those of the token before: a query meets what
-    followed (@classiclarryd). k: (T, H, K), in quarters that rotate, stand still, rotate, stand
-    still."""
+    """Keys whose channels that stand still are those of the token before: a query that matches a
+    token so reads the value of its successor (@classiclarryd). k: (T, H, K), in quarters that
+    rotate, stand still, rotate, stand still."""
     rotating, still = k.unflatten(-1, (2, 2, -1)).unbind(-2)
     return torch.stack((rotating, previous(still)), -2).flatten(-3)
 
@@ -372,8 +375,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with ReLU^2 between them (arXiv:2109.08668; 1-2 % better than GELU by
-    modded-nanogpt, @SKYLINEZ007 and @Grad62304977)."""
+    """Two matrices with ReLU^2 between them (arXiv:2109.08668; 1-2 % better than GELU
+    according to modded-nanogpt, @SKYLINEZ007 and @Grad62304977)."""
 
     def __init__(self, hp):
         super().__init__()
@@ -387,9 +390,10 @@ class MLP(nn.Module):
 
 
 class Mix(nn.Module):
-    """A sum of streams with weights for each token: constants, `start` at first, plus what a small
-    network, which starts at zero, makes of the stream there (MUDDFormer, arXiv:2502.12170;
-    modded-nanogpt's record 81)."""
+    """A sum of earlier outputs, `streams`, with weights of their own for each token (MUDDFormer,
+    arXiv:2502.12170; modded-nanogpt's record 81). A weight is a learned constant, `start` at first,
+    plus 0.1 times what a network of two layers makes of the current x; its second layer is zero at
+    first, so that the constants alone count."""
 
     def __init__(self, dim: int, start: list[float]):
         super().__init__()
@@ -406,7 +410,7 @@ class Mix(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: mix in x0, then attention where its window letter has it, then the MLP."""
+    """One layer: add x0 and bigrams, then attention (none where the letter is -), then the MLP."""
 
     def __init__(self, hp, layer: int):
         super().__init__()
@@ -420,9 +424,9 @@ class Block(nn.Module):
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
     def forward(self, x, x0, bigrams, seen, values, mixed, rotary, masks):
-        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None up to `late_layer`:
-        the normed stream; values: value embeddings (T, D) by letter; mixed: added to v, (T, D) or
-        None; masks: by letter."""
+        """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None for the normed x, up
+        to `late_layer`; values: value embeddings (T, D) by digit; mixed: what the last layer adds
+        to v, (T, D), and None elsewhere; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
@@ -436,20 +440,22 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """U-Net GPT (arXiv:1505.04597; @brendanh0gan): the output of encoder layer i is added, with a
-    learned weight, to the input of the mirrored decoder layer. Every block also gets x0 and a row
-    for the pair of a token and the one before it. After `late_layer` attention reads that layer's
-    output, and the head sees the stream less a share of it (backout; both, and the `smear` of the
-    token before into x0: @classiclarryd), as it does other layers' by a `Mix`; the last layer's
-    values and input have one too. Head and token embedding are one matrix
-    (arXiv:1608.05859; from small values on: @varunneal). vocab_size: rows V of embeddings and head,
-    a multiple of 128. Its optimizers: `build_optimizers`, by names and dimensions."""
+    learned weight, to the input of the mirrored decoder layer. x0, the normed token embedding with
+    a share of the token before (`smear`), is added again in every block, and so is a row of
+    `bigrams` for the token and the one before it. Attention after `late_layer` reads that layer's
+    output (all three: @classiclarryd). Three `Mix`es sum up x0 and the outputs of `mixed_layers`:
+    `mix_v` for the last layer's v, `mix_input` for its input, and `mix_head` for what the head
+    sees, from which half of `late_layer`'s output is taken at first (backout: @classiclarryd), if
+    it is among them. Weight tying: head and token embedding are one matrix (arXiv:1608.05859), small
+    at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its optimizers: `build_optimizers`, by
+    names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
         depth = len(hp.layer_pattern)
         self.cap, self.shift, self.temp = hp.logit_cap, hp.logit_shift, hp.logit_temp
         self.late_layer = hp.late_layer
-        self.mixed_layers = [*map(int, hp.mixed_layers.split())]
+        self.mixed_layers = sorted(map(int, hp.mixed_layers.split()))
         self.grad_scale = hp.grad_scale
         self.max_window = window_at(hp.steps, hp)
         self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
@@ -465,7 +471,8 @@ class GPT(nn.Module):
         self.smear = nn.Parameter(torch.zeros(1))
         backout = [-0.5 * (layer == hp.late_layer) for layer in (-1, *self.mixed_layers)]
         nothing = [0.0] * len(backout)
-        self.mix_values, self.mix_last, self.mix_head = (
+        # constants in the order of the streams: x0, then layers from low to high
+        self.mix_v, self.mix_input, self.mix_head = (
             Mix(hp.model_dim, start) for start in (nothing, nothing, backout)
         )
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(depth))
@@ -473,9 +480,9 @@ class GPT(nn.Module):
         longest = max(stage.seq_len for stage in stages(hp))
         self.rotary = Rotary(hp.head_dim, max(longest, hp.val_seq_len), hp.rope_base)
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
-        self.lm_head.weight = self.embed.weight
-        self.register_buffer("ahead", torch.tensor(ahead_at(0, hp)), persistent=False)
-        self.set_seq_len(stages(hp)[0].seq_len)
+        self.lm_head.weight = self.embed.weight  # optimizers call it embed, knobs head
+        self.register_buffer("mtp_weights", torch.tensor(mtp_weights_at(0, hp)), persistent=False)
+        self.set_grad_scale(stages(hp)[0].seq_len)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
         """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor in
@@ -490,15 +497,15 @@ class GPT(nn.Module):
         x = self.embed(rows).type_as(pairs)  # (T, D)
         bigrams = F.pad(pairs, (0, x.size(1) - pairs.size(1)))
         x = x0 = norm(x + self.smear.type_as(x) * previous(x))
-        # the last encoder layer's partner follows at once: its input is that output 1 + w times
+        # the last pushed is the first popped: layer `half` gets its own input 1 + w times
         skips, half, seen, mixed = [], len(self.skip_weights), None, None
         streams = [x0]  # what the mixes sum up
         for i, block in enumerate(self.blocks):
             if i >= half and skips:  # of an odd count of layers the last one has no partner
                 x = x + self.skip_weights[i - half] * skips.pop()
             if i == len(self.blocks) - 1:
-                mixed = self.mix_values(x, streams)
-                x = x + self.mix_last(x, streams)
+                mixed = self.mix_v(x, streams)
+                x = x + self.mix_input(x, streams)
             x = block(x, x0, bigrams, seen, values, mixed, self.rotary, masks)
             if i < half:
                 skips.append(x)
@@ -509,11 +516,13 @@ class GPT(nn.Module):
         return norm(x + self.mix_head(x, streams))
 
     def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
-        """Mean loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32. With
-        `ahead` it has that of targets further on too (arXiv:2404.19737; @varunneal)."""
-        n, T = len(self.ahead), len(targets)
-        further = F.pad(targets, (0, n), value=-100).unfold(0, T, 1)  # (1 + n, T)
-        return self.losses(self.features(input_ids, window), *further).mean()
+        """Training loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32,
+        the mean over its tokens. While `mtp_weights` are above 0, tokens further ahead count too,
+        over borders of documents, and it is no loss to compare with validation's."""
+        n, T = len(self.mtp_weights), len(targets)
+        # row k: k + 1 tokens ahead, and -100 past the end
+        shifted = F.pad(targets, (0, n), value=-100).unfold(0, T, 1)  # (1 + n, T)
+        return self.losses(self.features(input_ids, window), *shifted).mean()
 
     # ---- 5. Loss
 
@@ -524,29 +533,28 @@ class GPT(nn.Module):
         return self.cap * torch.sigmoid((self.lm_head(x).float() + self.shift) / self.temp)
 
     def losses(self, x: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy of each row, plus that of further targets by the weights `ahead`.
-        x: (n, D), targets: (n,) int64 each, -100 scores 0 -> (n,) fp32 nats. Logits never exceed
-        the cap, so it serves as the softmax's maximum; targets are picked in the same pass over V.
-        """
+        """Cross-entropy of each row with the first targets, all that validation gives, plus that
+        with each further ones by its weight in `mtp_weights`. x: (n, D), targets: (n,) int64 each,
+        -100 scores 0 -> (n,) fp32 nats. Logits never exceed the cap, so it serves as the softmax's
+        maximum; targets are picked in the same pass over V."""
         logits = self.logits(x)
         columns = torch.arange(logits.size(-1), device=x.device)
         log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
-        losses = 0
-        for weight, target in zip((1, *self.ahead.unbind()), targets):
-            hit = target.clamp(max=self.last_row)[:, None] == columns
-            loss = log_total - torch.where(hit, logits, 0).sum(-1)
-            losses = losses + weight * torch.where(target >= 0, loss, 0)
-        return losses
+        total = hits = 0.0
+        for weight, target in zip((1.0, *self.mtp_weights.unbind()), targets):
+            total = total + weight * (target >= 0)
+            hits = hits + weight * (target.clamp(max=self.last_row)[:, None] == columns)
+        return total * log_total - (hits * logits).sum(-1)
 
-    def set_seq_len(self, seq_len: int):
+    def set_grad_scale(self, seq_len: int):
         """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
-        over 48K tokens, and a mean over fewer has larger ones."""
+        over 48K tokens, and a mean over `seq_len`, if fewer, has larger ones."""
         self.lm_head.scale[2].fill_(self.grad_scale * seq_len / (48 * 1024))
 
 
 def place(model: GPT, device) -> GPT:
-    """Move to the device; on CUDA tables are bf16, and with them all activations. A CPU is 6x
-    slower in bf16."""
+    """Move to the device; on CUDA value embeddings and bigrams are bf16, and with them all
+    activations; the head stays fp32. A CPU is 6x slower in bf16."""
     model.to(device)
     if torch.device(device).type == "cuda":
         model.value_embeds.bfloat16()
@@ -689,7 +697,6 @@ class FP8Matmul(torch.autograd.Function):
         x8 = to_fp8(x, scale[0], torch.float8_e4m3fn)
         w8 = to_fp8(weight, scale[1], torch.float8_e4m3fn)
         ctx.save_for_backward(x8, w8, scale)
-        ctx.weight_dtype = weight.dtype
         # one by one: cuBLASLt of CUDA 13 refuses a scale at a 4-byte offset inside another tensor
         inv = [s.reciprocal() for s in scale.unbind()]
         return torch._scaled_mm(
@@ -705,7 +712,7 @@ class FP8Matmul(torch.autograd.Function):
         # (in, N) x (N, out): the small operand goes first; fp32 out, as sequences are summed
         x8_t, g8 = x8.t().contiguous(), column_major(g8)
         grad_w = torch._scaled_mm(x8_t, g8, inv[0], inv[2], out_dtype=torch.float32).t()
-        return grad_x, grad_w.to(ctx.weight_dtype), None
+        return grad_x, grad_w.contiguous(), None
 
 
 class CastedLinear(nn.Linear):
@@ -1097,8 +1104,8 @@ class Muon(ShardedOptimizer):
 
 
 class Adam(ShardedOptimizer):
-    """Adam, sharded over ranks. Tensors of 2 and more dimensions have a bucket each, the small ones
-    share one."""
+    """Adam, sharded over ranks. A tensor of more than 4,096 values has a bucket of its own;
+    smaller ones of equal dtype, betas, eps and decay share one."""
 
     update = staticmethod(adam_update)
 
@@ -1193,7 +1200,7 @@ class TokenStream:
         """A sequence, and the token that follows each of its tokens: (input_ids (T,) int32,
         targets (T,) int64)."""
         tokens = torch.from_numpy(self.read(start, seq_len + 1))
-        return tokens[:-1].clone(), tokens[1:].long()
+        return tokens[:-1], tokens[1:].long()
 
 
 def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=False):
@@ -1250,14 +1257,15 @@ class Trainer:
             optimizer.compile()
 
     def set_schedules(self, step: int):
-        """All that changes between steps, in tensors: nothing recompiles. At a stage's border it is
-        FP8's gradient scale, the divisor and the rates; `prefetch` brings the new shape, whose
-        graph `warm_up` made. Weights, moments and the place in the stream just go on."""
+        """Set all that changes between steps: window, weights of targets ahead, rates, momentum,
+        and at a stage's border FP8's gradient scale and the divisor. Compiled code sees them as
+        tensors, so nothing recompiles. A new stage's shapes come from `prefetch`, their graphs from
+        `warm_up`; weights, moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
         self.window.fill_(window_at(step, hp))
-        self.model.set_seq_len(stage.seq_len)
-        for weight, now in zip(self.model.ahead, ahead_at(step, hp)):
+        self.model.set_grad_scale(stage.seq_len)
+        for weight, now in zip(self.model.mtp_weights, mtp_weights_at(step, hp)):
             weight.fill_(now)
         for optimizer in self.optimizers:
             optimizer.grad_divisor.fill_(stage.sequences)
@@ -1611,8 +1619,8 @@ def check(hp, world_size: int):
         f"--mixed_layers={hp.mixed_layers!r} must be numbers of layers, from 0 on"
     )
     require(
-        all(re.fullmatch("[0-9]*[.]?[0-9]+", weight) for weight in hp.ahead.split()),
-        f"--ahead={hp.ahead!r} must be numbers, such as '0.5 0.25'"
+        all(re.fullmatch("[0-9]*[.]?[0-9]+", weight) for weight in hp.mtp_weights.split()),
+        f"--mtp_weights={hp.mtp_weights!r} must be numbers, such as '0.5 0.25'"
     )
     require(
         hp.window_min <= hp.window_max,

@@ -25,7 +25,7 @@ from tiny import environment, make_corpus
 ROOT = Path(__file__).resolve().parents[1]
 KNOBS = ("--train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 --steps=20 "
          "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 "
-         "--bigram_rows=256 --bigram_dim=16 --window_min=128 --window_max=128").split()
+         "--mixed_layers=0 --bigram_rows=256 --bigram_dim=16 --window_min=128 --window_max=128").split()
 COLD = "--b.head_lr=0.0001"  # the other arm learns next to nothing, so that few runs tell it from the first
 TARGET, TRACK, README = 5.0, "toy-cpu", "# A toy\n\n{}\nold\n{}\n\nThe end.\n"
 # Answers run.sh's question for the GPUs without torch, whose import is a third of such a run.

@@ -39,8 +39,8 @@ def rotated(x: Tensor, base: float) -> Tensor:
 
 
 def gated_attention(attn, seen: Tensor, value: Tensor | None, more: Tensor, visible_keys: Tensor, hp) -> Tensor:
-    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding; more: added
-    to v, (T, D)."""
+    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding; more:
+    (T, D), added to v."""
     width, heads = hp.head_dim, []
     for h in range(hp.num_heads):
         own = slice(h * width, h * width + width)
@@ -86,8 +86,8 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
             x = x + model.skip_weights[i - depth // 2].double() * outputs[partner]
         more = torch.zeros_like(x)
         if i == depth - 1:
-            more = summed(model.mix_values, x, streams)
-            x = x + summed(model.mix_last, x, streams)
+            more = summed(model.mix_v, x, streams)
+            x = x + summed(model.mix_input, x, streams)
         a, b, c = block.lambdas.double()
         x = a * x + b * x0 + c * bigrams
         if letter != "-":

@@ -132,10 +132,10 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
 
 def test_targets_further_ahead_count_by_their_weights():
     """Against a sum over positions and targets; at the end of a sequence there are fewer, and the mean is over all."""
-    hp = small_hp(ahead="0.7 0.3 0.1")
+    hp = small_hp(mtp_weights="0.7 0.3 0.1")
     model = small_model(hp, awake=True)
     (ids, targets), = documents(hp, 1)
-    model.ahead.copy_(torch.tensor([0.5, 0.0, 0.25]))
+    model.mtp_weights.copy_(torch.tensor([0.5, 0.0, 0.25]))
     params = [*model.parameters()]
     targets = targets.clamp(max=256)
     loss = model(ids, targets, window_tensor(2))
@@ -150,15 +150,15 @@ def test_targets_further_ahead_count_by_their_weights():
 
 
 def test_weights_of_targets_ahead_fall_in_equal_spans():
-    hp = small_hp(steps=30, ahead="0.5 0.25")
+    hp = small_hp(steps=30, mtp_weights="0.5 0.25")
     for step in range(30):
         third = 3 * step / 30
         want = [0.5 * min(max(2 - third, 0), 1), 0.25 * max(1 - third, 0)]
-        assert tg.ahead_at(step, hp) == pytest.approx(want)
-    assert tg.ahead_at(7, small_hp(ahead="")) == []
+        assert tg.mtp_weights_at(step, hp) == pytest.approx(want)
+    assert tg.mtp_weights_at(7, small_hp(mtp_weights="")) == []
     t = trainer(small_model(hp), hp)
     t.set_schedules(5)
-    assert t.model.ahead.tolist() == pytest.approx([0.5, 0.125])
+    assert t.model.mtp_weights.tolist() == pytest.approx([0.5, 0.125])
 
 
 @pytest.mark.parametrize("z", [-1e4, -40.0, 0.0, 40.0, 1e4])
@@ -280,7 +280,7 @@ def test_what_a_model_starts_with():
     model = small_model(small_hp())
     starts = dict(smear=0.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
     assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
-    assert not model.mix_last.skip_weights.any() and not model.mix_values.skip_weights.any()
+    assert not model.mix_input.skip_weights.any() and not model.mix_v.skip_weights.any()
     for name, p in model.named_parameters():
         want = starts.get(name.split(".")[-1])
         assert want is None or torch.equal(p, torch.full_like(p, want)), name

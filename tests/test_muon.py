@@ -301,8 +301,8 @@ KINDS = {  # pattern of names: kind, and its optimizer, rate, betas and decay in
     r"bigrams.weight": ("bigrams", tg.Adam, 0.3, (0.75, 0.9), 0.025),
     r"smear|blocks.\d.(lambdas|attn.v_scale)": ("scalars", tg.Adam, 0.04, (0.9, 0.99), 0.0),
     r"blocks.\d.attn.(value_)?gate": ("gates", tg.Adam, 0.016, (0.9, 0.99), 0.0),
-    r"mix_(values|last|head).network_(in|out)": ("mixes", tg.Adam, 0.002, (0.9, 0.99), 0.0),
-    r"(mix_(values|last|head).)?skip_weights": ("skip_weights", tg.Adam, 0.01, (0.9, 0.99), 0.0),
+    r"mix_(v|input|head).network_(in|out)": ("mixes", tg.Adam, 0.002, (0.9, 0.99), 0.0),
+    r"(mix_(v|input|head).)?skip_weights": ("skip_weights", tg.Adam, 0.01, (0.9, 0.99), 0.0),
     r"blocks.\d.(attn.qkv|attn.out|mlp.up)": ("matrices", tg.Muon, 0.025, None, 1.2),
     r"blocks.\d.mlp.down": ("down", tg.Muon, 0.05, None, 0.6)}
 

@@ -618,7 +618,7 @@ def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_p
     assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
 
 
-STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--ahead=0.5 0.25",
+STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--mtp_weights=0.5 0.25",
           "--average=2.0", "--steps=9", "--epochs=3", "--cooldown=0.4")  # averages from step 3 on
 TINY = [knob for knob in KNOBS if not knob.startswith(("--train_seq_len", "--sequences_per_step", "--steps"))]
 

@@ -171,7 +171,7 @@ class Parts(scaling.Bench):
     def set_head(self, length: int, fp8: bool = True) -> None:
         """As GPT makes it for training sequences of this length."""
         self.model.lm_head.use_fp8 = self.fp8 and fp8
-        self.model.set_seq_len(length)
+        self.model.set_grad_scale(length)
 
     def attempt(self, work) -> tuple:
         """(what work() gives, "none"), or (None, the error as one line) with its memory freed."""
