@@ -26,7 +26,7 @@ KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", tra
              window_max=128)
 STAGES = dict(batch_stages="4x128 8x128 4x256", lr_stages="0.5 1 0.8")
 EIGHT = dict(batch_stages="8x128 16x128 8x256", lr_stages="0.5 1 0.8")
-# As the default: one, two and three times 8 sequences of documents that are cut, a tied table, an average at the end
+# As the default: one, two and three times 8 sequences, targets further ahead, an average at the end
 WHOLE = dict(batch_stages="8x128 16x128 24x128", lr_stages="1 1.5 1.7", mtp_weights="0.5 0.25", average=1.0,
              momentum_warmup=2.0, momentum_cooldown=1.0)
 STILL = dict(head_decay=0.0, table_decay=0.0, muon_decay=0.0)  # so that norms of updates are those of the change
@@ -148,10 +148,9 @@ def movement(seen, key):
 
 
 def joined(tensors):
-    """The large ones, and at the end one vector of all that is less, gates and scalars."""
-    sizes = [t.count_nonzero() for t in tensors]
-    return ([t for t, n in zip(tensors, sizes) if n > 1000]
-            + [torch.cat([t.flatten() for t, n in zip(tensors, sizes) if n <= 1000])])
+    """The large ones, and at the end one vector of all that is less, if anything is."""
+    large, few = ([t for t in tensors if (t.count_nonzero() > 1000) == much] for much in (True, False))
+    return large + ([torch.cat([t.flatten() for t in few])] if few else [])
 
 
 @pytest.mark.parametrize("comm,world", [("bf16", 2), ("bf16", 4), ("fp8", 2), ("fp8", 4), ("eight", 8), ("whole", 2),
@@ -206,8 +205,8 @@ def test_fp8_on_one_rank_is_fp8_on_four(seen):
         assert relative_error(a, b) < 1e-3
     pairs = [*zip(gradients(seen["fp8", 4]), gradients(seen["bf16", 4]))]
     assert all(relative_error(a, b) < 0.07 for a, b in pairs)
-    many = [pair for pair in pairs if pair[1].count_nonzero() > 1000]  # the few scalars may be lucky
-    assert len(many) > 3 and all(relative_error(a, b) > 0.01 for a, b in many), "and it is FP8"
+    # the bucket of small tensors may be lucky, where a few scalars are most of it
+    assert sum(relative_error(a, b) > 0.01 for a, b in pairs) >= len(pairs) - 1 > 3, "and it is FP8"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
