@@ -81,7 +81,7 @@ class Hyperparameters:
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
-    steps: int = 1400  # [steps] length of the run; spans up to 1 are fractions of it
+    steps: int = 1600  # [steps] length of the run; spans up to 1 are fractions of it
     lr_stages: str = "1 1.52 1.73"  # [x lr] learning rates in each of batch_stages; empty = all 1
     cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
     lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
@@ -446,9 +446,9 @@ class GPT(nn.Module):
     output (all three: @classiclarryd). Three `Mix`es sum up x0 and the outputs of `mixed_layers`:
     `mix_v` for the last layer's v, `mix_input` for its input, and `mix_head` for what the head
     sees, from which half of `late_layer`'s output is taken at first (backout: @classiclarryd), if
-    it is among them. Weight tying: head and token embedding are one matrix (arXiv:1608.05859), small
-    at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its optimizers: `build_optimizers`, by
-    names and dimensions."""
+    it is among them. Weight tying: head and token embedding are one matrix (arXiv:1608.05859),
+    small at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its optimizers:
+    `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
