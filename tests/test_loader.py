@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
