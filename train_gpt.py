@@ -210,20 +210,20 @@ def tokens_before(step: int, hp) -> int:
     return tokens
 
 
-def sequence_starts(hp, total: int):
-    """Yield for each step (the token of the stream at which each of its sequences begins, passes
-    over the stream begun so far). total: tokens of the stream. A sequence begins where the one
-    before it ended, and at token 0 where it, with its last target, would not fit before the end."""
+def sequences(hp, total: int):
+    """Yield for each step ((first token, length) of each of its sequences, passes over the stream
+    begun so far). total: tokens of the stream. A sequence begins where the one before it ended, and
+    at token 0 where it, with its last target, would not fit before the end."""
     position, passes = 0, 1
     for step in range(hp.steps):
-        stage, starts = stage_at(step, hp), []
+        stage, spans = stage_at(step, hp), []
         for _ in range(stage.sequences):
             if position + stage.seq_len >= total:
                 position = 0
                 passes += 1
-            starts.append(position)
+            spans.append((position, stage.seq_len))
             position += stage.seq_len
-        yield starts, passes
+        yield spans, passes
 
 
 def span(length: float, total_steps: int) -> float:
@@ -255,9 +255,9 @@ def mtp_weights_at(step: int, hp) -> list[float]:
     first the last weight falls linearly to 0, in the next one the weight before it, and so on; in
     the last span the next token alone counts."""
     weights = np.array(hp.mtp_weights.split(), float)
-    left = (1 + len(weights)) * (1 - step / hp.steps) - 1
-    left = (left - np.arange(len(weights))).clip(0, 1)
-    return (weights * left).tolist()
+    n = len(weights)
+    left = np.arange(n, 0, -1) - (n + 1) * step / hp.steps
+    return (weights * left.clip(0, 1)).tolist()
 
 
 def window_scheduler(
@@ -488,7 +488,7 @@ class GPT(nn.Module):
         """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor in
         blocks -> (T, D)."""
         long, short = create_masks(input_ids, BLOCK, window, self.max_window)
-        if not self.use_flex:
+        if not (self.use_flex and input_ids.is_cuda):
             long, short = dense_chunks(long), dense_chunks(short)
         masks = {"L": long, "S": short}
         rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
@@ -520,8 +520,8 @@ class GPT(nn.Module):
         the mean over its tokens. While `mtp_weights` are above 0, tokens further ahead count too,
         over borders of documents, and it is no loss to compare with validation's."""
         n, T = len(self.mtp_weights), len(targets)
-        # row k: k + 1 tokens ahead, and -100 past the end
-        shifted = F.pad(targets, (0, n), value=-100).unfold(0, T, 1)  # (1 + n, T)
+        # row k of (1 + n, T): k + 1 tokens ahead, and -100 past the end
+        shifted = F.pad(targets, (0, n), value=-100).unfold(0, T, 1)
         return self.losses(self.features(input_ids, window), *shifted).mean()
 
     # ---- 5. Loss
@@ -610,9 +610,12 @@ def create_masks(
     = unlimited. max_window: the widest window that will come, which fixes the tables' width.
     O(B x max_window) memory, never T x T. The half window is rounded down; the block of a query is
     always visible. Raises ValueError for a length that is no multiple."""
-    length = input_ids.size(0)
-    if length % block_size:
-        raise ValueError(f"create_masks: {length} tokens are no multiple of {block_size}")
+    length = len(input_ids)
+    if input_ids.ndim > 1 or length % block_size:
+        raise ValueError(
+            f"create_masks: ids of shape {tuple(input_ids.shape)} are not one packed sequence of a "
+            f"multiple of {block_size} tokens: give one at a time, padded"
+        )
     blocks = length // block_size
     width = min(max_window or blocks, blocks)
     window = blocks if window is None else window
@@ -759,7 +762,7 @@ def fp8_supported(device):
         layer = CastedLinear(64, 64, grad_scale=1.0, device=device)
         x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
         layer(x).float().square().mean().backward()
-    except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         return False, "probe failed: " + str(error).partition("\n")[0][:120]
     if not torch.isfinite(layer.weight.grad).all():
         return False, "probe gave non-finite gradients"
@@ -1010,6 +1013,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         exchange = FP8Exchange if grad_comm == "fp8" else BF16Exchange
         self.exchange = exchange(self.world_size)
 
+    def __getstate__(self) -> dict:
+        """All of it: torch's own forgets what a copy's step needs."""
+        return self.__dict__
+
     def add_param_group(self, group: dict):
         if hasattr(self, "buckets"):
             raise ValueError("buckets are fixed: give all parameters to the constructor")
@@ -1211,10 +1218,9 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
 
     def fill():
         try:
-            for step, (starts, _) in enumerate(sequence_starts(hp, stream.total)):
+            for step, (spans, _) in enumerate(sequences(hp, stream.total)):
                 if step >= first_step:
-                    seq_len = stage_at(step, hp).seq_len
-                    pairs = [stream.pair(start, seq_len) for start in starts[rank::world_size]]
+                    pairs = [stream.pair(*place) for place in spans[rank::world_size]]
                     ready.put([[t.pin_memory() for t in p] for p in pairs] if pin else pairs)
         except BaseException as error:  # it belongs to the thread that waits for the tokens
             ready.put(error)
@@ -1779,7 +1785,7 @@ def count_passes(hp, total: int) -> int:
     )
     reads = tokens_before(hp.steps, hp)
     enough = math.ceil(reads / (total - longest))
-    for step, (_, passes) in enumerate(sequence_starts(hp, total)):
+    for step, (_, passes) in enumerate(sequences(hp, total)):
         other = f" or --steps={step}" if step and not hp.batch_stages else ""
         require(
             passes <= hp.epochs,

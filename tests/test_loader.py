@@ -157,10 +157,10 @@ def test_stages_against_a_walk_written_out(seed):
         for _ in range(sequences):
             if place + seq_len + 1 > total:  # with its last target
                 place, passes = 0, passes + 1
-            starts.append(place)
+            starts.append((place, seq_len))
             place, read = place + seq_len, read + seq_len
         walked.append((starts, passes))
-    assert list(t.sequence_starts(hp, total)) == walked and t.tokens_before(hp.steps, hp) == read
+    assert list(t.sequences(hp, total)) == walked and t.tokens_before(hp.steps, hp) == read
     assert t.count_passes(dataclasses.replace(hp, epochs=passes), total) == passes
 
 

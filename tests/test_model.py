@@ -276,6 +276,18 @@ def test_the_model_is_the_one_written_out(pattern, values, late):
         assert want.any() and (i in single or relative_error(got, want) < 2e-4), name
 
 
+def test_a_model_by_itself_trains_on_a_cpu():
+    """As other code would build it: nothing needs to be switched off first."""
+    hp = small_hp()
+    torch.manual_seed(0)
+    model, same = tg.GPT(hp, ROWS), small_model(hp)
+    pair, = documents(hp, 1)
+    loss = model(*pair, window_tensor(2))
+    loss.backward()
+    assert model.use_flex and torch.equal(loss, same(*pair, window_tensor(2)))
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_what_a_model_starts_with():
     model = small_model(small_hp())
     starts = dict(smear=0.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)

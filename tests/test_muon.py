@@ -260,6 +260,21 @@ def test_learning_rate_schedulers(make, shapes):
 
 
 @pytest.mark.parametrize("make,shapes", both())
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_copy_steps_like_the_original(make, shapes, first):
+    """With its parameters or, as torch's own, with copies of its own; before any step and after some."""
+    ours = params(*shapes)
+    optimizer = make(ours)
+    train(optimizer, ours, first)
+    alone, (together, theirs) = copy.deepcopy(optimizer), copy.deepcopy((optimizer, ours))
+    own = [p for group in alone.param_groups for p in group["params"]]
+    for which, tensors in ((optimizer, ours), (alone, own), (together, theirs)):
+        train(which, tensors, 2, first)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(ours, own, theirs))
+    assert all(a is not b and a is not c for a, b, c in zip(ours, own, theirs))
+
+
+@pytest.mark.parametrize("make,shapes", both())
 def test_missing_gradients_count_as_zero_and_a_closure_is_called(make, shapes):
     ours = params(*shapes)
     optimizer, before = make(ours), copy.deepcopy(ours)
