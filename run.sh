@@ -1,18 +1,20 @@
 #!/bin/sh
 # Train on whatever this machine is. Plain POSIX sh.
-#   ./run.sh [script.py] [--knob=value ...]   choose data, preset and processes, train, sample; --help lists the knobs
-#   ./run.sh trial a.py b.py [--runs 3] ...   does b.py help? Another command of records/records.py instead of trial:
-#                                             compare, plot, rerun, verify, list, add, import; --help explains each
-#   ./run.sh sample [--prompt=...] ...        text in the words of trained weights, by data/sample.py
-#   ./run.sh test [pytest arguments]          run the tests
-#   SCRIPT=my.py ./run.sh test ...            run those of the script on my.py, a copy of train_gpt.py
-#   PYTHON=python3 ./run.sh ...               use that interpreter as it is: no .venv, nothing installed
-# Each installs first what it needs and lacks. Paths start at this folder, wherever you stand.
-# A given --preset, --data_dir or NPROC=count wins over the choice made here; CUDA_VISIBLE_DEVICES limits the GPUs.
+#   ./run.sh [my.py] [--knob=value ...]     choose data, preset and processes, train my.py (train_gpt.py), sample
+#   ./run.sh sample [--prompt=...] ...      text in the words of trained weights, by data/sample.py
+#   ./run.sh test [pytest arguments]        run the tests; SCRIPT=my.py ./run.sh test: the script's, on a copy of it
+#   ./run.sh trial a.py b.py [--runs 3] ... does b.py help?
+#   ./run.sh compare|plot|rerun|verify|list|add|import ...   the other commands of records/records.py
+#   ./run.sh help                           this text; --help: and all knobs; COMMAND --help: what else it takes
+#   PYTHON=python3 ./run.sh ...             use that interpreter as it is: no .venv, nothing installed
+#   NPROC=2 ./run.sh ...                    so many processes; CUDA_VISIBLE_DEVICES limits the GPUs
+# Each installs first what it needs and lacks. A given --preset, --data_dir or NPROC wins over the choice made here.
+# A path is looked for where you stand, then in the folder of run.sh, which gets .venv, logs and downloads.
 
 say() { echo "run.sh: $*"; }
 die() { echo "run.sh: $*" >&2; exit 2; }
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+words() { sed -n '2,/^$/s/^# \{0,1\}//p' run.sh; }
 torch_of() { "$1" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
@@ -81,11 +83,24 @@ setup() {  # setup train|test: .venv with what training needs, or the tests too;
 }
 
 check_copy() {  # what SCRIPT names, before anything is installed; tests/conftest.py puts it in place of train_gpt.py
-    [ -f "$SCRIPT" ] || die "there is no script SCRIPT=$SCRIPT (paths start at $PWD)."
+    SCRIPT=$(found "$SCRIPT")
+    [ -f "$SCRIPT" ] || die "there is no script SCRIPT=$SCRIPT, neither here nor in $PWD."
     for mark in '^class Hyperparameters' '^class GPT(' '^class Muon(' '^def main('; do
         grep -q "$mark" 2>/dev/null < "$SCRIPT" || die "SCRIPT=$SCRIPT is no copy of train_gpt.py."
     done
     say "testing $SCRIPT, by the tests of the script alone"
+}
+
+check() {  # ranks [--all] knobs -> does the script take them? It says itself what is wrong
+    case $script in */seeds.py) set -- "${TRIAL_SCRIPT:-$script}" "$@" ;; *) set -- "$script" "$@" ;; esac
+    "$python" data/check.py "$@"
+}
+
+found() {  # path -> what it is called from the folder of run.sh: one that exists where the user stands is meant
+    case $1 in /*|'') ;; *)
+        [ "$here" = "$PWD" ] || [ ! -e "$here/${1%%::*}" ] || { printf '%s\n' "$here/$1"; return; } ;;
+    esac
+    printf '%s\n' "$1"
 }
 
 nearest() {  # word; candidates from standard input -> the one that takes the fewest edits, of a script without its .py
@@ -113,7 +128,12 @@ fineweb() {  # is it there, or can it be fetched? Shards without a manifest were
     [ $code -eq 0 ] || ls data/fineweb10B/fineweb_val_*.bin data/fineweb10B/fineweb_train_*.bin >/dev/null 2>&1
 }
 
-cd "$(dirname "$0")" || exit 2
+here=$PWD file=$0
+while [ -h "$file" ]; do  # a symbolic link; POSIX has no other word for where it leads
+    link=$(ls -ld "$file") link=${link#*"$file -> "}
+    case $link in /*) file=$link ;; *) file=$(dirname "$file")/$link ;; esac
+done
+CDPATH='' cd -- "$(dirname "$file")" || exit 2
 # torch puts these paths into compilers' commands unquoted: where a space would cut them, its own default places serve.
 case $PWD in *[!A-Za-z0-9_./@%+=:,~-]*) ;; *)
     export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR-$PWD/.cache/inductor}"
@@ -124,33 +144,59 @@ export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="${TORCHINDUCTOR_AUTOG
 mode=train needs=train script=train_gpt.py preset='' data=''
 case ${1---} in  # nothing at all counts as a knob
     --*|-h) ;;
-    *.py) script=$1; shift ;;
+    help) words; exit ;;
+    *.py) script=$(found "$1"); shift ;;
     test) mode=test needs=test; shift ;;
-    sample) mode=tool; shift; set -- data/sample.py "$@" ;;
-    list) mode=tool; set -- records/records.py "$@" ;;  # the others need scipy or matplotlib
-    trial|compare|plot|rerun|verify|add|import) mode=tool needs=test; set -- records/records.py "$@" ;;
+    sample) mode=tool tool=data/sample.py; shift ;;
+    list) mode=tool tool="records/records.py list"; shift ;;  # the others need scipy or matplotlib
+    trial|compare|plot|rerun|verify|add|import) mode=tool needs=test tool="records/records.py $1"; shift ;;
     *=*) die "'$1' is no command, script.py or --knob=value: a knob is written --${1#-}." ;;
-    *) close=$(printf '%s\n' test trial compare plot rerun verify list add import sample --help *.py | nearest "$1")
-        die "'$1' is no command, script.py or --knob=value: the nearest is $close, and the top of run.sh names all." ;;
+    *) close=$({ printf '%s\n' test trial compare plot rerun verify list add import sample help *.py
+                cd "$here" && ls -d -- *.py 2>/dev/null; } | nearest "$1")
+        die "'$1' is no command, script.py or --knob=value: the nearest is $close, and ./run.sh help names all." ;;
 esac
+before=''
+for word in "$@"; do shift
+    case $before in
+        -k|-m|--prompt|--name|--author|--summary) ;;  # a text, even where a file is called so
+        --out) case $word in /*) ;; *) word=$here/$word ;; esac ;;
+        *) case $word in
+            --resume=latest|--weights=latest|--out=/*) ;;
+            --out=?*) word=--out=$here/${word#*=} ;;
+            --data=*|--data_dir=*|--[ab].data_dir=*|--resume=*|--weights=*|--bpe[_-]file=*)
+                word=${word%%=*}=$(found "${word#*=}") ;;
+            -*|latest) ;;
+            *) word=$(found "$word") ;;
+        esac ;;
+    esac
+    before=$word; set -- "$@" "$word"
+done
+case $PYTHON in */*) PYTHON=$(found "$PYTHON") ;; esac
 [ $mode != train ] || [ -f "$script" ] || die "there is no script $script."
 [ $mode != test ] || [ -z "$SCRIPT" ] || check_copy
-python=$PYTHON
-if [ -z "$python" ] && [ $mode = tool ]; then setup $needs >&2  # its standard output may go into a file or a pipe
-elif [ -z "$python" ]; then setup $needs; else
+python=$PYTHON given_preset='' given_data='' help=''
+for argument in "$@"; do case $argument in
+    --help|-h) help=1 ;;
+    --preset=*) preset=${argument#*=} given_preset=1 ;;
+    --data_dir=*) data=${argument#*=} given_data=1 ;;
+esac; done
+if [ -n "$python" ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         die "PYTHON=$PYTHON is not a Python of version 3.10 or newer."
     [ -n "$(torch_of "$python")" ] || die "PYTHON=$PYTHON has no torch, and nothing is installed when PYTHON is set."
 fi
-case $mode in tool) exec "$python" "$@" ;; test) exec "$python" -m pytest -q "$@" ;; esac
-for argument in "$@"; do case $argument in
-    --help|-h) exec "$python" "$script" "$@" ;;
-    --preset=*) preset=${argument#*=} ;;
-    --data_dir=*) data=${argument#*=} ;;
-esac; done
-given_preset=$preset given_data=$data
-[ -z "$preset" ] || "$python" "$script" --help 2>/dev/null | grep -qF -- "  --preset=$preset " ||
-    exec "$python" "$script" "$@"  # which refuses it
+if [ $mode = train ]; then  # before anything is installed or fetched
+    case ${NPROC:-1} in *[!0-9]*|0*|????*) die "NPROC=$NPROC is no count of processes." ;; esac
+    [ -n "$python" ] || python=.venv/bin/python
+    "$python" -c '' 2>/dev/null || { find_python; python=$base; }
+    [ -z "$help" ] || { words; echo; check --help && exit; }
+    [ -n "$help" ] || check "${NPROC:-1}" "$@" || exit
+fi
+if [ -n "$PYTHON" ]; then python=$PYTHON
+elif [ $mode = tool ]; then setup $needs >&2  # its standard output may go into a file or a pipe
+else setup $needs; fi
+case $mode in tool) exec "$python" $tool "$@" ;; test) exec "$python" -m pytest -q "$@" ;; esac
+[ -z "$help" ] || exec "$python" "$script" "$@"
 # nvidia-smi answers at once; torch takes seconds, and is asked where it may see fewer GPUs than nvidia-smi lists.
 answer='' seen=${CUDA_VISIBLE_DEVICES+set}
 case $(torch_of "$python") in *+cpu) seen=cpu ;; esac
@@ -173,21 +219,25 @@ else
         "if memory runs out, lower --train_seq_len and --val_seq_len, or take --preset=tiny"
     preset=${preset:-$fits} machine="$gpus GPUs of at least $((mib / 1024)) GiB"
 fi
-[ -n "$data" ] || case $preset in
+case $preset in cpu|tiny|eighth) processes=1 ;; esac  # their steps have few sequences
+processes=${NPROC:-$processes}
+[ "$gpus" -eq 0 ] || [ $processes -le "$gpus" ] || die "NPROC=$NPROC is more than the $gpus GPUs that torch sees."
+check $processes "--preset=$preset" "$@" || exit
+[ -n "$given_data" ] || case $preset in
     cpu|tiny) embedded_text ;;
     *) data=data/fineweb10B
         fineweb || {
             [ -z "$given_preset" ] || die "--preset=$preset needs FineWeb, or other data named by --data_dir=DIR."
             say "FineWeb is not here and cannot be fetched: a tiny model learns the text that comes with numpy instead"
-            preset=tiny; embedded_text; } ;;
+            preset=tiny processes=${NPROC:-1}; embedded_text; } ;;
 esac
-case $preset in cpu|tiny|eighth) processes=1 ;; esac  # their steps have few sequences
-case ${NPROC:-1} in *[!0-9]*|0*) die "NPROC=$NPROC is no count of processes." ;; esac; processes=${NPROC:-$processes}
 say "$machine, processes: $processes, preset: $preset, data: $data"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"
+# torchrun makes any exit code 1 and of a sentence a page: what can be refused is, before it. One process needs neither.
+[ $processes -eq 1 ] || check $processes --all "$@" || exit
 set -- "$script" "$@"
-if [ $processes -gt 1 ]; then  # a single process needs no torchrun, which would turn every exit code into 1
+if [ $processes -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS-$((($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes))}"
     set -- -m torch.distributed.run --standalone --nproc_per_node=$processes "$@"
 fi

@@ -1,6 +1,7 @@
 """run.sh: its shell dialect, and what it decides on machines that stand-ins for python and nvidia-smi describe."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 from conftest import PLAIN, ROOT
+from tiny import make_corpus, write_shard
 
 RUN_SH = (ROOT / "run.sh").read_text(encoding="utf-8")
 CODE = "\n".join(line for line in RUN_SH.splitlines() if not line.lstrip().startswith("#"))
@@ -32,7 +34,7 @@ if [ "$1" = -c ]; then
         *) exec "$REAL" "$@" ;;
     esac
 fi
-[ "$1" != data/then_sample.py ] || exec "$REAL" "$@"
+case $1 in data/then_sample.py|data/check.py) exec "$REAL" "$@" ;; esac
 echo "$*" >> "$CALLS"
 case "$1 $2" in
     '-m venv')
@@ -44,7 +46,6 @@ case "$1 $2" in
         case $* in *needs.txt*) cp "${0%/bin/*}/constraints.txt" "${0%/bin/*}/needs.txt" "$KEPT" ;; esac ;;
     'data/fineweb.py '*) exit "${FINEWEB:-0}" ;;
     *'/data/sample.py '*) echo "sample: some words"; exit "${SAMPLE:-0}" ;;
-    *'.py --help') printf '  --preset=%-8s\\n' ${PRESETS-80gb 40gb 24gb eighth tiny cpu}; exit "${HELP:-0}" ;;
     'data/tokenize_text.py '*) mkdir -p data/embedded; echo '{}' > data/embedded/manifest.json ;;
     '-m pytest') echo "tested: ${SCRIPT:-all}"; exit 7 ;;
     'records/records.py '*|'data/sample.py '*)
@@ -83,7 +84,7 @@ class Machine:
         self.root, self.tools, self.kept = folder / "a checkout", folder / "python" / "bin", folder / "kept"
         for path in (self.root / "data", self.tools, self.kept):
             path.mkdir(parents=True)
-        for name in ("run.sh", "requirements.txt", "requirements.lock", "data/then_sample.py"):
+        for name in ("run.sh", "requirements.txt", "requirements.lock", "data/then_sample.py", "data/check.py"):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "train_gpt.py").touch()
         for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
@@ -112,10 +113,11 @@ class Machine:
         (self.root / "data/fineweb10B/manifest.json").touch()
         return self
 
-    def run(self, *arguments, code=0, stdin="", **environment):
-        """Runs run.sh from another folder; returns the calls to the interpreter since the last run."""
+    def run(self, *arguments, code=0, stdin="", script=None, **environment):
+        """Runs run.sh, or a link to it, from another folder; returns the calls to the interpreter since the last run.
+        """
         (self.kept / "calls").write_text("")
-        command = [self.shell, str(self.root / "run.sh"), *arguments]
+        command = [self.shell, str(script or self.root / "run.sh"), *arguments]
         done = subprocess.run(command, cwd=self.kept, env={**self.environment, **environment}, text=True,
                               input=stdin, capture_output=True, timeout=60)  # fmt: skip
         self.out, self.err = done.stdout, done.stderr
@@ -276,9 +278,9 @@ def test_one_process_per_gpu_as_far_as_eight_sequences_divide(machine, gpus, pro
 def test_what_the_user_names_wins(machine):
     machine.gpu(1, 81000)
     assert machine.as_is("--data_dir=/mine") == ["train_gpt.py --preset=80gb --data_dir=/mine"]
-    assert machine.as_is("--preset=24gb", "--data_dir=/mine")[1:] == ["train_gpt.py --preset=24gb --data_dir=/mine"]
+    assert machine.as_is("--preset=24gb", "--data_dir=/mine") == ["train_gpt.py --preset=24gb --data_dir=/mine"]
     assert machine.as_is("--preset=tiny")[-1] == "train_gpt.py --data_dir=data/embedded --preset=tiny"
-    assert machine.fineweb().as_is("--preset=24gb")[1:] == ["train_gpt.py --data_dir=data/fineweb10B --preset=24gb"]
+    assert machine.fineweb().as_is("--preset=24gb") == ["train_gpt.py --data_dir=data/fineweb10B --preset=24gb"]
 
 
 def test_fineweb_is_fetched_once(machine):
@@ -311,10 +313,6 @@ def test_another_script(machine):
     assert machine.err == "run.sh: there is no script my.py.\n"
     (machine.root / "my.py").touch()
     assert machine.as_is("my.py", "--lr=1")[-1] == "my.py --preset=cpu --data_dir=data/embedded --lr=1"
-
-
-def test_help_needs_neither_data_nor_training(machine):
-    assert machine.as_is("--help") == ["train_gpt.py --help"]
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 75])
@@ -450,31 +448,174 @@ def test_python_3_10_gets_the_ranges(machine):
 def test_the_count_of_processes_can_be_given(machine):
     machine.gpu(4, 81000).fineweb()
     assert machine.as_is(NPROC="1")[-1].startswith("train_gpt.py ") and "processes: 1" in machine.out
-    assert "--nproc_per_node=8 " in machine.as_is("--preset=cpu", "--data_dir=here", NPROC="8")[-1]
-    for wrong in ("0", "two", "-1"):
-        machine.as_is(code=2, NPROC=wrong)
+    assert "--nproc_per_node=4 " in machine.as_is("--preset=cpu", "--data_dir=here", NPROC="4")[-1]
+    machine.as_is("--preset=cpu", code=2, NPROC="5")
+    assert machine.err == "run.sh: NPROC=5 is more than the 4 GPUs that torch sees.\n"
+    for wrong in ("0", "two", "-1", "9" * 30):
+        assert machine.run(code=2, NPROC=wrong) == [] and not (machine.root / ".venv").exists()
         assert f"NPROC={wrong} is no count" in machine.err
 
 
-@pytest.mark.parametrize("wrong", ["80bg", "80g", "0gb", ".*"])
-def test_a_misspelt_preset_fetches_nothing(machine, wrong):
-    calls = machine.gpu(1, 81000).as_is(f"--preset={wrong}", CODE="2", code=2)
-    assert calls == ["train_gpt.py --help", f"train_gpt.py --preset={wrong}"]
+# --- what is refused before anything is installed, fetched or started
+
+# Of one sequence, so that any preset of the script takes it.
+TINY = ("--train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --steps=5 --model_dim=64 "
+        "--num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 --mixed_layers=0 --bigram_rows=256 "
+        "--bigram_dim=16 --window_max=128").split()  # fmt: skip
 
 
-def test_the_script_is_asked_for_its_presets(machine):
-    (machine.root / "my.py").write_text('PRESETS = {"words": dict()}')
-    calls = machine.gpu(1, 81000).as_is("my.py", "--preset=words")
-    assert calls == ["my.py --help", "my.py --preset=words"], "its text is not the answer"
-    calls = machine.as_is("my.py", "--preset=mine", "--data_dir=here", PRESETS="cpu mine")
-    assert calls == ["my.py --help", "my.py --preset=mine --data_dir=here"]
-    assert "preset: mine, data: here" in machine.out
-    assert "--help" not in " ".join(machine.as_is("my.py", "--data_dir=here")), "it would cost an import of torch"
+@pytest.fixture
+def real(machine):
+    """The machine with the very script, which answers in a real interpreter, and shards in data/mine."""
+    shutil.copy(ROOT / "train_gpt.py", machine.root)
+    make_corpus(machine.root / "data/mine")
+    return machine
 
 
-def test_a_script_that_cannot_start_says_so_itself(machine):
-    calls = machine.as_is("--preset=cpu", PRESETS="", HELP="1", CODE="1", code=1)
-    assert calls == ["train_gpt.py --help", "train_gpt.py --preset=cpu"]
+def refused(machine, *arguments, code=2, **environment):
+    """The one sentence of a refusal that nothing was started for, whatever may have been found out."""
+    assert machine.run(*arguments, code=code, **environment) == []
+    assert machine.err.startswith("train_gpt: ") and machine.err.count("\n") == 1, machine.err
+    return machine.err
+
+
+@pytest.mark.parametrize("argument, words, code", [
+    ("--stpes=5", "unknown argument '--stpes=5': the nearest legal ones are --steps=value", 2),
+    ("steps=5", "unknown argument", 2), ("--steps", "unknown argument", 2), ("--preset", "unknown argument", 2),
+    ("--preset=80bg", "unknown preset '80bg'", 2), ("--preset=", "unknown preset ''", 2),
+    ("--preset=.*", "unknown preset", 2),
+    ("--steps=0", "--steps must be above 0", 2), ("--steps=many", "--steps takes", 2),
+    ("--train_seq_len=1000", "multiple of 128", 2), ("--layer_pattern=LX", "--layer_pattern", 2),
+    ("--data_dir=nowhere", "--data_dir=nowhere is not a folder with", 2), ("--data_dir=", "--data_dir= is not", 2),
+    ("--data_dir=run.sh", "--data_dir=run.sh is not a folder", 2),
+    ("--resume=nowhere.pt", "nowhere.pt is not usable", 5), ("--resume=latest", "finds no usable checkpoint", 5)])
+def test_a_bad_knob_installs_fetches_and_starts_nothing(real, argument, words, code):
+    argv = [argument] if "=" in argument and not argument.startswith("steps") else ["--seed=1", argument]
+    assert words in refused(real, *argv, code=code)
+    assert not (real.root / ".venv").exists() and real.out == ""
+    assert words in refused(real.torch("2.13.0").gpu(8, 81000), *argv, code=code, PYTHON="python3")
+
+
+def test_the_machine_and_what_was_given_decide_what_is_refused(real):
+    """A value counts with the preset that comes to be, and with the ranks."""
+    fits = "--layer_pattern=LSLL"
+    assert real.as_is(fits)[-1].endswith(fits), "the preset for CPUs has four layers"
+    assert real.gpu(1, 81000).as_is(fits, code=2) == [] and "--layer_pattern" in real.err, "the full run has not"
+    assert real.as_is(fits, "--preset=cpu")[-1].endswith(f"{fits} --preset=cpu")
+    assert "cannot be dealt to 3 ranks" in refused(real, NPROC="3")
+    real.as_is("--data_dir=data/mine", "--sequences_per_step=4", code=2)  # beside the default's val_tokens
+    assert "--val_tokens=10485760 is more than" in real.err and real.err.count("\n") == 1
+
+
+def test_the_check_costs_no_import_of_torch(real):
+    """Where torch cannot be imported all is said the same; and good knobs pass."""
+    (real.root / "torch.py").write_text("raise RuntimeError('imported')\n")
+    assert "unknown argument" in refused(real, "--stpes=5")
+    assert real.as_is("--data_dir=data/mine", *TINY)[-1].startswith("train_gpt.py --preset=cpu --data_dir=data/mine")
+
+
+def test_several_ranks_start_only_with_good_data_and_a_checkpoint(real):
+    def refused_with(words, *argv, code=2):
+        assert real.as_is("--data_dir=data/mine", *TINY, *argv, NPROC="2", code=code) == []
+        assert words in real.err and real.err.count("\n") == 1, real.err
+
+    assert "-m torch.distributed.run" in real.as_is("--data_dir=data/mine", *TINY, NPROC="2")[0]
+    manifest = dict(encoding="bytes", files=[dict(name="train_000001.bin", sha256="0" * 64)])
+    (real.root / "data/mine/manifest.json").write_text(json.dumps(manifest))
+    refused_with("train_000001.bin has SHA-256")
+    assert len(real.as_is("--data_dir=data/mine", *TINY)) == 1, "a single process says it itself"
+    make_corpus(real.root / "data/mine", encoding="gpt2")
+    (real.root / "cut.pt").write_bytes(b"PK")
+    refused_with("cut.pt is not usable", "--resume=cut.pt", code=5)
+    write_shard(real.root / "data/mine/val_000001.bin", [60000] * 10)
+    refused_with("holds token 60000")
+
+
+def test_several_ranks_are_checked_on_data_that_were_just_fetched(real):
+    """The stand-in fetches nothing."""
+    assert real.gpu(2, 81000).as_is(code=2) == ["data/fineweb.py"]
+    assert real.err.startswith("train_gpt: --data_dir=data/fineweb10B is not a folder with")
+
+
+def test_each_script_says_what_it_refuses(real):
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    real.gpu(1, 81000).fineweb()
+    odd = dict(mine="PRESETS['words'] = dict(steps=7)\nprint('loaded')\n", odd="x = torch.ones(1)\n")
+    for name, more in odd.items():
+        (real.root / f"{name}.py").write_text(source.replace("\nif __name__", f"\n{more}if __name__"))
+    assert real.as_is("mine.py", "--preset=words")[-1].startswith("mine.py ") and "loaded" not in real.out
+    assert "unknown preset 'words'" in refused(real, "train_gpt.py", "--preset=words")
+    assert "unknown argument" in refused(real, "odd.py", "--stpes=5"), "it is imported whole before that counts"
+    (real.root / "other.py").write_text("open('started', 'w')\n")
+    assert real.as_is("other.py", "--stpes=5")[-1].startswith("other.py ")
+    assert not (real.root / "started").exists(), "what is no copy of the script runs once, by itself"
+    (real.root / "broken.py").write_text(f"{source}\nx = = 1\n")
+    assert "broken.py is no Python that can run" in refused(real, "broken.py", code=1)
+    (real.root / "records").mkdir()
+    (real.root / "records/seeds.py").touch()
+    assert "unknown argument" in refused(real, "records/seeds.py", "--stpes=5", TRIAL_SCRIPT="mine.py")
+    assert real.as_is("records/seeds.py", "--preset=words", TRIAL_SCRIPT="mine.py")[-1].startswith("records/seeds.py ")
+
+
+# --- where the user stands
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_it_works_through_symbolic_links_and_from_any_folder(real, shell):
+    real.shell = shutil.which(shell)
+    (real.kept / "bin -> x").mkdir()
+    (real.kept / "bin -> x/sprint").symlink_to(os.path.relpath(real.root / "run.sh", real.kept / "bin -> x"))
+    (real.kept / "link").symlink_to(real.kept / "bin -> x/sprint")
+    calls = real.torch("2.13.0").run("--steps=3", script=real.kept / "link", PYTHON="python3")
+    assert calls[-1].startswith("train_gpt.py --preset=cpu") and (real.root / "data/embedded").exists()
+    assert real.run("--steps=3", script="link", PYTHON="python3", CDPATH="/")[-1].startswith("train_gpt.py")
+    assert "unknown argument" in refused(real, "--stpes=5", script="bin -> x/sprint")
+
+
+def test_paths_start_where_the_user_stands_then_at_its_folder(real):
+    make_corpus(real.kept / "here data")
+    shutil.copy(ROOT / "train_gpt.py", real.kept / "mine.py")
+    for name in ("a.pt", "latest"):
+        (real.kept / name).touch()
+    calls = real.as_is("mine.py", "--data_dir=here data", "--resume=a.pt", *TINY)
+    there = str(real.kept)
+    knobs = f"--preset=cpu --data_dir={there}/here data --resume={there}/a.pt {' '.join(TINY)}"
+    assert calls == [f"{there}/mine.py {knobs}"]
+    assert "--data_dir=data/mine" in real.as_is("--data_dir=data/mine", *TINY)[-1]
+    (real.root / "logs/x").mkdir(parents=True)
+    assert real.as_is("--resume=latest")[-1].endswith(" --resume=latest")
+    (real.kept / "b.pt").touch()
+    assert real.as_is(f"--resume={there}/b.pt")[-1].endswith(f" --resume={there}/b.pt")
+    assert "--data_dir=none is not" in refused(real, "mine.py", "--data_dir=none")
+    real.as_is("none.py", code=2)
+    assert real.err == "run.sh: there is no script none.py.\n"
+    (real.kept / "bin").mkdir()
+    (real.kept / "bin/python").symlink_to(real.tools / "python3")
+    (real.kept / "torch").write_text("2.13.0\n")
+    assert real.run("--steps=3", PYTHON="bin/python")[-1].startswith("train_gpt.py")
+    assert real.as_is("test", SCRIPT="mine.py", code=7) and f"tested: {there}/mine.py" in real.out
+
+
+@pytest.mark.parametrize("typed, handed", [
+    ("trial mine.py my.py --runs 3 --a.data_dir=folder", "trial @/mine.py my.py --runs 3 --a.data_dir=@/folder"),
+    ("compare folder 2026-11-26_TinyCpu", "compare @/folder 2026-11-26_TinyCpu"),
+    ("plot folder --out curve.png", "plot @/folder --out @/curve.png"),
+    ("plot folder --out=/x/curve.png", "plot @/folder --out=/x/curve.png"),
+    ("plot folder --out=curve.png", "plot @/folder --out=@/curve.png"),
+    ("rerun TinyCpu --data folder --yes", "rerun TinyCpu --data @/folder --yes"),
+    ("import folder none", "import @/folder none"),
+    ("add folder --name folder --summary folder", "add @/folder --name folder --summary folder"),
+    ("sample --weights=folder --prompt folder", "--weights=@/folder --prompt folder"),
+    ("sample --weights latest --prompt=folder", "--weights latest --prompt=folder"),
+    ("test -k folder folder::test_x", "-k folder @/folder::test_x"),
+    ("list list", "list list")])
+def test_so_do_the_paths_of_commands(machine, typed, handed):
+    for name in ("folder", "mine.py", "latest", "test", "plot"):
+        (machine.kept / name).mkdir()
+    word = typed.split()[0]
+    calls = machine.as_is(*typed.split(), code=7 if word == "test" else 0)
+    program = dict(test="-m pytest -q", sample="data/sample.py").get(word, "records/records.py")
+    assert calls == [f"{program} {handed.replace('@', str(machine.kept))}"]
 
 
 # --- the commands of other programs
@@ -521,11 +662,13 @@ def test_a_command_does_not_start_without_its_needs(machine, name):
 
 @pytest.mark.parametrize("word, nearest", [
     ("tria", "trial"), ("trail", "trial"), ("tests", "test"), ("verfiy", "verify"), ("ls", "list"), ("run", "rerun"),
-    ("samples", "sample"), ("Compare", "compare"), ("help", "--help"), ("my", "my.py"), ("my_idea", "my_ideas.py"),
+    ("samples", "sample"), ("Compare", "compare"), ("hepl", "help"), ("my", "my.py"), ("my_idea", "my_ideas.py"),
+    ("yuor_ideas", "your_ideas.py"),
     ("train", "trial"), ("train_gpt", "train_gpt.py"), ("steps=3", "--steps=3"), ("-steps=3", "--steps=3")])
 def test_a_word_that_is_nothing_gets_the_nearest_and_installs_nothing(machine, word, nearest):
     for name in ("my.py", "my_ideas.py"):
         (machine.root / name).touch()
+    (machine.kept / "your_ideas.py").touch()
     assert machine.run(word, "my.py", code=2) == [] and not (machine.root / ".venv").exists()
     assert machine.err.startswith(f"run.sh: '{word}' is no command, script.py or --knob=value: ") and machine.out == ""
     assert f" {nearest}" in machine.err.partition(": ")[2] and machine.err.count("\n") == 1
@@ -536,9 +679,29 @@ def test_odd_words_are_refused_too(machine, word):
     assert machine.run(word, code=2) == [] and machine.err.count("\n") == 1
 
 
-def test_h_is_help(machine):
-    assert machine.as_is("-h") == ["train_gpt.py -h"]
-    assert machine.as_is("--steps=3", "-h") == ["train_gpt.py --steps=3 -h"]
+def test_help_names_all_words_and_installs_nothing(real):
+    assert real.run("help") == real.run("help", "trial") == []
+    words = real.out
+    named = set(re.findall(r"[\w.]+", words))
+    assert {*COMMANDS, "test", "help", "my.py", "NPROC", "PYTHON", "SCRIPT", "CUDA_VISIBLE_DEVICES"} <= named
+    assert "#" not in words and words.startswith("Train on") and words.endswith("downloads.\n")
+    for ask in ("--help", "-h"):
+        assert real.run(ask) == real.run("--steps=3", ask) == []
+        assert real.out.startswith(words) and "\n  --steps=" in real.out and "\n  --preset=cpu" in real.out
+    assert not (real.root / ".venv").exists()
+    (real.root / "other.py").touch()
+    assert real.as_is("other.py", "--help") == ["other.py --help"] and real.out.startswith(words), "its own answer"
+
+
+# --- what SECURITY.md says
+
+
+def test_files_are_loaded_as_security_md_says():
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert all((ROOT / path).exists() for path in re.findall(r"`((?:data/|requirements|train_gpt)[\w.]*\.\w+)`", page))
+    ours = [ROOT / "train_gpt.py", *(ROOT / "data").glob("*.py"), *(ROOT / "records").glob("*.py")]
+    loads = [line for path in ours for line in path.read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
+    assert len(loads) == 2 and all("weights_only=True" in line for line in loads)
 
 
 # --- the tests of a copy
