@@ -215,7 +215,7 @@ def rerun(args, verify: Callable) -> int:
     own = runs[0].start["knobs"]
     # batches are given in one form: a script refuses both
     unused = (*PLACES, "seed", *(("train_seq_len", "sequences_per_step") if own.get("batch_stages") else ()))
-    recorded = {k: v for k, v in own.items() if k not in unused and v != ""}
+    recorded = {k: v for k, v in own.items() if k not in unused}
     keep = dict(save=False) if "save" in own else {}
     knobs = flags(recorded | keep | dict(preset="80gb", data_dir=data.resolve()))
     title = f"rerun of {record.folder.name}, seed {seed}"
