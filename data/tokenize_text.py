@@ -40,6 +40,10 @@ EMBEDDED = "2.4.6", "1a38f381ee50b30d787830f4bdb2b5d034cdbb975996c1886f0122c1701
 WORK_CHARS = 1 << 20  # characters handed to a worker at a time
 # GPT-2's pattern always cuts beside a lone newline: a document cut there keeps its tokens, and many workers share it.
 SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+# tiktoken's engine steps back through blanks one by one and panics at a million in a row: so many are encoded apart. Blanks
+# are \s less 0x1c to 0x1f, which are none to it.
+LONG = 10_000
+LONG_BLANK = re.compile(rf"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{{{LONG},}}")
 
 
 class Problem(Exception):
@@ -97,21 +101,40 @@ def split_of(text, val_fraction):
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def gpt2_vocabulary(bpe_file=None):
-    """tiktoken's Encoding of GPT-2, from a rank file, or from tiktoken's own copy, which it fetches once."""
+def gpt2_ranks(bpe_file=None):
+    """{bytes: token} of GPT-2, from a rank file, or from tiktoken's own copy, which it fetches once."""
     try:
         import tiktoken
         if not bpe_file:
-            return tiktoken.get_encoding("gpt2")
+            own = tiktoken.get_encoding("gpt2")
+            return {own.decode_single_token_bytes(rank): rank for rank in range(END_OF_TEXT)}
         pairs = [line.split() for line in Path(bpe_file).read_bytes().splitlines()]  # a token in base64, its rank
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         if [*ranks.values()] != [*range(END_OF_TEXT)] or [*ranks][:256] != [bytes([b]) for b in BYTE_ORDER]:
             raise ValueError
-        return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": END_OF_TEXT})
+        return ranks
     except (ImportError, OSError, ValueError) as error:  # no package, no network, no such file, or not these ranks
         raise Problem(f"{bpe_file or 'tiktoken'} does not give GPT-2's vocabulary ({type(error).__name__}); name its "
                       "rank file as --bpe_file") from None
+
+
+def gpt2_encoder(ranks):
+    """text -> list of tokens, with blanks in any number."""
+    import tiktoken
+    # encode_ordinary: a "<|endoftext|>" spelt out in the text is text, not the end of a document.
+    words, blanks = (tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
+                                       special_tokens={}).encode_ordinary for pattern in (GPT2_PATTERN, r"\s+"))
+
+    def encode(text):
+        tokens, start = [], 0
+        # The pattern is slower than a look at one place in 5,000, which no long run escapes.
+        if any(text[i:i + 99].isspace() for i in range(0, len(text), LONG // 2)):
+            for run in LONG_BLANK.finditer(text):
+                stop = run.end() - (run.end() < len(text))  # the last blank goes with what follows, the others are one
+                tokens += words(text[start:run.start()]) + blanks(text[run.start():stop])
+                start = stop
+        return tokens + words(text[start:])
+    return encode
 
 
 @lru_cache(maxsize=1)  # a worker process makes its own, once
@@ -123,10 +146,10 @@ def codec(encoding, bpe_file=None):
     if encoding == "bytes":
         return (lambda text: BYTE_TO_TOKEN[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)],
                 lambda tokens: bytes(BYTE_ORDER[t] for t in tokens if t < 256).decode("utf-8", "replace"))
-    vocabulary = gpt2_vocabulary(bpe_file)
-    # encode_ordinary: a "<|endoftext|>" spelt out in the text is text, not the end of a document.
-    return (lambda text: np.array(vocabulary.encode_ordinary(text), dtype=np.uint16),
-            lambda tokens: vocabulary.decode([t for t in tokens if t < END_OF_TEXT]))
+    ranks = gpt2_ranks(bpe_file)
+    encode, pieces = gpt2_encoder(ranks), [*ranks]
+    return (lambda text: np.array(encode(text), dtype=np.uint16),
+            lambda tokens: b"".join(pieces[t] for t in tokens if t < END_OF_TEXT).decode("utf-8", "replace"))
 
 
 def work_units(documents, val_fraction):

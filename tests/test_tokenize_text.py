@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,47 @@ def test_gpt2_tokens_are_those_of_the_whole_document(tmp_path, rank_file, monkey
     assert {split: part.tolist() for split, part in tokens.items()} == expected
     assert len(list(tokenize_text.work_units(texts, 0.2))) > 60, "the long document was meant to be cut"
     assert max(expected["train"][1:]) > 256 and len(expected["train"]) < sum(map(len, texts))
+
+
+BLANKS = [" ", "\n", "\t", " \n", "\r\n", "\xa0", "\u3000 ", "\x85", "\x1c ", "\x1f"]
+
+
+@pytest.fixture(scope="module")
+def as_tiktoken(rank_file):
+    """text -> tokens by tiktoken alone, which a million blanks would stop, and the ranks."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: rank for rank, token in enumerate(rank_file[1])}
+    return tiktoken.Encoding("alone", pat_str=tokenize_text.GPT2_PATTERN, special_tokens={},
+                             mergeable_ranks=ranks).encode_ordinary, ranks
+
+
+@pytest.mark.parametrize("run", [*BLANKS, "a", "7", "!", "日", "e\u0301", "' ", " !"])
+def test_a_long_run_has_the_tokens_that_tiktoken_gives(rank_file, as_tiktoken, run):
+    encode = tokenize_text.codec("gpt2", str(rank_file[0]))[0]
+    for count in (tokenize_text.LONG - 1, tokenize_text.LONG, tokenize_text.LONG + 1, 3 * tokenize_text.LONG):
+        long = (run * count)[:count]
+        for before, after in (("", ""), ("no 7", "end"), ("no.", "\nend"), ("x\x1c", "\x1fx"), ("\u200b", "'s" + long)):
+            assert encode(before + long + after).tolist() == as_tiktoken[0](before + long + after)
+
+
+@pytest.mark.parametrize("blank", BLANKS[:3])
+def test_a_million_blanks_are_text(tmp_path, rank_file, as_tiktoken, blank):
+    """All blanks but the last are one piece, as in shorter runs."""
+    tiktoken, (words, ranks) = pytest.importorskip("tiktoken"), as_tiktoken
+    piece = tiktoken.Encoding("piece", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={}).encode_ordinary
+    file = write_jsonl(tmp_path / "a.jsonl", [*texts_for_test(100), "no 7" + blank * 10**6 + "end"])
+    out = tmp_path / "out"
+    assert tokenize_text.main([file, "--out", str(out), "--bpe_file", str(rank_file[0]), "--workers", "1",
+                               "--val_fraction", "0.3"]) == 0
+    expected = np.array([50256, *words("no 7"), *piece(blank * (10**6 - 1)), *words(blank + "end")], np.uint16)
+    assert any(expected.tobytes() in part.tobytes() for part in read_shards(out)[1].values())
+
+
+def test_many_runs_of_blanks_take_no_longer_than_text(rank_file):
+    encode = tokenize_text.codec("gpt2", str(rank_file[0]))[0]
+    start = time.monotonic()
+    encode((" " * (tokenize_text.LONG - 1) + "x") * 100)
+    assert time.monotonic() - start < 5, "a search that begins anew at each blank takes minutes"
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, rank_file):
