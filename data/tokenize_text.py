@@ -2,7 +2,9 @@
 
     python data/tokenize_text.py                               docstrings of the installed numpy -> data/embedded
     python data/tokenize_text.py book.txt web.jsonl --out DIR  one document a text file, or a line's field "text"
-    cat book.txt | python data/tokenize_text.py - --out DIR    standard input, one document
+    cat book.txt | python data/tokenize_text.py - --out DIR    standard input, read like a file
+
+Lines of JSON are known by their first, or by the name (.json, .jsonl, .ndjson); what is no text is refused.
 
 A shard is 256 int32 (magic, version, token count, zeros), then little-endian uint16 tokens, 50256 before each document,
 which may run on into the next shard. manifest.json, written last, tells the encoding, the source and of each file the
@@ -40,10 +42,12 @@ EMBEDDED = "2.4.6", "1a38f381ee50b30d787830f4bdb2b5d034cdbb975996c1886f0122c1701
 WORK_CHARS = 1 << 20  # characters handed to a worker at a time
 # GPT-2's pattern always cuts beside a lone newline: a document cut there keeps its tokens, and many workers share it.
 SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
-# tiktoken's engine steps back through blanks one by one and panics at a million in a row: so many are encoded apart. Blanks
-# are \s less 0x1c to 0x1f, which are none to it.
+# tiktoken's engine steps back through blanks one by one and panics at a million in a row, so many are encoded apart.
+# Blanks are \s less 0x1c to 0x1f, which are none to it.
 LONG = 10_000
 LONG_BLANK = re.compile(rf"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{{{LONG},}}")
+JSON_NAMES = ".json", ".jsonl", ".ndjson"
+JSON_OBJECT = re.compile(r'\s*\[?\s*\{\s*"[^"\n]*"\s*:')  # how an object begins, alone or as the first of a list
 
 
 class Problem(Exception):
@@ -71,23 +75,54 @@ def embedded_text():
     return documents, f"numpy {np.__version__} docstrings" + ("" if found == EMBEDDED else " (unpinned)")
 
 
+def parsed(raw):
+    """The value of JSON in bytes or a string; None if it is not JSON."""
+    try:
+        return json.loads(raw if isinstance(raw, str) else raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_data(text):
+    """Whether a text is plainly JSON: it begins as an object, is a value, or each of its lines is one."""
+    if not re.match(r"\s*[\[{]", text):
+        return False
+    if JSON_OBJECT.match(text) or isinstance(parsed(text), (dict, list)):
+        return True
+    return all(isinstance(parsed(line), (dict, list)) for line in text.splitlines() if line.strip())
+
+
 def document(raw, where, is_json):
     """The text of a file or of a JSON line; a blank line has none."""
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
-        return text if not is_json else json.loads(text)["text"] + "" if text.strip() else ""
+        if is_json:
+            return json.loads(text)["text"] + "" if text.strip() else ""
     except UnicodeDecodeError as error:
-        raise Problem(f"{where} is not UTF-8 text (byte {error.start} of it); convert it to UTF-8 first") from None
+        raise Problem(f"{where} is not UTF-8 text (byte {error.start} of it); unpack it if it is packed, else convert "
+                      "it to UTF-8 first") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Problem(f'{where} is not JSON with a string "text"; write each line as {{"text": "..."}}') from None
+    if "\0" in text:
+        raise Problem(f"{where} is not UTF-8 text (byte {raw.index(0)} of it is zero); unpack it if it is packed, else "
+                      "convert it to UTF-8 first")
+    if is_data(text):
+        raise Problem(f'{where} is JSON, but no lines of {{"text": "..."}}; write it so, a line for each document')
+    return text
 
 
 def read_documents(files):
     """The documents of all files, in the order given."""
     for file in files:
-        name, is_json, found = "standard input" if file == "-" else file, file.endswith(".jsonl"), False
+        name, found, head = "standard input" if file == "-" else file, False, []
         with (sys.stdin.buffer if file == "-" else open(file, "rb")) as stream:
-            for number, raw in enumerate(stream if is_json else [stream.read()], 1):
+            for line in stream:
+                head.append(line)
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte-order mark alone is blank too
+                    break
+            is_json = file.lower().endswith(JSON_NAMES) or isinstance(parsed(b"".join(head)), dict)
+            raws = itertools.chain(head, stream) if is_json else [b"".join(head) + stream.read()]
+            for number, raw in enumerate(raws, 1):
                 text = document(raw, f"{name} line {number}" if is_json else name, is_json)
                 found = found or bool(text)
                 yield text

@@ -1,5 +1,6 @@
 """data/tokenize_text.py: shards that decode to their text, the pinned text, every refusal's sentence."""
 import base64
+import gzip
 import hashlib
 import importlib.util
 import json
@@ -303,9 +304,44 @@ BAD_INPUTS = {
     "list.jsonl": (b'["text"]\n', "list.jsonl line 1"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl line 2 is not UTF-8"),
     "latin.txt": ("caf\xe9".encode("latin-1"), "latin.txt is not UTF-8 text (byte 3"),
+    "gzip.txt": (gzip.compress(b"some text", mtime=0), "gzip.txt is not UTF-8 text (byte 1 of it); unpack"),
+    "gzip.jsonl": (gzip.compress(b"some text", mtime=0), "gzip.jsonl line 1 is not UTF-8 text (byte 1 of it); unpack"),
+    "binary.txt": (b"abc\0def", "binary.txt is not UTF-8 text (byte 3 of it is zero)"),
+    "utf16.md": ("words".encode("utf-16-le"), "utf16.md is not UTF-8 text (byte 1"),
+    "array.json": (b'[{"text": "a"}, {"text": "b"}]', "array.json line 1 is not JSON"),
+    "array.txt": (b'[\n {"text": "a"},\n {"text": "b"}\n]\n', "array.txt is JSON"),
+    "cut_array.txt": (b'[{"text": "a"},\n {"text": ', "cut_array.txt is JSON"),
+    "list.txt": (b'\n["a", "b"]', "list.txt is JSON"),
+    "lists.md": (b'["a", 1]\n\n["b", 2]\n', "lists.md is JSON"),
+    "pretty.html": (b'{\n  "text": "a"\n}\n', "pretty.html is JSON"),
+    "pretty.json": (b'{\n  "text": "a"\n}\n', "pretty.json line 1 is not JSON"),
+    "broken.txt": (b'{"text": "a"}\n{"text": \n', "broken.txt line 2"),
+    "other.data": (b'\xef\xbb\xbf\n{"body": "a"}\n', "other.data line 2 is not JSON with a string"),
+    "prose.JSON": (b"once upon a time\n", "prose.JSON line 1 is not JSON"),
+    "deep.txt": (b'{"a": [' + b"[" * 100_000, "deep.txt is JSON"),
     "empty.txt": (b"", "empty.txt is empty"),
     "empty.jsonl": (b'\n{"text": ""}\n', "empty.jsonl is empty"),
 }
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.txt", "c.JSONL", "c.ndjson", "c", "-"])
+def test_lines_of_json_are_known_by_what_they_hold(tmp_path, name):
+    texts = [*texts_for_test(210), "\n{}", "[1] a note"]
+    lines = "\ufeff\n \n" + "".join(json.dumps({"id": i, "text": text}) + "\r\n" for i, text in enumerate(texts))
+    (tmp_path / name).write_bytes(lines.encode())
+    run = subprocess.run([sys.executable, str(SCRIPT), "-" if name == "-" else str(tmp_path / name), "--out",
+                          str(tmp_path / "out"), "--encoding", "bytes"], input=lines.encode(), capture_output=True,
+                         timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    _, tokens = read_shards(tmp_path / "out")
+    assert sorted(documents_of(tokens["train"]) + documents_of(tokens["val"])) == sorted(t.encode() for t in texts)
+
+
+@pytest.mark.parametrize("text", ["[1] a note\n[2] another\n", "{{template}}\n", "[1]\nOne\n", "{ \"quoted\" words }",
+                                  "1\n2\n3\n", "\"Yes,\" he said.\n", "[" * 100_000])
+def test_prose_that_looks_a_little_like_json_is_prose(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert list(tokenize_text.read_documents([str(tmp_path / "a.txt")])) == [text]
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
