@@ -7,15 +7,20 @@
 Lines of JSON are known by their first, or by the name (.json, .jsonl, .ndjson); what is no text is refused.
 
 A shard is 256 int32 (magic, version, token count, zeros), then little-endian uint16 tokens, 50256 before each document,
-which may run on into the next shard. manifest.json, written last, tells the encoding, the source and of each file the
-name, split, tokens and sha256: that of its token bytes, without the 1024-byte header.
+which may run on into the next shard. manifest.json, written last, tells the encoding, the source, what is held out for
+validation, and of each file the name, split, tokens and sha256: that of its token bytes, without the 1024-byte header.
+
+Of many documents a hash of each tells whether it is held out. Of few it might take none or half, so the last of them
+are held out, or the end of the last as a document of its own.
 """
 import argparse
 import ast
 import base64
+import bisect
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -39,6 +44,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 # numpy's version and the SHA-256 of its documents joined by NUL: alike for any Python and system, so losses compare.
 EMBEDDED = "2.4.6", "1a38f381ee50b30d787830f4bdb2b5d034cdbb975996c1886f0122c17015ae85"
+ENOUGH = 14  # documents that a hash gives either split on average, before it is used: none is left, once in a million
+MOST_HELD = 100_000  # documents held in memory, at most, to see whether there are so many
 WORK_CHARS = 1 << 20  # characters handed to a worker at a time
 # GPT-2's pattern always cuts beside a lone newline: a document cut there keeps its tokens, and many workers share it.
 SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
@@ -136,6 +143,41 @@ def split_of(text, val_fraction):
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
+def tail_cut(texts, val_fraction):
+    """(index of the document, character in it) where the held-out tail begins, neither side of which is empty.
+
+    It is a document's start, if one gives half to one and a half times the share asked, else a line's or word's.
+    """
+    starts = [0, *itertools.accumulate(map(len, texts))]
+    total = starts.pop()
+    if total < 2:
+        raise Problem("the text is a single character, of which none can be held out for validation; give more")
+    target = min(max(round(total * (1 - val_fraction)), 1), total - 1)
+    slack = total * min(val_fraction, 1 - val_fraction) / 2
+    nearest = min(starts[1:], key=lambda start: abs(start - target), default=0)
+    if nearest and abs(nearest - target) <= slack:
+        return starts.index(nearest), 0
+    index = bisect.bisect_right(starts, target) - 1
+    at, text = target - starts[index], texts[index]
+    low = max(1, at - int(slack))
+    return index, text.rfind("\n", low - 1, at) + 1 or max(text.rfind(" ", low, at), 0) or at
+
+
+def hold_out(documents, val_fraction):
+    """((split, text) of each document that is not empty, and how they were split, as the manifest tells it)."""
+    documents = filter(None, documents)
+    enough = min(math.ceil(ENOUGH / min(val_fraction, 1 - val_fraction)), MOST_HELD)
+    first = list(itertools.islice(documents, enough))
+    if len(first) == enough:
+        documents = itertools.chain(first, documents)
+        return ((split_of(text, val_fraction), text) for text in documents), {"rule": "hash", "asked": val_fraction}
+    index, at = tail_cut(first, val_fraction)
+    first[index:index + 1] = [first[index][:at], first[index][at:]]
+    pairs = [("val" if number > index else "train", text) for number, text in enumerate(first)]
+    return pairs, {"rule": "tail", "asked": val_fraction, "documents": len(pairs) - 1, "from_document": index + 1,
+                   "from_character": at + 1}
+
+
 def gpt2_ranks(bpe_file=None):
     """{bytes: token} of GPT-2, from a rank file, or from tiktoken's own copy, which it fetches once."""
     try:
@@ -187,11 +229,11 @@ def codec(encoding, bpe_file=None):
             lambda tokens: b"".join(pieces[t] for t in tokens if t < END_OF_TEXT).decode("utf-8", "replace"))
 
 
-def work_units(documents, val_fraction):
-    """{split: [(starts a document, text)]}, each of about WORK_CHARS characters."""
+def work_units(pairs):
+    """{split: [(starts a document, text)]} of (split, text), each of about WORK_CHARS characters."""
     unit, size = {"train": [], "val": []}, 0
-    for text in documents:
-        split, start = split_of(text, val_fraction), 0
+    for split, text in pairs:
+        start = 0
         while start < len(text):
             cut = SAFE_CUT.search(text, start + WORK_CHARS)
             end = cut.end() if cut else len(text)
@@ -249,14 +291,14 @@ def write_shards(out, encoded, limit):
     return files
 
 
-def commit(out, encoding, source, files):
+def commit(out, facts, files):
     """Gives the parts their names; without a manifest, from the first rename to the last, the folder is unfinished."""
     (out / "manifest.json").unlink(missing_ok=True)
     for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin")]:  # a longer run's would mix with these
         path.unlink()
     for entry in files:
         os.replace(out / (entry["name"] + ".part"), out / entry["name"])
-    manifest = json.dumps({"encoding": encoding, "source": source, "files": files}, indent=1) + "\n"
+    manifest = json.dumps({**facts, "files": files}, indent=1) + "\n"
     (out / "manifest.json.part").write_text(manifest, encoding="utf-8")
     os.replace(out / "manifest.json.part", out / "manifest.json")
 
@@ -275,7 +317,7 @@ def parse(argv):
     add("--out", help="folder, whose train_*.bin and val_*.bin are replaced (with no FILES: data/embedded)")
     add("--encoding", choices=("gpt2", "bytes"), help="default: gpt2, with no FILES bytes; bytes needs no vocabulary")
     add("--bpe_file", "--bpe-file", help="local rank file of GPT-2 instead of tiktoken's own")
-    add("--val_fraction", "--val-fraction", type=float, default=0.07, help="share of documents for validation (0.07)")
+    add("--val_fraction", "--val-fraction", type=float, default=0.07, help="share held out for validation (0.07)")
     add("--shard_tokens", "--shard-tokens", type=int, default=100_000_000, help="most tokens in a shard (100,000,000)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes for GPT-2's encoding (all cores)")
     args = parser.parse_args(argv)
@@ -294,18 +336,27 @@ def run(args):
     documents, source = (read_documents(args.files), "files") if args.files else embedded_text()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        encoded = encode_all(work_units(documents, args.val_fraction), args.encoding, args.bpe_file, args.workers)
+        pairs, held_out = hold_out(documents, args.val_fraction)
+        encoded = encode_all(work_units(pairs), args.encoding, args.bpe_file, args.workers)
         files = write_shards(args.out, encoded, args.shard_tokens)
         for split, entries in files.items():
             if not entries:
-                raise Problem(f"no document fell to {split}; give more (a text file is one) or another --val_fraction")
-        commit(args.out, args.encoding, source, files["train"] + files["val"])
+                raise Problem(f"no document fell to {split}, as copies fall together; give more that differ or another "
+                              "--val_fraction")
+        facts = {"encoding": args.encoding, "source": source, "held_out": held_out}
+        commit(args.out, facts, files["train"] + files["val"])
     finally:
         for path in args.out.glob("*_??????.bin.part"):
             path.unlink()
     print(f"Tokenized {source}, encoding {args.encoding}, into {args.out}:")
-    for split, entries in files.items():
-        print(f"{split}: {sum(entry['tokens'] for entry in entries):,} tokens in {len(entries)} shard(s)")
+    tokens = {split: sum(entry["tokens"] for entry in entries) for split, entries in files.items()}
+    share = tokens["val"] / sum(tokens.values())
+    print(f"train: {tokens['train']:,} tokens in {len(files['train'])} shard(s)")
+    print(f"val: {tokens['val']:,} tokens in {len(files['val'])} shard(s), {share:.3%} of all "
+          f"({args.val_fraction:.3%} asked)")
+    if held_out["rule"] == "tail":
+        print("Documents are few ({documents:,}), so val is their tail, from character {from_character:,} of document "
+              "{from_document:,} on.".format_map(held_out))
     print(f"Next: ./run.sh --data_dir={args.out.relative_to(ROOT) if args.out.is_relative_to(ROOT) else args.out}")
     return 0
 

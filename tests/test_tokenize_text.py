@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ spec.loader.exec_module(tokenize_text)
 def read_shards(out):
     """{split: tokens}, after checking headers, sizes, names and hashes against the manifest."""
     manifest = json.loads((out / "manifest.json").read_text())
-    assert set(manifest) == {"encoding", "source", "files"}
+    assert set(manifest) == {"encoding", "source", "held_out", "files"}
     tokens = {"train": [], "val": []}
     for entry in manifest["files"]:
         raw = (out / entry["name"]).read_bytes()
@@ -140,7 +141,7 @@ def test_bytes_round_trip_and_split(tmp_path):
 
 
 def test_split_of_a_document_does_not_depend_on_the_others(tmp_path):
-    texts = texts_for_test(200)
+    texts = texts_for_test(400)
     for name, some in (("all", texts), ("half", texts[::-2])):
         file = write_jsonl(tmp_path / f"{name}.jsonl", some)
         assert tokenize_text.main([file, "--out", str(tmp_path / name), "--encoding", "bytes"]) == 0
@@ -194,7 +195,7 @@ def test_gpt2_tokens_are_those_of_the_whole_document(tmp_path, rank_file, monkey
     """Cutting long documents for the workers changes no token, and "<|endoftext|>" in a text is text."""
     tiktoken = pytest.importorskip("tiktoken")
     path, tokens_of_rank = rank_file
-    texts = texts_for_test(60) + ["one line\nanother  \n\n  three\r\nfour\x1c\nfive don't\n" * 40]
+    texts = texts_for_test(100) + ["one line\nanother  \n\n  three\r\nfour\x1c\nfive don't\n" * 40]
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     monkeypatch.setattr(tokenize_text, "WORK_CHARS", 50)
     assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(path), "--workers", "1",
@@ -207,7 +208,8 @@ def test_gpt2_tokens_are_those_of_the_whole_document(tmp_path, rank_file, monkey
     for text in texts:
         expected[tokenize_text.split_of(text, 0.2)] += [50256, *codec.encode_ordinary(text)]
     assert {split: part.tolist() for split, part in tokens.items()} == expected
-    assert len(list(tokenize_text.work_units(texts, 0.2))) > 60, "the long document was meant to be cut"
+    units = list(tokenize_text.work_units([("train", text) for text in texts]))
+    assert len(units) > 100, "the long document was meant to be cut"
     assert max(expected["train"][1:]) > 256 and len(expected["train"]) < sum(map(len, texts))
 
 
@@ -364,14 +366,62 @@ def test_a_failed_run_leaves_the_last_good_one(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("fraction, empty", [("0.000001", "val"), ("0.999999", "train")])
-def test_neither_split_may_be_empty(tmp_path, capsys, fraction, empty):
-    file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(20))
-    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes", "--val_fraction",
-                               fraction]) == 2
+def test_copies_alone_leave_a_split_empty(tmp_path, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", ["the same"] * 300)
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 2
     error = sentence(capsys)
-    assert f"no document fell to {empty}" in error and "--val_fraction" in error
+    assert "no document fell to val" in error and "--val_fraction" in error
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("texts, fraction, val", [
+    (["abcde fghij\n" * 100], 0.07, "abcde fghij\n" * 7),  # at a line's start
+    (["abcde " * 200], 0.1, " abcde" * 20 + " "),  # at a word's
+    (["x" * 1000], 0.2, "x" * 200),
+    (["ab"], 0.07, "b"), (["ab"], 0.9999, "b"), (["a", "b"], 0.07, "b"),
+    (["x" * 100] * 10, 0.1, "x" * 100), (["x" * 100] * 10, 0.07, "x" * 100), (["x" * 100] * 10, 0.3, "x" * 300),
+    (["x" * 10] * 3, 0.07, "xx"), (["x" * 990, "y" * 10], 0.5, "x" * 490 + "y" * 10),
+])
+def test_of_few_documents_the_tail_is_held_out(tmp_path, capsys, texts, fraction, val):
+    """Without a loss, near the share asked, told on the screen and in the manifest."""
+    files = [tmp_path / f"{i}.txt" for i in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    assert tokenize_text.main([*map(str, files), "--out", str(tmp_path / "out"), "--encoding", "bytes",
+                               "--val_fraction", str(fraction)]) == 0
+    said = capsys.readouterr().out
+    manifest, tokens = read_shards(tmp_path / "out")
+    parts = {split: [part.decode() for part in documents_of(tokens[split])] for split in tokens}
+    assert "".join(parts["train"] + parts["val"]) == "".join(texts) and "".join(parts["val"]) == val
+    held = manifest["held_out"]
+    cut = sum(map(len, texts[:held["from_document"] - 1])) + held["from_character"] - 1
+    assert "".join(texts)[cut:] == val
+    assert (held["rule"], held["asked"], held["documents"]) == ("tail", fraction, len(texts))
+    share = len(tokens["val"]) / sum(map(len, tokens.values()))
+    assert f" {share:.3%} of all ({fraction:.3%} asked)" in said
+    assert f"({len(texts)}), so val is their tail, from character {held['from_character']:,} of document" in said
+
+
+def test_any_number_of_documents_works_at_once(tmp_path, capsys):
+    """From one to more than the fewest for which a hash decides; then the share is near the one asked too."""
+    texts, shares, rules = texts_for_test(220, seed=3), [], []
+    for count in (*range(1, 25), 60, 199, 200, 220):
+        file = write_jsonl(tmp_path / "a.jsonl", texts[:count])
+        assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 0
+        manifest, tokens = read_shards(tmp_path / "out")
+        shares.append(len(tokens["val"]) / sum(map(len, tokens.values())))
+        rules.append(manifest["held_out"]["rule"])
+    assert rules == ["tail"] * 26 + ["hash"] * 2
+    assert 0.03 < min(shares) and max(shares) < 0.12, shares
+    assert "% of all (7.000% asked)" in capsys.readouterr().out
+
+
+def test_standard_input_alone_and_a_single_character(tmp_path):
+    run = partial(subprocess.run, [sys.executable, str(SCRIPT), "-", "--out", str(tmp_path / "out"), "--encoding",
+                                   "bytes"], capture_output=True, timeout=60, check=False)
+    assert run(input=b"a").returncode == 2 and not list((tmp_path / "out").iterdir())
+    assert run(input=b"words and words\n" * 50).returncode == 0
+    assert len(read_shards(tmp_path / "out")[1]["val"]) == 1 + 16 * 4
 
 
 @pytest.mark.parametrize("arguments, words", [
