@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,16 @@ def status_of(error):
     return None
 
 
+def token_advice():
+    """What to do about a hub that answers 401 or 403: its library sends a token from the environment or its file."""
+    from huggingface_hub import constants
+    where = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()), None)
+    if where or Path(constants.HF_TOKEN_PATH).is_file():
+        return (f"renew the access token in {where or constants.HF_TOKEN_PATH}, which may have expired, or remove it, "
+                "as the data set needs none")
+    return "no access token was sent, so check HF_ENDPOINT, or set HF_TOKEN if that hub wants one"
+
+
 def patiently(call, what, wait_for_network):
     """call(), tried again while the hub answers 5xx or 429 (its library retries no 500) and, if asked, while the line
     is down. Which classes the library raises differs from version to version, so all are read by status."""
@@ -98,9 +109,12 @@ def patiently(call, what, wait_for_network):
         except Exception as error:  # noqa: BLE001
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise Problem(f"the disk is full while fetching {what}; free some space and run this again") from None
+            if isinstance(error, UnicodeEncodeError):  # in a header, which holds nothing else of the user's
+                raise Problem(f"the hub cannot be asked for {what} in plain ASCII; {token_advice()}") from None
             status, why = status_of(error), f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
             if status and 400 <= status < 500 and status not in (408, 429):
-                raise Problem(f"the hub refuses {what} (HTTP {status}); check --revision, or leave it out") from None
+                advice = token_advice() if status in (401, 403) else "check --revision, or leave it out"
+                raise Problem(f"the hub refuses {what} (HTTP {status}); {advice}") from None
             if pause is None or not (status or wait_for_network):
                 reason = f"HTTP {status}" if status else why
                 raise Problem(f"the hub cannot be reached for {what} ({reason}); run this again with a network, or "
@@ -144,20 +158,32 @@ def fetch(out, name, commit, sha256, endpoint):
 
 def in_threads(work, names, told):
     """{name: work(name)}; prints a line as each ends."""
-    results = {}
-    with ThreadPoolExecutor(THREADS) as pool:
-        jobs = {pool.submit(work, name): name for name in names}
-        try:
-            for job in as_completed(jobs):
-                results[jobs[job]] = job.result()
-                told(jobs[job], results[jobs[job]], len(results))
-        except KeyboardInterrupt:
-            print("\nStopped; the same line again goes on with what is missing.", flush=True)
-            os._exit(130)  # a plain exit would wait for the files under way
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    results, pool = {}, ThreadPoolExecutor(THREADS)
+    jobs = {pool.submit(work, name): name for name in names}
+    try:
+        for job in as_completed(jobs):
+            results[jobs[job]] = job.result()
+            told(jobs[job], results[jobs[job]], len(results))
+    except BaseException as error:  # Ctrl-C does not wait for the files under way
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    pool.shutdown()
     return results
+
+
+@contextmanager
+def folder(path):
+    """Makes a folder. When the work in it fails, files under way go, and what was made of folders and is empty."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path / ".download", ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def check_space(out, needed):
@@ -216,7 +242,6 @@ def parse(argv):
 
 def run(args):
     names, out = shard_names(args.shards), args.out
-    out.mkdir(parents=True, exist_ok=True)
     old_commit, entries = read_manifest(out)
     if args.revision in (None, old_commit) and verify_only(out, names, entries):
         print(f"{len(names)} files verified against manifest.json of {REPO} at commit {old_commit}; nothing to fetch")
@@ -235,7 +260,12 @@ def run(args):
 
 def main(argv=None):
     try:
-        return run(parse(argv))
+        args = parse(argv)
+        with folder(args.out):
+            return run(args)
+    except KeyboardInterrupt:
+        print("\nStopped; the same line again goes on with what is missing.", flush=True)
+        os._exit(130)  # a plain exit would wait for the files under way
     except Problem as problem:
         message = str(problem)
     except ImportError as error:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -34,6 +35,7 @@ class Hub:
         self.files = {name: shard(i) for i, name in enumerate(NAMES)}
         self.commits = {"main": COMMIT, COMMIT: COMMIT}
         self.faults, self.gets, self.ranges, self.api_failures, self.delay = {}, Counter(), [], 0, 0.0
+        self.refusal = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -50,6 +52,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # of a client that hangs up: it would print
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -93,6 +96,8 @@ class Hub:
         return self.reply(handler, 200, headers, content)
 
     def api(self, handler, path):
+        if self.refusal:
+            return self.reply(handler, self.refusal, {}, b'{"error": "Invalid username or password."}')
         if self.api_failures:
             self.api_failures -= 1
             return self.reply(handler, 500, {}, b"busy")
@@ -121,6 +126,10 @@ def times(count, fault):
 
 def status_500(hub, handler, headers, content):
     hub.reply(handler, 500, {}, b"oops")
+
+
+def status_401(hub, handler, headers, content):
+    hub.reply(handler, 401, {}, b"{}")
 
 
 def corrupt(hub, handler, headers, content):
@@ -155,6 +164,8 @@ def fineweb(monkeypatch, tmp_path):
     for key, value in {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "home"),
                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         monkeypatch.setenv(key, value)
+    for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(key, raising=False)
     for key in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
     spec = importlib.util.spec_from_file_location("fineweb_under_test", SCRIPT)
@@ -323,6 +334,62 @@ def test_a_file_that_is_no_shard(fineweb, hub, out, capsys):
 def test_wrong_revision(fineweb, hub, out, capsys):
     assert fineweb.main(["0", "--out", str(out), "--revision", "no-such"]) == 2
     assert "no-such" in (error := sentence(capsys)) and "--revision" in error
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("place", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "file", None])
+def test_a_refused_token_is_named_and_not_shown(fineweb, hub, out, capsys, monkeypatch, status, place, tmp_path):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    hub.refusal = status
+    if place == "file":
+        (tmp_path / "token").write_text("hf_expired")
+    elif place:
+        monkeypatch.setenv(place, "hf_expired")
+    assert fineweb.main(["1", "--out", str(out)]) == 2
+    error = sentence(capsys)
+    assert f"HTTP {status}" in error and "hf_expired" not in error and "--revision" not in error
+    named = {"file": f"token in {tmp_path / 'token'},", None: "no access token was sent"}
+    assert named.get(place, f"token in {place},") in error and not out.exists()
+
+
+def test_a_token_refused_at_a_file(fineweb, hub, out, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    monkeypatch.setattr(hub, "answer", lambda handler, body, answer=hub.answer: answer(handler, body) if "/api/" in
+                        handler.path else status_401(hub, handler, {}, b""))
+    assert fineweb.main(["0", "--out", str(out)]) == 2
+    assert "HTTP 401" in (error := sentence(capsys)) and "HF_TOKEN" in error and not out.exists()
+
+
+def test_a_token_that_no_header_can_hold(fineweb, hub, out, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_\xe9")
+    assert fineweb.main(["0", "--out", str(out)]) == 2
+    assert "access token in HF_TOKEN" in sentence(capsys) and not out.exists()
+
+
+def test_a_failed_download_leaves_only_what_is_whole(fineweb, hub, out, capsys, tmp_path):
+    hub.faults[NAMES[1]] = times(100, corrupt)
+    assert fineweb.main(["1", "--out", str(out / "deeper")]) == 2
+    assert NAMES[1] in sentence(capsys)
+    assert [path.name for path in (out / "deeper").iterdir()] == [NAMES[0]]
+    hub.faults[NAMES[0]] = times(100, status_500)
+    for folder in (out / "other", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        assert fineweb.main(["1", "--out", str(folder)]) == 2
+    assert not (out / "other").exists() and not list((tmp_path / "there").iterdir()), "a folder of the user's stays"
+
+
+def test_a_stopped_download_leaves_nothing(hub, out, tmp_path):
+    hub.delay = 30
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+    run = subprocess.Popen([sys.executable, str(SCRIPT), "1", "--out", str(out)], env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(hub.gets) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    said, error = run.communicate(timeout=20)
+    assert (run.returncode, error) == (130, "") and "the same line again" in said and not out.exists()
 
 
 def test_shards_that_the_hub_lacks(fineweb, hub, out, capsys):
