@@ -9,6 +9,8 @@ weights of any age go with their own code. That file is run as Python: name no f
 What is used of it: Hyperparameters (train_seq_len, val_seq_len, window_max), GPT(hp, vocab_size) with features, logits,
 last_row and use_flex, place, BLOCK and EOT.
 
+GPT-2's vocabulary is --bpe_file, else what data/tokenize_text.py kept beside the shards, else tiktoken's own.
+
 Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no script that fits them; 6 no memory.
 """
 import contextlib
@@ -23,6 +25,7 @@ import tokenize_text
 import torch
 from tokenize_text import Knobs, Problem
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 2048  # tokens that the model sees of what came before; nothing is cached, so more would be slow
 DEFAULT_TOKENS = {"gpt2": 50, "bytes": 200}  # about 200 characters
 KEYS = {"model", "knobs", "encoding", "vocab_size"}  # what a run saves
@@ -129,6 +132,14 @@ def generate(script, hp, model, ids, count, temperature, seed):
     return new
 
 
+def ranks_beside(data_dir, knobs):
+    """The ranks kept beside the shards, of which a run knows no more than their folder's name; None if there are none.
+    """
+    name = str(knobs.get("data_dir", ""))
+    folders = [data_dir] if data_dir else [name, ROOT / name, ROOT / "data" / name] if name else []
+    return next(filter(None, (tokenize_text.kept_ranks(Path(folder)) for folder in folders)), None)
+
+
 def parse(argv):
     parser = Knobs(description="A text in the words of a trained model.", allow_abbrev=False)
     add, refuse = parser.add_argument, parser.error
@@ -138,6 +149,7 @@ def parse(argv):
     add("--temperature", type=float, default=0.8, metavar="T", help="below 1 bolder choices, 0 the likeliest (0.8)")
     add("--seed", type=int, default=1, metavar="N", help="of the random choices (1)")
     add("--bpe_file", "--bpe-file", metavar="FILE", help="local rank file of GPT-2 instead of tiktoken's own")
+    add("--data_dir", "--data-dir", metavar="DIR", help="the shards, if not where the run's name of them leads to")
     args = parser.parse_args(argv)
     if args.tokens is not None and args.tokens < 1:
         refuse(f"--tokens must be at least 1, and is {args.tokens}")
@@ -150,7 +162,10 @@ def parse(argv):
 
 def run(args):
     path, saved = find(args.weights)
-    encode, decode = tokenize_text.codec(saved["encoding"], args.bpe_file)
+    bpe_file = args.bpe_file
+    if saved["encoding"] == "gpt2" and not bpe_file:
+        bpe_file = ranks_beside(args.data_dir, saved["knobs"])
+    encode, decode = tokenize_text.codec(saved["encoding"], bpe_file)
     script = load_script(path.with_name("train_gpt.py"))
     count = args.tokens or DEFAULT_TOKENS[saved["encoding"]]
     with fitting(path):

@@ -53,13 +53,19 @@ def saved_weights():
     return set(Path("logs").glob("*/weights.pt"))
 
 
+def ranks_of(command):
+    """The argument that leads to the ranks beside the shards, as weights know no more than the folder's name."""
+    folders = [word.partition("=")[2] for word in command if word.startswith("--data_dir=")]
+    return [f"--data_dir={folders[-1]}"] if folders and Path(folders[-1], "gpt2.tiktoken").exists() else []
+
+
 def main(command):
     before, child = saved_weights(), Child()
     code = child.run(command)
     new = sorted(saved_weights() - before, key=lambda path: path.stat().st_mtime)
     if code == 0 and new and not child.signalled:
         # The last, since another run may have ended meanwhile. Why there is no sample, it says itself in one sentence.
-        child.run([command[0], str(SAMPLE), f"--weights={new[-1]}"])
+        child.run([command[0], str(SAMPLE), f"--weights={new[-1]}", *ranks_of(command)])
     if code < 0:  # die of the same signal
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -9,6 +9,7 @@ Lines of JSON are known by their first, or by the name (.json, .jsonl, .ndjson);
 A shard is 256 int32 (magic, version, token count, zeros), then little-endian uint16 tokens, 50256 before each document,
 which may run on into the next shard. manifest.json, written last, tells the encoding, the source, what is held out for
 validation, and of each file the name, split, tokens and sha256: that of its token bytes, without the 1024-byte header.
+GPT-2's ranks, whose SHA-256 it tells too, are kept beside the shards for data/sample.py.
 
 Of many documents a hash of each tells whether it is held out. Of few it might take none or half, so the last of them
 are held out, or the end of the last as a document of its own.
@@ -25,7 +26,7 @@ import os
 import re
 import sys
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,6 +54,7 @@ SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 # Blanks are \s less 0x1c to 0x1f, which are none to it.
 LONG = 10_000
 LONG_BLANK = re.compile(rf"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{{{LONG},}}")
+RANKS = "gpt2.tiktoken"  # the file of ranks beside the shards
 JSON_NAMES = ".json", ".jsonl", ".ndjson"
 JSON_OBJECT = re.compile(r'\s*\[?\s*\{\s*"[^"\n]*"\s*:')  # how an object begins, alone or as the first of a list
 
@@ -195,6 +197,19 @@ def gpt2_ranks(bpe_file=None):
                       "rank file as --bpe_file") from None
 
 
+def kept_ranks(folder):
+    """The path of the ranks beside a folder's shards, after a look at their SHA-256; None where none were kept."""
+    try:
+        expected = json.loads((folder / "manifest.json").read_bytes())["vocabulary"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    path = folder / RANKS
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+        raise Problem(f"{path} is missing or not as its manifest.json says; make the shards again, or name GPT-2's "
+                      "rank file as --bpe_file")
+    return path
+
+
 def gpt2_encoder(ranks):
     """text -> list of tokens, with blanks in any number."""
     import tiktoken
@@ -291,12 +306,19 @@ def write_shards(out, encoded, limit):
     return files
 
 
+def keep_ranks(out, bpe_file):
+    """Writes GPT-2's ranks as a part; what the manifest tells of them."""
+    raw = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in gpt2_ranks(bpe_file).items())
+    (out / (RANKS + ".part")).write_bytes(raw)
+    return {"name": RANKS, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
 def commit(out, facts, files):
     """Gives the parts their names; without a manifest, from the first rename to the last, the folder is unfinished."""
     (out / "manifest.json").unlink(missing_ok=True)
-    for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin")]:  # a longer run's would mix with these
-        path.unlink()
-    for entry in files:
+    for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin"), *out.glob(RANKS)]:
+        path.unlink()  # those of a longer run would mix with these
+    for entry in files + ([facts["vocabulary"]] if "vocabulary" in facts else []):
         os.replace(out / (entry["name"] + ".part"), out / entry["name"])
     manifest = json.dumps({**facts, "files": files}, indent=1) + "\n"
     (out / "manifest.json.part").write_text(manifest, encoding="utf-8")
@@ -334,6 +356,7 @@ def parse(argv):
 
 def run(args):
     documents, source = (read_documents(args.files), "files") if args.files else embedded_text()
+    made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         pairs, held_out = hold_out(documents, args.val_fraction)
@@ -344,10 +367,15 @@ def run(args):
                 raise Problem(f"no document fell to {split}, as copies fall together; give more that differ or another "
                               "--val_fraction")
         facts = {"encoding": args.encoding, "source": source, "held_out": held_out}
+        if args.encoding == "gpt2":
+            facts["vocabulary"] = keep_ranks(args.out, args.bpe_file)
         commit(args.out, facts, files["train"] + files["val"])
     finally:
-        for path in args.out.glob("*_??????.bin.part"):
+        for path in [*args.out.glob("*_??????.bin.part"), *args.out.glob(RANKS + ".part")]:
             path.unlink()
+        with suppress(OSError):  # it holds something, unless nothing came of it
+            for folder in made:
+                folder.rmdir()
     print(f"Tokenized {source}, encoding {args.encoding}, into {args.out}:")
     tokens = {split: sum(entry["tokens"] for entry in entries) for split, entries in files.items()}
     share = tokens["val"] / sum(tokens.values())

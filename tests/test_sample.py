@@ -16,6 +16,7 @@ from tiny import KNOBS, SCRIPT, make_corpus, run, run_folders
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "data"))
 import sample  # noqa: E402
+import then_sample  # noqa: E402
 import tokenize_text  # noqa: E402
 
 OLD_SCRIPTS = sorted(ROOT.glob("records/20*/train_gpt.py"))
@@ -153,12 +154,18 @@ def test_bytes_become_text(logs, capsys, monkeypatch):
     assert said(capsys, "--prompt=<") == "sample: <日本\N{REPLACEMENT CHARACTER}\n"
 
 
-def test_gpt2_tokens_become_text(tmp_path, capsys):
-    """With a file in the shape of GPT-2's ranks: its single bytes, then numbers."""
+@pytest.fixture
+def rank_file(tmp_path):
+    """A file in the shape of GPT-2's ranks: its single bytes, then numbers; and its tokens."""
     pytest.importorskip("tiktoken")
     ranks = [bytes([b]) for b in tokenize_text.BYTE_ORDER] + [b"<%05d>" % i for i in range(256, 50256)]
     file = tmp_path / "ranks"
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    return file, ranks
+
+
+def test_gpt2_tokens_become_text(tmp_path, capsys, rank_file):
+    file, ranks = rank_file
     weights = make_run(tmp_path / "run", encoding="gpt2")
     arguments = f"--weights={weights}", f"--bpe_file={file}", "--temperature=0", "--tokens=6", "--prompt=ab"
     text = said(capsys, *arguments)
@@ -167,6 +174,36 @@ def test_gpt2_tokens_become_text(tmp_path, capsys):
     new = sample.generate(script, hp, model, [50256, ranks.index(b"a"), ranks.index(b"b")], 6, 0, 1)
     words = b"".join(ranks[token] for token in new if token < 50256)
     assert text == f"sample: ab{words.decode('utf-8', 'replace')}\n"
+
+
+def test_ranks_beside_the_shards_need_no_second_bpe_file(tmp_path, capsys, monkeypatch, rank_file):
+    """Where the folder's name leads to them, or --data_dir does; damaged ones are refused before they mislead."""
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: None / name)  # the network is not asked
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "ROOT", tmp_path)
+    (tmp_path / "a.txt").write_text("words of a text " * 20)
+    weights = make_run(tmp_path / "run", encoding="gpt2")
+    expected = said(capsys, f"--weights={weights}", f"--bpe_file={rank_file[0]}", "--tokens=6", "--prompt=ab")
+    plain = f"--weights={weights}", "--tokens=6", "--prompt=ab"
+    for out, more in (("mine", []), ("data/mine", []), ("else/where", ["--data_dir=else/where"])):
+        assert tokenize_text.main(["a.txt", "--out", out, f"--bpe_file={rank_file[0]}", "--workers=1"]) == 0
+        capsys.readouterr()
+        resave(weights, knobs=torch.load(weights)["knobs"] | dict(data_dir="mine"))
+        tokenize_text.codec.cache_clear()
+        assert said(capsys, *plain, *more) == expected
+        (tmp_path / out / "gpt2.tiktoken").write_bytes(rank_file[0].read_bytes()[:-1])
+        assert "gpt2.tiktoken is missing or not as" in refusal(capsys, 2, *plain, *more)
+        assert said(capsys, *plain, *more, f"--bpe_file={rank_file[0]}") == expected
+        shutil.rmtree(tmp_path / out)
+
+
+def test_the_sample_after_a_run_finds_the_ranks(tmp_path):
+    (tmp_path / "gpt2.tiktoken").touch()
+    last = f"--data_dir={tmp_path}"
+    assert then_sample.ranks_of(["python", "t.py", "--data_dir=no", last]) == [last]
+    assert then_sample.ranks_of(["python", "t.py", "--data_dir=no"]) == then_sample.ranks_of(["python", "t.py"]) == []
 
 
 @pytest.mark.parametrize("encoding, count", [("bytes", 200), ("gpt2", 50)])

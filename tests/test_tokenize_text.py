@@ -24,7 +24,12 @@ spec.loader.exec_module(tokenize_text)
 def read_shards(out):
     """{split: tokens}, after checking headers, sizes, names and hashes against the manifest."""
     manifest = json.loads((out / "manifest.json").read_text())
+    kept = manifest.pop("vocabulary", None)
     assert set(manifest) == {"encoding", "source", "held_out", "files"}
+    assert bool(kept) == (manifest["encoding"] == "gpt2")
+    if kept:
+        assert kept == {"name": "gpt2.tiktoken", "sha256": hashlib.sha256(
+            (out / "gpt2.tiktoken").read_bytes()).hexdigest()}
     tokens = {"train": [], "val": []}
     for entry in manifest["files"]:
         raw = (out / entry["name"]).read_bytes()
@@ -35,7 +40,8 @@ def read_shards(out):
         assert len(raw) == 1024 + 2 * entry["tokens"]
         assert entry["sha256"] == hashlib.sha256(raw[1024:]).hexdigest()
         tokens[entry["split"]].append(np.frombuffer(raw[1024:], dtype="<u2"))
-    assert {path.name for path in out.iterdir()} == {entry["name"] for entry in manifest["files"]} | {"manifest.json"}
+    names = {entry["name"] for entry in [*manifest["files"], *[kept] * bool(kept)]} | {"manifest.json"}
+    assert {path.name for path in out.iterdir()} == names
     return manifest, {split: np.concatenate(parts) for split, parts in tokens.items()}
 
 
@@ -296,7 +302,7 @@ def test_tiktoken_without_a_network(tmp_path, monkeypatch, capsys):
     assert tokenize_text.main([file, "--out", str(tmp_path / "out")]) == 2
     error = sentence(capsys)
     assert "--bpe_file" in error and "--encoding bytes" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 BAD_INPUTS = {
@@ -354,7 +360,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, name):
     assert tokenize_text.main([good, str(tmp_path / name), "--out", str(out), "--encoding", "bytes",
                                "--shard_tokens", "500"]) == 2
     assert words in sentence(capsys)
-    assert not list(out.iterdir())
+    assert not out.exists()
 
 
 def test_a_failed_run_leaves_the_last_good_one(tmp_path, capsys):
@@ -371,7 +377,7 @@ def test_copies_alone_leave_a_split_empty(tmp_path, capsys):
     assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 2
     error = sentence(capsys)
     assert "no document fell to val" in error and "--val_fraction" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("texts, fraction, val", [
@@ -419,7 +425,7 @@ def test_any_number_of_documents_works_at_once(tmp_path, capsys):
 def test_standard_input_alone_and_a_single_character(tmp_path):
     run = partial(subprocess.run, [sys.executable, str(SCRIPT), "-", "--out", str(tmp_path / "out"), "--encoding",
                                    "bytes"], capture_output=True, timeout=60, check=False)
-    assert run(input=b"a").returncode == 2 and not list((tmp_path / "out").iterdir())
+    assert run(input=b"a").returncode == 2 and not (tmp_path / "out").exists()
     assert run(input=b"words and words\n" * 50).returncode == 0
     assert len(read_shards(tmp_path / "out")[1]["val"]) == 1 + 16 * 4
 
@@ -443,6 +449,48 @@ def test_bad_rank_file(tmp_path, capsys, content):
     file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5))
     assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(path)]) == 2
     assert str(path) in (error := sentence(capsys)) and "--bpe_file" in error
+
+
+def test_ranks_are_kept_beside_the_shards(tmp_path, rank_file, capsys):
+    pytest.importorskip("tiktoken")
+    file, out = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5)), tmp_path / "out"
+    make = partial(tokenize_text.main, [file, "--out", str(out), "--bpe_file", str(rank_file[0])])
+    assert tokenize_text.kept_ranks(out) is None and make() == 0
+    read_shards(out)
+    assert tokenize_text.kept_ranks(out) == out / "gpt2.tiktoken"
+    assert tokenize_text.gpt2_ranks(out / "gpt2.tiktoken") == tokenize_text.gpt2_ranks(rank_file[0])
+    raw = (out / "gpt2.tiktoken").read_bytes()
+    for damage in (raw[:-9], raw[:50] + bytes([raw[50] ^ 1]) + raw[51:], None):
+        (out / "gpt2.tiktoken").unlink()
+        if damage:
+            (out / "gpt2.tiktoken").write_bytes(damage)
+        with pytest.raises(tokenize_text.Problem, match="gpt2.tiktoken is missing or not as its manifest.json says"):
+            tokenize_text.kept_ranks(out)
+        assert make() == 0, "the next run writes it anew"
+    assert tokenize_text.main([file, "--out", str(out), "--encoding", "bytes"]) == 0
+    read_shards(out)  # which refuses ranks beside bytes
+    assert tokenize_text.kept_ranks(out) is None
+
+
+def test_ranks_of_tiktoken_itself_are_kept_too(tmp_path, rank_file, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = tokenize_text.gpt2_ranks(rank_file[0])
+    own = tiktoken.Encoding("gpt2", pat_str=tokenize_text.GPT2_PATTERN, mergeable_ranks=ranks,
+                            special_tokens={"<|endoftext|>": 50256})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": own}.get)
+    tokenize_text.codec.cache_clear()
+    file, out = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5)), tmp_path / "out"
+    assert tokenize_text.main([file, "--out", str(out), "--workers", "1"]) == 0
+    read_shards(out)
+    assert tokenize_text.gpt2_ranks(tokenize_text.kept_ranks(out)) == ranks
+    tokenize_text.codec.cache_clear()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new" / "deeper", tmp_path / "there"):
+        assert tokenize_text.main([str(tmp_path / "absent.txt"), "--out", str(out), "--encoding", "bytes"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["there"], "a folder of the user's stays"
 
 
 def test_out_is_a_file(tmp_path, capsys):
