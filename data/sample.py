@@ -165,7 +165,10 @@ def run(args):
     bpe_file = args.bpe_file
     if saved["encoding"] == "gpt2" and not bpe_file:
         bpe_file = ranks_beside(args.data_dir, saved["knobs"])
-    encode, decode = tokenize_text.codec(saved["encoding"], bpe_file)
+    try:
+        encode, decode = tokenize_text.codec(saved["encoding"], bpe_file)
+    except Problem as problem:
+        raise Problem(f"{problem}, or as --data_dir the folder of shards that keeps it") from None
     script = load_script(path.with_name("train_gpt.py"))
     count = args.tokens or DEFAULT_TOKENS[saved["encoding"]]
     with fitting(path):
