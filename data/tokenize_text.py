@@ -203,8 +203,10 @@ def kept_ranks(folder):
         expected = json.loads((folder / "manifest.json").read_bytes())["vocabulary"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    path = folder / RANKS
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+    path, found = folder / RANKS, None
+    with suppress(OSError):
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
         raise Problem(f"{path} is missing or not as its manifest.json says; make the shards again, or name GPT-2's "
                       "rank file as --bpe_file")
     return path
@@ -316,8 +318,8 @@ def keep_ranks(out, bpe_file):
 def commit(out, facts, files):
     """Gives the parts their names; without a manifest, from the first rename to the last, the folder is unfinished."""
     (out / "manifest.json").unlink(missing_ok=True)
-    for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin"), *out.glob(RANKS)]:
-        path.unlink()  # those of a longer run would mix with these
+    for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin")]:  # a longer run's would mix with these
+        path.unlink()
     for entry in files + ([facts["vocabulary"]] if "vocabulary" in facts else []):
         os.replace(out / (entry["name"] + ".part"), out / entry["name"])
     manifest = json.dumps({**facts, "files": files}, indent=1) + "\n"
@@ -336,7 +338,7 @@ def parse(argv):
     parser = Knobs(description="Text to token shards for train_gpt.py.", allow_abbrev=False)
     add, refuse = parser.add_argument, parser.error
     add("files", nargs="*", metavar="FILES", help="text or .jsonl, - for standard input; none: numpy's docstrings")
-    add("--out", help="folder, whose train_*.bin and val_*.bin are replaced (with no FILES: data/embedded)")
+    add("--out", help="folder for shards and ranks; those there are replaced (with no FILES: data/embedded)")
     add("--encoding", choices=("gpt2", "bytes"), help="default: gpt2, with no FILES bytes; bytes needs no vocabulary")
     add("--bpe_file", "--bpe-file", help="local rank file of GPT-2 instead of tiktoken's own")
     add("--val_fraction", "--val-fraction", type=float, default=0.07, help="share held out for validation (0.07)")
@@ -364,7 +366,7 @@ def run(args):
         files = write_shards(args.out, encoded, args.shard_tokens)
         for split, entries in files.items():
             if not entries:
-                raise Problem(f"no document fell to {split}, as copies fall together; give more that differ or another "
+                raise Problem(f"no document fell to {split}; give more that differ (copies fall together) or another "
                               "--val_fraction")
         facts = {"encoding": args.encoding, "source": source, "held_out": held_out}
         if args.encoding == "gpt2":

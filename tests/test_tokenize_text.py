@@ -468,8 +468,7 @@ def test_ranks_are_kept_beside_the_shards(tmp_path, rank_file, capsys):
             tokenize_text.kept_ranks(out)
         assert make() == 0, "the next run writes it anew"
     assert tokenize_text.main([file, "--out", str(out), "--encoding", "bytes"]) == 0
-    read_shards(out)  # which refuses ranks beside bytes
-    assert tokenize_text.kept_ranks(out) is None
+    assert tokenize_text.kept_ranks(out) is None and (out / "gpt2.tiktoken").exists(), "it may be the user's own"
 
 
 def test_ranks_of_tiktoken_itself_are_kept_too(tmp_path, rank_file, monkeypatch):
