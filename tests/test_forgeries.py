@@ -389,8 +389,8 @@ def baseline_in_one_piece_between_the_runs(box):
 
 @forgery("all", ON_BASELINES)
 def baseline_with_other_knobs_than_the_parent(box):
-    box.edit_all(lambda rows: [rows[0][key].update(muon_lr=0.5) for key in ("knobs", "changed")], "baseline")
-    return "knobs", "'muon_lr': 0.5", f"'muon_lr': {default_of('muon_lr')}"
+    box.edit_all(lambda rows: [rows[0][key].update(gate_lr=0.5) for key in ("knobs", "changed")], "baseline")
+    return "knobs", "'gate_lr': 0.5", f"'gate_lr': {default_of('gate_lr')}"
 
 
 @forgery("all", ON_BASELINES)

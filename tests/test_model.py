@@ -146,7 +146,8 @@ def test_targets_further_ahead_count_by_their_weights():
     for got, exact in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params)):
         assert relative_error(got, exact) < 1e-3
     alone = -each[torch.arange(256), targets].mean().item()  # as in validation
-    assert float(model.losses(model.features(ids, window_tensor(2)), targets).mean()) == pytest.approx(alone, rel=1e-5)
+    plain = model.losses(model.features(ids, window_tensor(2)), targets).mean()
+    assert plain.item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_weights_of_targets_ahead_fall_in_equal_spans():
