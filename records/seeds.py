@@ -55,8 +55,6 @@ def train(script, argv: list[str], source: bytes, seed: int | str, facts: Callab
 def main(argv: list[str]) -> None:
     path = Path(os.environ["TRIAL_SCRIPT"])
     source, script = path.read_bytes(), load(path)
-    if "--help" in argv:
-        return script.main(argv)  # run.sh asks for the presets
     script.torch._dynamo.config.recompile_limit = 64  # of one function for all seeds, and not for one
     named = lambda run: dict(run_id=run.log.run_id)
     for word, *seed in map(str.split, sys.stdin):
