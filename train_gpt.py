@@ -192,8 +192,7 @@ def stages(hp) -> list[Stage]:
     found = []
     for k, (batch, rate) in enumerate(zip(batches, rates)):
         sequences, seq_len = map(int, batch.split("x"))
-        first = k * hp.steps // len(batches)
-        found.append(Stage(first, sequences, seq_len, float(rate)))
+        found.append(Stage(k * hp.steps // len(batches), sequences, seq_len, float(rate)))
     return found
 
 
@@ -1308,8 +1307,7 @@ class Trainer:
 
     @torch.no_grad()
     def average(self, step: int):
-        """Head and matrices get a moving average, from three time constants before the
-        end on."""
+        """Head and matrices get a moving average, from three time constants before the end on."""
         length = span(self.hp.average, self.hp.steps)
         if step < self.hp.steps - 3 * length:
             return

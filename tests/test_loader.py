@@ -11,7 +11,7 @@ from tiny import make_corpus, write_shard
 
 import train_gpt as t
 
-PLAIN = t.PLAIN  # one stage, of documents end to end
+PLAIN = t.PLAIN  # one stage
 
 
 def knobs(folder, **changed):

@@ -82,8 +82,7 @@ class Bench:
         stream, length, count = self.corpus.train, self.hp.train_seq_len, self.hp.sequences_per_step
         whole, pairs = (stream.total - 1) // length, []
         for i in range(self.rank * count, (self.rank + 1) * count):
-            start = i % whole * length
-            pair = stream.pair(start, length)
+            pair = stream.pair(i % whole * length, length)
             pairs.append(tuple(t.pin_memory() for t in pair) if self.cuda else pair)
         return pairs
 

@@ -27,13 +27,6 @@ KNOBS = dict(
     softcap="--logit_cap=30,--logit_shift=0",
     value_embeds="--value_pattern=...........",
 )
-BACKOUT = [
-    ("        self.mix_v, self.mix_input, self.mix_head = (\n            Mix(hp.model_dim, start) for start in "
-     "(nothing, nothing, backout)\n        )\n", "        self.backout = nn.Parameter(torch.full((1,), 0.5))\n"),
-    ("                mixed = self.mix_v(x, streams)\n                x = x + self.mix_input(x, streams)\n",
-     "                mixed = None\n"),
-    ("                seen = norm(x)\n        return norm(x + self.mix_head(x, streams))\n",
-     "                late, seen = x, norm(x)\n        return norm(x - self.backout.type_as(x) * late)\n")]
 LINES = dict(  # name: [(what stands there, what does without)]
     bigrams=[
         ("        self.bigrams = nn.Embedding(hp.bigram_rows, hp.bigram_dim)\n"
@@ -53,7 +46,13 @@ LINES = dict(  # name: [(what stands there, what does without)]
     mix_head=[("        return norm(x + self.mix_head(x, streams))\n", "        return norm(x)\n")],
     mix_input=[("                x = x + self.mix_input(x, streams)\n", "")],
     mix_v=[("                mixed = self.mix_v(x, streams)\n", "")],
-    mixes=BACKOUT,  # but for the backout, which is older
+    mixes=[  # but for the backout, which is older
+        ("        self.mix_v, self.mix_input, self.mix_head = (\n            Mix(hp.model_dim, start) for start in "
+         "(nothing, nothing, backout)\n        )\n", "        self.backout = nn.Parameter(torch.full((1,), 0.5))\n"),
+        ("                mixed = self.mix_v(x, streams)\n                x = x + self.mix_input(x, streams)\n",
+         "                mixed = None\n"),
+        ("                seen = norm(x)\n        return norm(x + self.mix_head(x, streams))\n",
+         "                late, seen = x, norm(x)\n        return norm(x - self.backout.type_as(x) * late)\n")],
     normuon=[("    update = normalize_neurons(update, second_moment, beta2)\n", "")],
     out_init=[("self.out = uniform_matrix(hp.model_dim, hp.model_dim)",
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
