@@ -77,17 +77,16 @@ class Hyperparameters:
     train_seq_len: int = 48 * 1024  # [tokens] training sequence, if without stages; empties them
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; likewise
-    batch_stages: str = "8x16384 16x16384 24x16384"  # [SEQUENCESxTOKENS] of a step; empty = one
+    batch_stages: str = "8x16384 16x16384 24x16384 32x16384"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
-    steps: int = 1600  # [steps] length of the run; spans up to 1 are fractions of it
-    lr_stages: str = "1 1.52 1.73"  # [x lr] learning rates in each of batch_stages; empty = all 1
+    steps: int = 1293  # [steps] length of the run; spans up to 1 are fractions of it
+    lr_stages: str = "1 1.52 1.73 1.93"  # [x lr] learning rates in each of them; empty = all 1
     cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
     lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
-    mtp_weights: str = "0.5 0.25"  # [1] multi-token prediction, see `mtp_weights_at`; empty = off
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the average of head and matrices; 0 = off
@@ -97,6 +96,7 @@ class Hyperparameters:
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 7 9"  # [layers] whose outputs, with x0, last layer and head add (`Mix`)
+    copy_chunk: int = 2048  # [tokens] `Pointer` looks back as far, and up to twice
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -124,7 +124,6 @@ class Hyperparameters:
     muon_lr: float = 0.008  # [lr] matrices of the blocks
     down_scale: float = 4.0  # [x muon_lr] second matrix of an MLP
     muon_decay: float = 1.2  # [1] as head_decay, for the matrices
-    muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
     muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
     muon_momentum_start: float = 0.85  # [1] momentum at the first step and at the last
     # -- fp8
@@ -154,12 +153,14 @@ BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
 PLAIN = dict(batch_stages="", lr_stages="")
-SMALL = dict(PLAIN, mtp_weights="", val_tokens=65_536, window_max=512)
+SMALL = dict(PLAIN, val_tokens=65_536, window_max=512, copy_chunk=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
     "24gb": dict(val_seq_len=64 * 1024),
-    "eighth": dict(batch_stages="1x16384 2x16384 3x16384", val_tokens=2_097_152, val_every=0),
+    "eighth": dict(
+        batch_stages="1x16384 2x16384 3x16384 4x16384", val_tokens=2_097_152, val_every=0
+    ),
     "tiny": dict(
         SMALL, train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2,
         epochs=5, steps=400, layer_pattern="LSSSSL", value_pattern="01..01", late_layer=4,
@@ -248,17 +249,6 @@ def momentum_at(step: int, hp) -> float:
     return (1 - done) * hp.muon_momentum_start + done * hp.muon_momentum
 
 
-def mtp_weights_at(step: int, hp) -> list[float]:
-    """Multi-token prediction (arXiv:2404.19737; @varunneal): weights of the losses of the second,
-    third, ... next token. The first has 1. With n of them the run has n + 1 equal spans: in the
-    first the last weight falls linearly to 0, in the next one the weight before it, and so on; in
-    the last span the next token alone counts."""
-    weights = np.array(hp.mtp_weights.split(), float)
-    n = len(weights)
-    left = np.arange(n, 0, -1) - (n + 1) * step / hp.steps
-    return (weights * left.clip(0, 1)).tolist()
-
-
 def window_scheduler(
     step: int, total_steps: int, window_min: int = 128, window_max: int = 1792
 ) -> int:
@@ -324,12 +314,9 @@ def offset_keys(k: Tensor) -> Tensor:
 
 
 def bigram_index(ids: Tensor, rows: int) -> Tensor:
-    """Row of a table for each token with the one before it: a hash below rows - 1, and the last row
-    for the first token (modded-nanogpt's record 62). ids: (T,) int32, below 2^16 -> (T,) int32."""
-    mixed = (36313 * ids) ^ (27191 * previous(ids))
-    index = mixed % (rows - 1)
-    index[0] = rows - 1
-    return index
+    """Row of a table for each token with the one before it, by a hash (modded-nanogpt's record
+    62). ids: (T,) int32, below 2^16 -> (T,) int32."""
+    return ((36313 * ids) ^ (27191 * previous(ids))) % rows
 
 
 class CausalSelfAttention(nn.Module):
@@ -351,7 +338,7 @@ class CausalSelfAttention(nn.Module):
         if has_value_embed:
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
 
-    def forward(self, x, value_embed, mixed, rotary, mask):
+    def forward(self, x, value_embed, rotary, mask):
         qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x))  # x: (T, D)
         qkv = qkv.view(-1, 3 * self.num_heads, self.head_dim)
         q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
@@ -364,8 +351,6 @@ class CausalSelfAttention(nn.Module):
             both = [t[:, : GATE // 2] for t in (x, value_embed)]
             gate = F.linear(torch.cat(both, 1), self.value_gate.type_as(x)).sigmoid()
             v = v + 2 * gate[..., None] * value_embed.view_as(v)
-        if mixed is not None:
-            v = v + mixed.view_as(v)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
         y = attend(q, k, v, mask)[0].transpose(0, 1)  # (T, H, K)
         gate = F.linear(x[:, :GATE], self.gate.type_as(x)).sigmoid()
@@ -408,6 +393,43 @@ class Mix(nn.Module):
         return sum(w * s for w, s in zip(weights.split(1, 1), streams))
 
 
+class Pointer(nn.Module):
+    """Copying: the next token may be one that the document has already (pointer sentinel,
+    arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention with the features at the end,
+    from each chunk of the sequence to itself and the one before: a token's key is made of what
+    predicted it and of its own features."""
+
+    def __init__(self, hp):
+        super().__init__()
+        self.chunk, self.scale = hp.copy_chunk, hp.attn_scale
+        self.qkk = uniform_matrix(3 * hp.head_dim, hp.model_dim)
+
+    def weights(self, x, input_ids):
+        """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
+        chunks, (n, C, 2 C) fp32, which sum to less than 1, as a score of 0 stands for none; ids of
+        both chunks, (n, 2 C))."""
+        n = 1 << ((len(x) - 1) // self.chunk).bit_length()  # divides T, a multiple of 128
+        q, k, before = F.linear(x, self.qkk.type_as(x)).chunk(3, 1)  # (T, K)
+        q = (norm(q) * self.scale).unflatten(0, (n, -1))
+        k = norm(k + previous(before)).unflatten(0, (n, -1))
+        ids = input_ids.view(n, -1)
+        k = torch.cat((k.roll(1, 0), k), 1)
+        ids = torch.cat((ids.roll(1, 0), ids), 1)
+        docs = (input_ids == EOT).cumsum(0).view(n, -1)
+        docs_before = docs.roll(1, 0)
+        docs_before[0] = -1  # before the first chunk is nothing, not the last one
+        seen = torch.cat((docs_before, docs), 1)[:, None]
+        visible = (docs[..., None] == seen).tril(docs.size(1))
+        scores = (q @ k.mT).float().where(visible, -math.inf)
+        return F.pad(scores, (0, 1)).softmax(-1)[..., :-1], ids
+
+    def forward(self, x, input_ids, targets):
+        """Probability of copying each target of a sequence: x (T, D) -> (T,) fp32."""
+        weights, ids = self.weights(x, input_ids)
+        hits = targets.view(len(ids), -1, 1) == ids[:, None]
+        return (weights * hits).sum(-1).flatten()
+
+
 class Block(nn.Module):
     """One layer: add x0 and bigrams, then attention (none where the letter is -), then the MLP."""
 
@@ -422,15 +444,14 @@ class Block(nn.Module):
         self.mlp = MLP(hp)
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
-    def forward(self, x, x0, bigrams, seen, values, mixed, rotary, masks):
+    def forward(self, x, x0, bigrams, seen, values, rotary, masks):
         """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None for the normed x, up
-        to `late_layer`; values: value embeddings (T, D) by digit; mixed: what the last layer adds
-        to v, (T, D), and None elsewhere; masks: by letter."""
+        to `late_layer`; values: value embeddings (T, D) by digit; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
             value_embed, mask = values.get(self.table_letter), masks[self.window_letter]
-            x = x + self.attn(seen, value_embed, mixed, rotary, mask)
+            x = x + self.attn(seen, value_embed, rotary, mask)
         return x + self.mlp(norm(x))
 
 
@@ -442,12 +463,12 @@ class GPT(nn.Module):
     learned weight, to the input of the mirrored decoder layer. x0, the normed token embedding with
     a share of the token before (`smear`), is added again in every block, and so is a row of
     `bigrams` for the token and the one before it. Attention after `late_layer` reads that layer's
-    output (all three: @classiclarryd). Three `Mix`es sum up x0 and the outputs of `mixed_layers`:
-    `mix_v` for the last layer's v, `mix_input` for its input, and `mix_head` for what the head
-    sees, from which half of `late_layer`'s output is taken at first (backout: @classiclarryd), if
-    it is among them. Weight tying: head and token embedding are one matrix (arXiv:1608.05859),
-    small at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its optimizers:
-    `build_optimizers`, by names and dimensions."""
+    output (all three: @classiclarryd). Two `Mix`es sum up x0 and the outputs of `mixed_layers`:
+    `mix_input` for the last layer, and `mix_head` for what the head sees, from which half of
+    `late_layer`'s output is taken at first (backout: @classiclarryd), if it is among them. A
+    `Pointer` copies from the document. Weight tying: head and token embedding are one matrix
+    (arXiv:1608.05859), small at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its
+    optimizers: `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
@@ -469,18 +490,16 @@ class GPT(nn.Module):
         nn.init.zeros_(self.bigrams.weight)
         self.smear = nn.Parameter(torch.zeros(1))
         backout = [-0.5 * (layer == hp.late_layer) for layer in (-1, *self.mixed_layers)]
-        nothing = [0.0] * len(backout)
         # constants in the order of the streams: x0, then layers from low to high
-        self.mix_v, self.mix_input, self.mix_head = (
-            Mix(hp.model_dim, start) for start in (nothing, nothing, backout)
-        )
+        self.mix_input = Mix(hp.model_dim, [0.0] * len(backout))
+        self.mix_head = Mix(hp.model_dim, backout)
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(depth))
         self.skip_weights = nn.Parameter(torch.ones(depth // 2))
         longest = max(stage.seq_len for stage in stages(hp))
         self.rotary = Rotary(hp.head_dim, max(longest, hp.val_seq_len), hp.rope_base)
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
         self.lm_head.weight = self.embed.weight  # optimizers call it embed, knobs head
-        self.register_buffer("mtp_weights", torch.tensor(mtp_weights_at(0, hp)), persistent=False)
+        self.pointer = Pointer(hp)
         self.set_grad_scale(stages(hp)[0].seq_len)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
@@ -497,15 +516,14 @@ class GPT(nn.Module):
         bigrams = F.pad(pairs, (0, x.size(1) - pairs.size(1)))
         x = x0 = norm(x + self.smear.type_as(x) * previous(x))
         # the last pushed is the first popped: layer `half` gets its own input 1 + w times
-        skips, half, seen, mixed = [], len(self.skip_weights), None, None
+        skips, half, seen = [], len(self.skip_weights), None
         streams = [x0]  # what the mixes sum up
         for i, block in enumerate(self.blocks):
             if i >= half and skips:  # of an odd count of layers the last one has no partner
                 x = x + self.skip_weights[i - half] * skips.pop()
             if i == len(self.blocks) - 1:
-                mixed = self.mix_v(x, streams)
                 x = x + self.mix_input(x, streams)
-            x = block(x, x0, bigrams, seen, values, mixed, self.rotary, masks)
+            x = block(x, x0, bigrams, seen, values, self.rotary, masks)
             if i < half:
                 skips.append(x)
             if i in self.mixed_layers:
@@ -515,13 +533,11 @@ class GPT(nn.Module):
         return norm(x + self.mix_head(x, streams))
 
     def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
-        """Training loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32,
-        the mean over its tokens. While `mtp_weights` are above 0, tokens further ahead count too,
-        over borders of documents, and it is no loss to compare with validation's."""
-        n, T = len(self.mtp_weights), len(targets)
-        # row k of (1 + n, T): k + 1 tokens ahead, and -100 past the end
-        shifted = F.pad(targets, (0, n), value=-100).unfold(0, T, 1)
-        return self.losses(self.features(input_ids, window), *shifted).mean()
+        """Loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32, the mean
+        over its tokens."""
+        x = self.features(input_ids, window)
+        copied = self.pointer(x, input_ids, targets)
+        return self.losses(x, copied, targets).mean()
 
     # ---- 5. Loss
 
@@ -531,19 +547,19 @@ class GPT(nn.Module):
         is likely sooner than what is not (@classiclarryd)."""
         return self.cap * torch.sigmoid((self.lm_head(x).float() + self.shift) / self.temp)
 
-    def losses(self, x: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy of each row with the first targets, all that validation gives, plus that
-        with each further ones by its weight in `mtp_weights`. x: (n, D), targets: (n,) int64 each,
-        -100 scores 0 -> (n,) fp32 nats. Logits never exceed the cap, so it serves as the softmax's
-        maximum; targets are picked in the same pass over V."""
-        logits = self.logits(x)
+    def losses(self, x: Tensor, copied: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each row: x (n, D), targets (n,) int64, -100 scores 0 -> (n,) fp32 nats.
+        One row of V is nobody's: of its share of the softmax, `copied` (n,), the pointer's
+        probability of the target, is the target's too. Logits never exceed the cap, so it serves as
+        the softmax's maximum; all is picked in the same pass over V."""
+        logits = self.logits(x) - self.cap  # 0 at most
         columns = torch.arange(logits.size(-1), device=x.device)
-        log_total = (logits - self.cap).exp().sum(-1).log() + self.cap
-        total = hits = 0.0
-        for weight, target in zip((1.0, *self.mtp_weights.unbind()), targets):
-            total = total + weight * (target >= 0)
-            hits = hits + weight * (target.clamp(max=self.last_row)[:, None] == columns)
-        return total * log_total - (hits * logits).sum(-1)
+        rows = targets.clamp(max=self.last_row)[:, None]
+        own = (logits * (columns == rows)).sum(-1)
+        share = logits[:, self.last_row + 1]
+        gain = (copied * (share - own).exp()).log1p()
+        losses = logits.exp().sum(-1).log() - own - gain
+        return losses * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
@@ -798,32 +814,17 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """Divide each row (each column, of a wide matrix) by the root of the moving average of its mean
-    square, and give each matrix its norm back (NorMuon, arXiv:2510.05491; @li_zichong).
-    update: (N, R, C); second_moment: (N, max(R, C)) fp32, changed in place."""
-    N, R, C = update.shape
-    axis = 2 if R >= C else 1
-    update = update.float()
-    second_moment.lerp_(update.square().mean(axis), 1 - beta2)
-    scaled = update * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(axis)
-    size = update.norm(dim=(1, 2), keepdim=True)
-    return scaled * (size / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
-
-
 def muon_update(
-    grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: Tensor, lr: Tensor,
-    beta2: float, divisor: Tensor
+    grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, lr: Tensor, divisor: Tensor
 ) -> Tensor:
-    """Nesterov momentum of grad / divisor, orthogonalized, its neurons normalized, times
-    lr * sqrt(max(1, R / C)). grad, momentum_buffer (changed in place): (N, R, C); momentum, lr,
-    divisor (sequences in the sum): 0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and
-    others; in batches: @scottjmaddox, @YouJiacheng."""
+    """Nesterov momentum of grad / divisor, orthogonalized, times lr * sqrt(max(1, R / C)). grad,
+    momentum_buffer (changed in place): (N, R, C); momentum, lr, divisor (sequences in the sum):
+    0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and others; in batches:
+    @scottjmaddox, @YouJiacheng."""
     grad = grad.float() / divisor
     average = torch.lerp(momentum_buffer.float(), grad, 1 - momentum)
     momentum_buffer.copy_(average)
     update = zeropower_via_newtonschulz5(grad.lerp(average, momentum))
-    update = normalize_neurons(update, second_moment, beta2)
     scale = lr * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
     return (update * scale).bfloat16()
 
@@ -1055,14 +1056,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.subtract(bucket.params, steps, shrinkage)
         return loss
 
-    def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
-        """A state of this rank's share of a bucket, of the parameters' dtype, or fp32 if it has a
-        shape of its own; kept under the bucket's first parameter."""
+    def moment(self, bucket: Bucket, name: str) -> Tensor:
+        """A state of this rank's share of a bucket, kept under the bucket's first parameter."""
         first = bucket.params[0]
         state = self.state[first]
         if name not in state:
-            dtype = torch.float32 if shape else first.dtype
-            state[name] = first.new_zeros(shape or bucket.share, dtype=dtype)
+            state[name] = first.new_zeros(bucket.share)
         return state[name]
 
 
@@ -1074,9 +1073,8 @@ class Muon(ShardedOptimizer):
 
     update = staticmethod(muon_update)
 
-    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, decay=0.0, **exchange):
-        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
-        super().__init__(params, defaults, **exchange)
+    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0, **exchange):
+        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay), **exchange)
 
     def make_buckets(self) -> list[Bucket]:
         by_shape = defaultdict(list)
@@ -1102,9 +1100,7 @@ class Muon(ShardedOptimizer):
             flat.view(-1, bucket.unit)[:, : shape.numel()].unflatten(1, shape)
             for flat in (grad, self.moment(bucket, "momentum_buffer"))
         )
-        second = self.moment(bucket, "second_moment", grad.size(0), max(shape))
-        inputs = grad, buffer, second, momentum, lr, group["beta2"], self.grad_divisor
-        update = self.update(*inputs).flatten(1)
+        update = self.update(grad, buffer, momentum, lr, self.grad_divisor).flatten(1)
         padding = bucket.unit - shape.numel()
         return (F.pad(update, (0, padding)) if padding else update).flatten()
 
@@ -1165,7 +1161,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
     exchange = dict(grad_comm=hp.grad_comm, world_size=world_size)
     adam = Adam([group for group in groups if "betas" in group], eps=hp.adam_eps, **exchange)
     matrices = [group for group in groups if "betas" not in group]
-    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)]
+    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, **exchange)]
 
 
 # ---- 10. Tokens
@@ -1250,28 +1246,27 @@ class Trainer:
     def __init__(self, hp, model: GPT, optimizers, rank=0, world_size=1):
         self.hp, self.model, self.optimizers = hp, model, optimizers
         self.rank, self.world_size = rank, world_size
-        self.forward, self.features, self.losses = model, model.features, model.losses
+        self.forward, self.features = model, model.features
+        self.pointer, self.losses = model.pointer, model.losses
         self.device = model.embed.weight.device
         self.cuda = self.device.type == "cuda"
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
 
     def compile(self):
-        parts = self.model, self.features, self.losses
-        self.forward, self.features, self.losses = map(compiled, parts)
+        parts = self.model, self.features, self.pointer, self.losses
+        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)
         for optimizer in self.optimizers:
             optimizer.compile()
 
     def set_schedules(self, step: int):
-        """Set all that changes between steps: window, weights of targets ahead, rates, momentum,
-        and at a stage's border FP8's gradient scale and the divisor. Compiled code sees them as
-        tensors, so nothing recompiles. A new stage's shapes come from `prefetch`, their graphs from
-        `warm_up`; weights, moments and the place in the stream just go on."""
+        """Set all that changes between steps: window, rates, momentum, and at a stage's border
+        FP8's gradient scale and the divisor. Compiled code sees them as tensors, so nothing
+        recompiles. A new stage's shapes come from `prefetch`, their graphs from `warm_up`; weights,
+        moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
         self.window.fill_(window_at(step, hp))
         self.model.set_grad_scale(stage.seq_len)
-        for weight, now in zip(self.model.mtp_weights, mtp_weights_at(step, hp)):
-            weight.fill_(now)
         for optimizer in self.optimizers:
             optimizer.grad_divisor.fill_(stage.sequences)
             for group in optimizer.param_groups:
@@ -1348,9 +1343,10 @@ class Trainer:
             input_ids = F.pad(input_ids, (0, length - count), value=EOT).to(self.device)
             targets = F.pad(targets, (0, length - count), value=-100).to(self.device)
             x = self.features(input_ids, self.window)
+            copied = self.pointer(x, input_ids, targets)
             for start in range(0, length, rows):
                 part = slice(start, start + rows)
-                losses = self.losses(x[part], targets[part])
+                losses = self.losses(x[part], copied[part], targets[part])
                 sums[piece] += losses.double().sum()
                 for kept in each:
                     kept[piece, part] = losses
@@ -1478,14 +1474,14 @@ ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
-    "batch_stages layer_pattern value_pattern late_layer mixed_layers bigram_rows bigram_dim "
-    "model_dim num_heads mlp_ratio attn_scale rope_base logit_cap logit_shift logit_temp"
+    "batch_stages layer_pattern value_pattern late_layer mixed_layers copy_chunk bigram_rows "
+    "bigram_dim model_dim num_heads mlp_ratio attn_scale rope_base logit_cap logit_shift logit_temp"
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
     "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
-    "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
+    "table_decay muon_lr muon_decay muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")
@@ -1621,10 +1617,6 @@ def check(hp, world_size: int):
     require(
         mixed.issuperset(hp.mixed_layers.split()),
         f"--mixed_layers={hp.mixed_layers!r} must be numbers of layers, from 0 on"
-    )
-    require(
-        all(re.fullmatch("[0-9]*[.]?[0-9]+", weight) for weight in hp.mtp_weights.split()),
-        f"--mtp_weights={hp.mtp_weights!r} must be numbers, such as '0.5 0.25'"
     )
     require(
         hp.window_min <= hp.window_max,
