@@ -1,4 +1,4 @@
-"""GPT Sprint: train a GPT-2-class language model (355 M parameters, 114 M in matmuls), fast.
+"""GPT Sprint: train a GPT-2-class language model (356 M parameters, 114 M in matmuls), fast.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the full FineWeb run, 8 H100s
     python train_gpt.py                               # the same steps on one GPU, by accumulation

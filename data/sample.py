@@ -7,7 +7,7 @@
 weights.pt holds numbers and knobs only. The model is built by the train_gpt.py beside it, the very script that ran, so
 weights of any age go with their own code. That file is run as Python: name no folder whose script you would not start.
 What is used of it: Hyperparameters (train_seq_len, val_seq_len, window_max), GPT(hp, vocab_size) with features, logits,
-last_row and use_flex, place, BLOCK and EOT.
+last_row and use_flex, its pointer if it has one, place, BLOCK and EOT.
 
 GPT-2's vocabulary is --bpe_file, else what data/tokenize_text.py kept beside the shards, else tiktoken's own.
 
@@ -113,6 +113,18 @@ def choose(logits, temperature, generator):
     return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
 
 
+def next_logits(model, input_ids, window, at):
+    """Logits (V,) of the token after input_ids[at]. Where the model has a pointer, the share of the row after the last
+    token's goes to what that finds in the document."""
+    x = model.features(input_ids, window)
+    logits = model.logits(x[at : at + 1])[0]
+    if not hasattr(model, "pointer"):
+        return logits
+    (weights, ids), shares = model.pointer.weights(x, input_ids), logits.softmax(0)
+    rows = ids[at // weights.size(1)].clamp(max=model.last_row)
+    return shares.index_add(0, rows, shares[model.last_row + 1] * weights.flatten(0, 1)[at]).log()
+
+
 @torch.no_grad()
 def generate(script, hp, model, ids, count, temperature, seed):
     """Up to `count` ids that follow `ids`; where the document ends before, its end is the last of them."""
@@ -125,10 +137,9 @@ def generate(script, hp, model, ids, count, temperature, seed):
         context = (ids + new)[-longest:]
         padding = [script.EOT] * (-len(context) % script.BLOCK)  # later documents: nothing before them sees them
         input_ids = torch.tensor(context + padding, dtype=torch.int32, device=device)
-        last = model.features(input_ids, window)[len(context) - 1 : len(context)]
+        logits = next_logits(model, input_ids, window, len(context) - 1)
         # further rows are no tokens, and no text begins with its end
-        logits = model.logits(last)[0, : model.last_row + (len(ids + new) > 1)]
-        new.append(choose(logits.float().cpu(), temperature, generator))
+        new.append(choose(logits[: model.last_row + (len(ids + new) > 1)].float().cpu(), temperature, generator))
     return new
 
 

@@ -38,9 +38,8 @@ def rotated(x: Tensor, base: float) -> Tensor:
     return torch.cat((z.real, z.imag), dim=-1)
 
 
-def gated_attention(attn, seen: Tensor, value: Tensor | None, more: Tensor, visible_keys: Tensor, hp) -> Tensor:
-    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding; more:
-    (T, D), added to v."""
+def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tensor, hp) -> Tensor:
+    """A layer's attention, head by head in float64. seen: (T, D), what it reads; value: its value embedding."""
     width, heads = hp.head_dim, []
     for h in range(hp.num_heads):
         own = slice(h * width, h * width + width)
@@ -54,7 +53,6 @@ def gated_attention(attn, seen: Tensor, value: Tensor | None, more: Tensor, visi
         if value is not None:
             read = torch.cat((seen[:, :6], value[:, :6]), 1)
             v = v + 2 * torch.sigmoid(read @ attn.value_gate[h].double())[:, None] * value[:, own]
-        v = v + more[:, own]
         y = attention(q[None, None], k[None, None], v[None, None], visible_keys)[0, 0]
         heads.append(torch.sigmoid(seen[:, :12] @ attn.gate[h].double())[:, None] * y)
     return torch.cat(heads, 1) @ attn.out.double().T
@@ -74,8 +72,7 @@ def summed(mix, x: Tensor, streams: list[Tensor]) -> Tensor:
 def features(model, hp, ids: Tensor, window: int) -> Tensor:
     """GPT.features of a byte model, layer by layer in float64, from its parameters."""
     rows = [min(int(i), 256) for i in ids]
-    last = hp.bigram_rows - 1
-    pairs = [last] + [(36313 * b ^ 27191 * a) % last for a, b in zip(rows, rows[1:])]
+    pairs = [(36313 * b ^ 27191 * a) % hp.bigram_rows for a, b in zip(rows[:1] + rows, rows)]
     embed, bigrams = model.embed.weight.double()[rows], model.bigrams.weight.double()[pairs]
     bigrams = torch.cat((bigrams, bigrams.new_zeros(len(rows), hp.model_dim - hp.bigram_dim)), 1)
     x = x0 = rms(torch.stack([e + model.smear.double() * (embed[t - 1] if t else 0) for t, e in enumerate(embed)]))
@@ -84,9 +81,7 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
         block, partner = model.blocks[i], 2 * (depth // 2) - 1 - i
         if depth // 2 <= i < 2 * (depth // 2):
             x = x + model.skip_weights[i - depth // 2].double() * outputs[partner]
-        more = torch.zeros_like(x)
         if i == depth - 1:
-            more = summed(model.mix_v, x, streams)
             x = x + summed(model.mix_input, x, streams)
         a, b, c = block.lambdas.double()
         x = a * x + b * x0 + c * bigrams
@@ -94,7 +89,7 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
             seen = rms(outputs[hp.late_layer] if i > hp.late_layer else x)
             value = None if table == "." else model.value_embeds[table].weight.double()[rows]
             keys = visible(ids, window if letter == "L" else max(window // 2, 1))
-            x = x + gated_attention(block.attn, seen, value, more, keys, hp)
+            x = x + gated_attention(block.attn, seen, value, keys, hp)
         x = x + (rms(x) @ block.mlp.up.double().T).clamp(min=0) ** 2 @ block.mlp.down.double().T
         outputs.append(x)
         if str(i) in hp.mixed_layers.split():
@@ -102,14 +97,20 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
     return rms(x + summed(model.mix_head, x, streams))
 
 
-def normalized(update: Tensor, second: list[float], beta2: float) -> Tensor:
-    """One matrix, each neuron (a row, or a column of a wide matrix) over the root of its mean square's average."""
-    rows = update if update.size(0) >= update.size(1) else update.T
-    for i, row in enumerate(rows):
-        second[i] = beta2 * second[i] + (1 - beta2) * float((row**2).mean())
-    scaled = torch.stack([row / second[i] ** 0.5 for i, row in enumerate(rows)])
-    scaled = scaled * (update.norm() / scaled.norm())
-    return scaled if rows is update else scaled.T
+def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
+    """`Pointer` in float64, token by token: what each token of the document so far, in the token's chunk and the one
+    before, weighs against e^0 for none; x: (T, D) -> (T,), the share of those that are the target."""
+    query, own, before = (x.double() @ matrix.double().T for matrix in pointer.qkk.chunk(3))
+    keys = rms(torch.stack([own[t] + before[max(t - 1, 0)] for t in range(len(x))]))
+    scores = rms(query) * scale @ keys.T
+    found, start = [], 0
+    for t, token in enumerate(ids.tolist()):
+        start = t if token == EOT else start
+        seen = range(max(start, (t // chunk - 1) * chunk), t + 1)
+        weights = {s: scores[t, s].exp() for s in seen}
+        hits = [weights[s] for s in seen if ids[s] == targets[t]]
+        found.append(sum(hits, x.new_zeros((), dtype=torch.float64)) / (1 + sum(weights.values())))
+    return torch.stack(found)
 
 
 def subtracted(weight: Tensor, step: Tensor, shrinkage: float) -> Tensor:
@@ -139,15 +140,15 @@ class SlowAdam:
 class SlowMuon:
     """Muon of one matrix likewise, around an orthogonalization that it is given."""
 
-    def __init__(self, weight: Tensor, lr: float, momentum: float, beta2: float, decay: float, orthogonalize):
-        self.lr, self.momentum, self.beta2, self.decay, self.orthogonalize = lr, momentum, beta2, decay, orthogonalize
-        self.weight, self.second = weight.detach().double(), [0.0] * max(weight.shape)
+    def __init__(self, weight: Tensor, lr: float, momentum: float, decay: float, orthogonalize):
+        self.lr, self.momentum, self.decay, self.orthogonalize = lr, momentum, decay, orthogonalize
+        self.weight = weight.detach().double()
         self.average = torch.zeros_like(self.weight)
 
     def step(self, grad: Tensor) -> Tensor:
         self.average = self.momentum * self.average + (1 - self.momentum) * grad
         update = self.orthogonalize(self.momentum * self.average + (1 - self.momentum) * grad)
-        update = normalized(update, self.second, self.beta2) * max(1, grad.size(0) / grad.size(1)) ** 0.5
+        update = update * max(1, grad.size(0) / grad.size(1)) ** 0.5
         self.weight = subtracted(self.weight, (self.lr * update).bfloat16(), self.decay * self.lr**2)
         return self.weight
 

@@ -203,7 +203,8 @@ def test_a_score_is_the_mean_over_tokens_of_each_source(weights, monkeypatch):
         for first in range(0, 1400, hp.val_seq_len):
             ids, targets = tokens[first : first + hp.val_seq_len], tokens[first + 1 : first + hp.val_seq_len + 1]
             ids, count = torch.cat((ids, torch.full((hp.val_seq_len,), tg.EOT)))[: hp.val_seq_len], len(targets)
-            each += model.losses(model.features(ids.int(), window)[:count], targets).tolist()
+            x, targets = model.features(ids.int(), window), torch.cat((targets, targets[:1].expand(len(ids) - count)))
+            each += model.losses(x, model.pointer(x, ids, targets), targets)[:count].tolist()
     source_of = ["web"] * 300 + ["code"] * 300 + ["old_books"] * 100 + ["news"] * 300 + ["web"] * 400
     by_hand = {name: sum(loss for loss, s in zip(each, source_of) if s == name) / n for name, n in SOURCES.items()}
     found = score.score(made, hp, folder)

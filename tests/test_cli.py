@@ -62,8 +62,6 @@ def test_types():
     ("--late_layer=99", ["--late_layer=99", "layers"]),
     ("--bigram_rows=0", ["--bigram_rows must be above 0"]),
     ("--average=-1", ["--average must not be below 0"]),
-    ("--mtp_weights=0.5 x", ["--mtp_weights", "numbers"]),
-    ("--mtp_weights=-1", ["--mtp_weights", "numbers"]),
     ("--mixed_layers=3 11", ["--mixed_layers", "layers"]),
     ("--mixed_layers=1.5", ["--mixed_layers", "layers"]),
     ("--seed=99999999999999999999", ["--seed takes"]),
@@ -103,10 +101,11 @@ def test_ranks_that_do_not_divide_the_step_name_those_that_do():
 
 
 def test_ranks_must_divide_every_stage():
-    argument = "--batch_stages=4x128 8x256 12x128"
-    assert "divisors of 4" in refusal(argument, world=8) and argument in refusal(argument, world=8)
-    t.check(t.parse_overrides([argument]), 4)
-    assert "--steps=2" in refusal(argument, "--steps=2") and "3 --batch_stages" in refusal(argument, "--steps=2")
+    argument, rates = "--batch_stages=4x128 8x256 12x128", "--lr_stages=1 2 3"
+    assert "divisors of 4" in refusal(argument, rates, world=8) and argument in refusal(argument, rates, world=8)
+    t.check(t.parse_overrides([argument, rates]), 4)
+    assert "--steps=2" in refusal(argument, rates, "--steps=2")
+    assert "3 --batch_stages" in refusal(argument, rates, "--steps=2")
 
 
 def test_both_forms_of_a_batch_are_refused_and_a_preset_gives_way(monkeypatch):

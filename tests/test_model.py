@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import EOT, SlowAdam, features, relative_error, rotated
+from reference import EOT, SlowAdam, copied, features, relative_error, rotated
 from small import ROWS, documents, small_hp, small_model, trainer, window_tensor
 
 import train_gpt as tg
@@ -102,7 +102,9 @@ def test_the_loss_at_the_start_is_that_of_guessing():
     hp = small_hp()
     model = small_model(hp)
     (ids, targets), = documents(hp, 1)
-    assert model(ids, targets, window_tensor(2)).item() == pytest.approx(math.log(ROWS), abs=5e-3)  # a small head
+    guess = model.losses(model.features(ids, window_tensor(2)), torch.zeros(256), targets).mean().item()
+    assert guess == pytest.approx(math.log(ROWS), abs=5e-3), "of a small head"
+    assert guess - 0.05 < model(ids, targets, window_tensor(2)).item() < guess, "and copying helps at once"
     logits = model.logits(torch.zeros(3, 64))
     assert torch.allclose(logits, torch.full((3, ROWS), 30 / (1 + math.exp(-5 / 7.5))), rtol=1e-6)
 
@@ -119,47 +121,56 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
     z = F.linear(x, model.lm_head.weight).double()
     logits = 30 * torch.sigmoid((z + 5) / 7.5)
     assert relative_error(model.logits(x), logits) < 1e-6
-    for t in (targets, ignored):
-        ours, want = model.losses(x, t), F.cross_entropy(logits, t, reduction="none", ignore_index=-100)
+    for t, found in ((targets, torch.zeros(50)), (ignored, torch.zeros(50)), (ignored, torch.rand(50, generator=g))):
+        found = torch.where(t < 0, 0, found).requires_grad_()  # of the share of nobody's row, 257
+        shares = logits.softmax(1)
+        want = -(shares[torch.arange(50), t.clamp(min=0)] + found * shares[:, 257]).log() * (t >= 0)
+        ours = model.losses(x, found, t)
         assert torch.allclose(ours.double(), want, atol=1e-5) and ours.dtype == torch.float32
         weight = torch.rand(50, generator=g)
-        inputs = (x, model.lm_head.weight)
+        inputs = (x, model.lm_head.weight, found)
         got = torch.autograd.grad((ours * weight).sum(), inputs)
         for a, b in zip(got, torch.autograd.grad((want * weight).sum(), inputs, retain_graph=True)):
             assert relative_error(a, b) < 1e-4
+    plain = F.cross_entropy(logits, ignored, reduction="none", ignore_index=-100)
+    assert torch.allclose(model.losses(x, torch.zeros(50), ignored).double(), plain, atol=1e-5)
     assert not ours[::7].any() and ours[1:7].all()
 
 
-def test_targets_further_ahead_count_by_their_weights():
-    """Against a sum over positions and targets; at the end of a sequence there are fewer, and the mean is over all."""
-    hp = small_hp(mtp_weights="0.7 0.3 0.1")
+@pytest.mark.parametrize("chunk, length", [(64, 512), (512, 512), (10_000, 512), (100, 384)])
+def test_the_pointer_is_the_one_written_out(chunk, length):
+    """With gradients, against float64 token by token. Chunks are at least half as long as the knob says."""
+    hp = small_hp(copy_chunk=chunk, attn_scale=0.5)
+    pointer = small_model(hp, awake=True).pointer
+    g = torch.Generator().manual_seed(2)
+    x = tg.norm(torch.randn(length, 64, generator=g)).requires_grad_()
+    ids = torch.randint(0, 5, (length + 1,), generator=g)
+    ids[[0, 1, 190, 191, 333]] = EOT
+    ids, targets = ids[:-1].int(), ids[1:]
+    real = {64: 64, 512: 512, 10_000: 512, 100: 96}[chunk]
+    inputs, weight = [x, pointer.qkk], torch.randn(length, generator=g)
+    ours = with_gradients(pointer(x, ids, targets), inputs, weight)
+    for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
+        assert want.any() and relative_error(got, want) < 1e-5
+    assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
+
+
+def test_all_tokens_and_nobodys_row_have_a_probability_of_one():
+    hp = small_hp()
     model = small_model(hp, awake=True)
     (ids, targets), = documents(hp, 1)
-    model.mtp_weights.copy_(torch.tensor([0.5, 0.0, 0.25]))
-    params = [*model.parameters()]
-    targets = targets.clamp(max=256)
-    loss = model(ids, targets, window_tensor(2))
-    each = torch.log_softmax(model.logits(model.features(ids, window_tensor(2))).double(), 1)
-    pairs = [(t, k, weight) for t in range(256) for k, weight in ((0, 1), (1, 0.5), (3, 0.25)) if t + k < 256]
-    want = -sum(weight * each[t, targets[t + k]] for t, k, weight in pairs) / 256
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    for got, exact in zip(torch.autograd.grad(loss, params), torch.autograd.grad(want, params)):
-        assert relative_error(got, exact) < 1e-3
-    alone = -each[torch.arange(256), targets].mean().item()  # as in validation
-    plain = model.losses(model.features(ids, window_tensor(2)), targets).mean()
-    assert plain.item() == pytest.approx(alone, rel=1e-5)
-
-
-def test_weights_of_targets_ahead_fall_in_equal_spans():
-    hp = small_hp(steps=30, mtp_weights="0.5 0.25")
-    for step in range(30):
-        third = 3 * step / 30
-        want = [0.5 * min(max(2 - third, 0), 1), 0.25 * max(1 - third, 0)]
-        assert tg.mtp_weights_at(step, hp) == pytest.approx(want)
-    assert tg.mtp_weights_at(7, small_hp(mtp_weights="")) == []
-    t = trainer(small_model(hp), hp)
-    t.set_schedules(5)
-    assert t.model.mtp_weights.tolist() == pytest.approx([0.5, 0.125])
+    with torch.no_grad():
+        x = model.features(ids, window_tensor(2))
+        weights, near = model.pointer.weights(x, ids)
+        assert weights.shape == (4, 64, 128) and not weights[0, :, :64].any(), "nothing comes before the first chunk"
+        tokens = torch.tensor([*range(256), EOT])
+        for at in (0, 63, 200, 255):
+            own = weights.view(256, 128)[at]
+            found = ((near[at // 64] == tokens[:, None]) * own).sum(1)
+            likely = (-model.losses(x[at : at + 1].expand(257, -1), found, tokens)).exp()
+            share, *unused = model.logits(x[at : at + 1]).softmax(1)[0, 257:].tolist()
+            assert likely.sum().item() + sum(unused) + share * (1 - own.sum().item()) == pytest.approx(1, abs=1e-5)
+            assert share > 0 and 0 < own.sum() < 1 and found.max() > 0
 
 
 @pytest.mark.parametrize("z", [-1e4, -40.0, 0.0, 40.0, 1e4])
@@ -173,7 +184,7 @@ def test_the_fast_loss_is_exact_up_to_the_greatest_legal_cap(z):
     model.lm_head.forward = lambda x: x
     targets = torch.arange(20)
     want = F.cross_entropy(87 * torch.sigmoid((scores.double() + 5) / 7.5), targets, reduction="none")
-    ours = model.losses(scores, targets)
+    ours = model.losses(scores, torch.zeros(20), targets)
     assert torch.allclose(ours.double(), want, atol=5e-5), (ours - want).abs().max()
     got, exact = (torch.autograd.grad(losses.sum(), scores)[0] for losses in (ours, want))
     assert torch.allclose(got, exact, atol=1e-6) and (exact.any() or abs(z) > 100)
@@ -183,7 +194,8 @@ def test_the_mean_over_the_sequence_is_returned():
     hp = small_hp()
     model = small_model(hp, awake=True)
     (ids, targets), = documents(hp, 1)
-    each = model.losses(model.features(ids, window_tensor(2)), targets)
+    x = model.features(ids, window_tensor(2))
+    each = model.losses(x, model.pointer(x, ids, targets), targets)
     assert each.shape == (256,) and each.std() > 0.1
     assert model(ids, targets, window_tensor(2)).item() == pytest.approx(each.mean().item(), rel=1e-6)
 
@@ -199,7 +211,8 @@ def test_the_document_token_of_a_byte_model_is_row_256():
     for grad in grads:
         assert grad[256].any() and not grad[257:].any() and not grad[100:256].any()
     ends = torch.full((256,), EOT)
-    assert torch.equal(model.losses(x, ends), model.losses(x, torch.full((256,), 256)))
+    none = torch.zeros(256)
+    assert torch.equal(model.losses(x, none, ends), model.losses(x, none, torch.full((256,), 256)))
     with torch.device("meta"):
         assert tg.GPT(hp, 50304).last_row == EOT, "a GPT-2 model reads it as it is"
 
@@ -207,29 +220,31 @@ def test_the_document_token_of_a_byte_model_is_row_256():
 # ---- Who sees whom
 
 
-def every_loss(model, ids, blocks):
+def every_loss(model, ids, blocks, pointing=False):
     """Loss of each position for a fixed target, so that only the inputs tell."""
+    targets = torch.full((len(ids),), 7)
     with torch.no_grad():
-        return model.losses(model.features(ids, window_tensor(blocks)), torch.full((len(ids),), 7))
+        x = model.features(ids, window_tensor(blocks))
+        return model.losses(x, pointing * model.pointer(x, ids, targets), targets)
 
 
-@pytest.mark.parametrize("pattern", ["SS-S", "LS-S"])
-def test_no_later_token_moves_a_loss_and_other_documents_only_by_their_last_token(pattern):
-    """Smearing, bigrams and, of long layers, keys read the token before, be it another document's."""
+@pytest.mark.parametrize("pattern, pointing", [("SS-S", False), ("LS-S", False), ("SS-S", True)])
+def test_no_later_token_moves_a_loss_and_other_documents_only_by_their_last_token(pattern, pointing):
+    """Smearing, bigrams and, of long layers and the pointer, keys read the token before, be it another document's."""
     hp = small_hp(train_seq_len=512, window_max=512, layer_pattern=pattern)
     model = small_model(hp, awake=True)
     ids = torch.randint(0, 100, (512,), generator=torch.Generator().manual_seed(3)).int()
     ids[0] = ids[200] = EOT
-    before = every_loss(model, ids, 4)
+    before = every_loss(model, ids, 4, pointing)
     for place, document in ((50, 200), (199, 200), (201, 512), (300, 512), (511, 512)):
         changed = ids.clone()
         changed[place] = 101
-        moved = (every_loss(model, changed, 4) - before).abs() > 1e-6
+        moved = (every_loss(model, changed, 4, pointing) - before).abs() > 1e-6
         assert moved[place] and not moved[:place].any(), place
         assert moved[place:document].float().mean() > 0.9, "what may move it does"
         if place == 199:
             assert moved[200:].any()
-        elif "L" not in pattern:
+        elif "L" not in pattern and not pointing:
             assert not moved[document:].any(), place
 
 
@@ -268,7 +283,7 @@ def test_the_model_is_the_one_written_out(pattern, values, late):
         model.embed.weight.normal_()
     ids, weight = documents(hp, 1)[0][0], torch.randn(512, 64, generator=torch.Generator().manual_seed(6))
     ids[150:300] = 7  # one document over a block's border
-    names, params = zip(*model.named_parameters())
+    names, params = zip(*[pair for pair in model.named_parameters() if "pointer" not in pair[0]])
     fast, slow = (with_gradients(x, params, weight)
                   for x in (model.features(ids, window_tensor(4)), features(model, hp, ids, 4)))
     single = [i for i, p in enumerate(params, 1) if p.numel() == 1]  # one alone may be next to zero
@@ -293,14 +308,15 @@ def test_what_a_model_starts_with():
     model = small_model(small_hp())
     starts = dict(smear=0.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
     assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
-    assert not model.mix_input.skip_weights.any() and not model.mix_v.skip_weights.any()
+    assert not model.mix_input.skip_weights.any()
     for name, p in model.named_parameters():
         want = starts.get(name.split(".")[-1])
         assert want is None or torch.equal(p, torch.full_like(p, want)), name
     assert all(block.lambdas.tolist() == pytest.approx([1.1, 0, 0.05]) for block in model.blocks)
     assert model.embed.weight is model.lm_head.weight and not model.bigrams.weight.any()
     for matrix, std in ((model.embed.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
-                        (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8)):
+                        (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8),
+                        (model.pointer.qkk, 0.5 / 8)):
         assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.mean().abs() < 0.03 * std
 
 
@@ -310,9 +326,9 @@ def test_bigrams_are_hashed_as_python_does(rows):
     ids = torch.randint(0, 50304, (5000,), generator=g, dtype=torch.int32)
     ids[:3] = torch.tensor([50303, 50303, 0])
     found, tokens = tg.bigram_index(ids, rows), ids.tolist()
-    want = [((36313 * b) ^ (27191 * a)) % (rows - 1) for a, b in zip(tokens, tokens[1:])]
-    assert found.tolist() == [rows - 1, *want] and found.dtype == torch.int32
-    assert rows != 256 or len(set(want)) == 255, "every row is used"
+    want = [((36313 * b) ^ (27191 * a)) % rows for a, b in zip(tokens[:1] + tokens, tokens)]
+    assert found.tolist() == want and found.dtype == torch.int32
+    assert rows != 256 or len(set(want)) == 256, "every row is used"
 
 
 def test_the_token_before_and_keys_from_there():
@@ -331,13 +347,13 @@ def test_the_default_model_has_the_stated_size():
         model = tg.GPT(hp, 50304)
     total = sum(p.numel() for p in model.parameters())
     square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
-    mixes = 3 * (768 + 4) * 64
+    mixes, pointer = 2 * (768 + 4) * 64, 3 * 128 * 768
     gates, scalars = (10 + 5) * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars + mixes
-    assert round(total / 1e6, 1) == 355.4
+    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars + mixes + pointer
+    assert round(total / 1e6, 1) == 355.7
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     assert embeddings == 6 * table + pairs
-    assert total - embeddings + table - gates - scalars - mixes == 114_130_944, "in matmuls"
+    assert total - embeddings + table - gates - scalars - mixes == 114_425_856, "in matmuls"
     assert (len(model.skip_weights), len(model.blocks)) == (5, 11)
     assert hp.num_heads * hp.head_dim == 768 == 6 * hp.head_dim
 

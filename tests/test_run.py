@@ -559,8 +559,9 @@ def test_the_loss_by_source_is_that_of_its_tokens(done, tmp_path, ranks):
     with torch.no_grad():
         for first in range(0, 1200, 512):
             ids = torch.cat((shard[first : min(first + 512, 1200)], torch.full((512,), 50256)))[:512].int()
-            losses = gpt.losses(gpt.features(ids, torch.tensor(t.window_at(8, hp), dtype=torch.int32)),
-                                shard[first + 1 : first + 513])
+            x = gpt.features(ids, torch.tensor(t.window_at(8, hp), dtype=torch.int32))
+            targets = shard[first + 1 : first + 513]
+            losses = gpt.losses(x, gpt.pointer(x, ids, targets), targets)
             for i in range(first, min(first + 512, 1200)):
                 sums[source[i // 300]] += float(losses[i - first])
     found = vals[-1]["sources"].values()
@@ -618,7 +619,7 @@ def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_p
     assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
 
 
-STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8", "--mtp_weights=0.5 0.25",
+STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8",
           "--average=2.0", "--steps=9", "--epochs=3", "--cooldown=0.4")  # averages from step 3 on
 TINY = [knob for knob in KNOBS if not knob.startswith(("--train_seq_len", "--sequences_per_step", "--steps"))]
 

@@ -89,7 +89,7 @@ def logit_gradient(model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
     x: (n, D) -> (n, V) in the dtype of x."""
     z = model.lm_head(x).detach().requires_grad_()
     with torch.enable_grad(), mock.patch.object(model.lm_head, "forward", lambda z: z):
-        return torch.autograd.grad(model.losses(z, targets).sum() / tokens, z)[0]
+        return torch.autograd.grad(model.losses(z, z.new_zeros(len(z)), targets).sum() / tokens, z)[0]
 
 
 def quantise(x: Tensor, dtype: torch.dtype, tile: tuple[int, int], scale: Tensor | None = None) -> tuple:
@@ -292,7 +292,7 @@ class Parts(scaling.Bench):
     def head(self) -> None:
         model, (x, targets) = self.model, self.real_features()
         x.requires_grad_()
-        loss = self.compiled(lambda x, targets: model.losses(x, targets).mean())
+        loss = self.compiled(lambda x, targets: model.losses(x, x.new_zeros(len(x)), targets).mean())
         def work(fp8: bool) -> None:
             model.lm_head.use_fp8, x.grad, model.lm_head.weight.grad = fp8, None, None
             loss(x, targets).backward()
@@ -364,11 +364,13 @@ class Parts(scaling.Bench):
              "to grouped": ms[rank, False] / ms[rank, True], "n": n} for rank in ("alone", *wires, "most")])
 
     def score(self, chunks, rows: int, ids: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each token, `rows` at once. chunks: stands for tg.dense_chunks in dense, uncompiled attention."""
+        """Loss of each token without copying, `rows` at once. chunks: stands for tg.dense_chunks in dense, uncompiled
+        attention."""
         with mock.patch.object(self.model, "use_flex", self.model.use_flex and chunks is None), \
                 mock.patch.object(tg, "dense_chunks", chunks or tg.dense_chunks):
             x = (self.model.features if chunks else self.features)(ids, self.window)
-            return torch.cat([self.losses(x[part], targets[part]) for part in pieces(len(x), min(rows, len(x)))])
+            none, parts = torch.zeros(len(x), device=x.device), pieces(len(x), min(rows, len(x)))
+            return torch.cat([self.losses(x[part], none[part], targets[part]) for part in parts])
 
     @torch.no_grad()
     def longest(self) -> None:

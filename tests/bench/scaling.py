@@ -67,7 +67,8 @@ class Bench:
         torch._dynamo.config.recompile_limit = 256  # one update serves every bucket of every count of ranks
         base = tg.build(hp, tg.VOCAB[self.corpus.encoding], self.rank, self.world, self.device)
         self.model, self.cuda, self.window = base.model, base.cuda, base.window
-        self.forward, self.features, self.losses = base.forward, base.features, base.losses
+        self.forward, self.features = base.forward, base.features
+        self.pointer, self.losses = base.pointer, base.losses
         self.tensors = list(self.model.state_dict().values())
         self.first = [t.clone() for t in self.tensors]
         self.flag = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -120,7 +121,8 @@ class Bench:
         with mock.patch.object(tg.Muon, "make_buckets", make):
             optimizers = tg.build_optimizers(self.model, hp, wire.world)
         made = self.made[key] = tg.Trainer(hp, self.model, optimizers, wire.rank, wire.world)
-        made.forward, made.features, made.losses = self.forward, self.features, self.losses
+        made.forward, made.features = self.forward, self.features
+        made.pointer, made.losses = self.pointer, self.losses
         made.window = self.window
         for optimizer in optimizers if self.cuda else ():
             optimizer.compile()

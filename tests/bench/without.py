@@ -19,11 +19,10 @@ from common import ROOT, make_form  # noqa: E402
 FOLDER = Path(".cache", "without")
 KNOBS = dict(
     average="--average=0",
-    batch_stages="--batch_stages=2x16384,--lr_stages=",  # of the preset eighth: as many tokens
+    batch_stages="--batch_stages=2x20480,--lr_stages=",  # of the preset eighth: as many tokens
     decay="--muon_decay=0,--head_decay=0,--table_decay=0",
     fp8="--fp8=False",
     momentum="--momentum_warmup=0,--momentum_cooldown=0",
-    mtp="--mtp_weights=",
     softcap="--logit_cap=30,--logit_shift=0",
     value_embeds="--value_pattern=...........",
 )
@@ -44,18 +43,28 @@ LINES = dict(  # name: [(what stands there, what does without)]
     key_offset=[("        if self.long:\n            k = offset_keys(k)\n", "")],
     late_input=[("            if i == self.late_layer:\n                seen = norm(x)\n", "")],
     mix_head=[("        return norm(x + self.mix_head(x, streams))\n", "        return norm(x)\n")],
-    mix_input=[("                x = x + self.mix_input(x, streams)\n", "")],
-    mix_v=[("                mixed = self.mix_v(x, streams)\n", "")],
+    mix_input=[("            if i == len(self.blocks) - 1:\n                x = x + self.mix_input(x, streams)\n", "")],
     mixes=[  # but for the backout, which is older
-        ("        self.mix_v, self.mix_input, self.mix_head = (\n            Mix(hp.model_dim, start) for start in "
-         "(nothing, nothing, backout)\n        )\n", "        self.backout = nn.Parameter(torch.full((1,), 0.5))\n"),
-        ("                mixed = self.mix_v(x, streams)\n                x = x + self.mix_input(x, streams)\n",
-         "                mixed = None\n"),
+        ("        self.mix_input = Mix(hp.model_dim, [0.0] * len(backout))\n"
+         "        self.mix_head = Mix(hp.model_dim, backout)\n",
+         "        self.backout = nn.Parameter(torch.full((1,), 0.5))\n"),
+        ("            if i == len(self.blocks) - 1:\n                x = x + self.mix_input(x, streams)\n", ""),
         ("                seen = norm(x)\n        return norm(x + self.mix_head(x, streams))\n",
          "                late, seen = x, norm(x)\n        return norm(x - self.backout.type_as(x) * late)\n")],
-    normuon=[("    update = normalize_neurons(update, second_moment, beta2)\n", "")],
     out_init=[("self.out = uniform_matrix(hp.model_dim, hp.model_dim)",
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
+    pointer=[
+        ("        self.pointer = Pointer(hp)\n", ""),
+        ("        copied = self.pointer(x, input_ids, targets)\n        return self.losses(x, copied, targets)",
+         "        return self.losses(x, 0.0, targets)"),
+        ("        gain = (copied * (share - own).exp()).log1p()\n", "        gain = 0.0\n"),
+        ("        self.pointer, self.losses = model.pointer, model.losses\n", "        self.losses = model.losses\n"),
+        ("        parts = self.model, self.features, self.pointer, self.losses\n"
+         "        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)\n",
+         "        parts = self.model, self.features, self.losses\n"
+         "        self.forward, self.features, self.losses = map(compiled, parts)\n"),
+        ("            copied = self.pointer(x, input_ids, targets)\n", ""),
+        ("x[part], copied[part], t", "x[part], 0.0, t")],
     polar_express=[("    for a, b, c in QUINTICS[:steps]:\n",
                     "    for a, b, c in [(3.4445, -4.7750, 2.0315)] * steps:\n")],
     skips=[("            if i >= half and skips:  # of an odd count of layers the last one has no partner\n"
