@@ -116,10 +116,8 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
     for label, runs in record.sets.items():
         for run, entry in zip(runs, entries(meta)[label]):
             yield from check_run(run)
-            rows = [("seal", f"SHA-256 of its {k}", run.sha256[k], v) for k, v in entry["sha256"].items()]
-            own = run.meta() if run.complete else entry
-            rows += [("headline", f"{k} in its logs", own[k], entry[k]) for k in entry if k != "sha256"]
-            yield from differing(run.name, rows)
+            own = run.meta() if run.complete else {}
+            yield from differing(run.name, [("headline", f"{k} in its logs", v, entry[k]) for k, v in own.items()])
         seeds, recipes = [run.seed for run in runs], {run.recipe for run in runs}
         shared = label != "runs" and record.sets["runs"][0].recipe in recipes
         yield from differing(f"{name}/{label}", [
@@ -165,9 +163,9 @@ def check_meta(record: Record) -> Iterator[Problem]:
     yield from differing(record.folder.name, rows)
 
 def check_parent(record: Record) -> Iterator[Problem]:
-    """A parent is an older record of this track; its script is the baseline's, and a reproduction's own."""
+    """A parent is an older record of this track; the baseline has its script and its knobs."""
     meta, baseline = record.meta, record.sets["baseline"]
-    if not (meta["parent"] or baseline or meta["claim"] in ("record", "systems", "reproduction")):
+    if not (meta["parent"] or baseline or meta["claim"] == "record"):
         return
     path = RECORDS / str(meta["parent"])
     parent = read_record(path) if path.is_dir() and path.name != meta["name"] else None
@@ -176,11 +174,8 @@ def check_parent(record: Record) -> Iterator[Problem]:
              bool(found and found["track"] == meta["track"] and found["date"] <= meta["date"]), True)]
     if found:
         rows += [("script", f"script of baseline {r.name}", r.script_sha256, found["script_sha256"]) for r in baseline]
-        alike = baseline + record.sets["runs"] if meta["claim"] == "reproduction" else baseline
         knobs = json.loads(parent.sets["runs"][0].recipe[1]) if parent.sets["runs"] else None
-        rows += [("knobs", f"knobs of {r.name}, the parent's,", json.loads(r.recipe[1]), knobs) for r in alike]
-        if meta["claim"] == "reproduction":
-            rows.append(("script", "script_sha256, the parent's,", meta["script_sha256"], found["script_sha256"]))
+        rows += [("knobs", f"knobs of {r.name}, the parent's,", json.loads(r.recipe[1]), knobs) for r in baseline]
     yield from differing(record.folder.name, rows)
 
 def check_track(record: Record, track: dict) -> Iterator[Problem]:
@@ -222,20 +217,14 @@ def check_tests(record: Record, track: dict) -> Iterator[Problem]:
     runs, baseline, meta, result = record.sets["runs"], record.sets["baseline"], record.meta, record.meta["result"]
     rows = [("headline", f"result.{k}", result[k], v) for k, v in tested_result(runs, baseline, track).items()
             if not same(result[k], v, 1e-6)]
-    if meta["claim"] in ("record", "systems"):
+    if meta["claim"] == "record":
         time = welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
         rows.append(("gain", f"faster than an interleaved baseline, at p < 0.01 (p is {time and time[3]})",
                      bool(time and time[0] > 0 and time[3] < 0.01 and (result["gain_ms"] or 0) > 0), True))
-    if meta["claim"] == "record" and track["target_loss"] is None:
-        rows.append(("target", "the track's target, which a record needs (claim result instead),", None, "a number"))
-    elif meta["claim"] == "record":
         fine = len(runs) >= track["min_runs"] and result["p"] is not None and result["p"] < track["p"]
-        rows.append(("target", f"a mean below {track['target_loss']} at p < {track['p']} with n >= {track['min_runs']} "
-                     f"(it is {result['val_loss_mean']:.6f}, p = {result['p']}, n = {len(runs)})", fine, True))
-    if meta["claim"] == "systems":
-        gap = welch(losses(runs), losses(baseline))
-        rows.append(("target", f"a loss difference inside +-0.003 (its 95 % interval is {gap and gap[1:3]})",
-                     bool(gap and -0.003 < gap[1] and gap[2] < 0.003), True))
+        rows.append(("target", f"a mean below {track['target_loss']}, the track's target, at p < {track['p']} with "
+                     f"n >= {track['min_runs']} (it is {result['val_loss_mean']:.6f}, p = {result['p']}, n = "
+                     f"{len(runs)})", fine, True))
     yield from differing(record.folder.name, rows)
 
 def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:

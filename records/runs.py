@@ -30,7 +30,7 @@ RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * 
 # Knobs that say where files lie, never what is computed: not compared. Of every script so far, bpe_file and weights of
 # older ones alone.
 PLACES = ("data_dir", "resume", "save", "bpe_file", "weights")
-CLAIMS = ("reference", "record", "systems", "reproduction", "result", "negative")
+CLAIMS = ("reference", "record", "result", "negative")
 TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
 PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
 Problem = tuple[str, str]
@@ -182,7 +182,7 @@ KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_m
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
-STAGE = dict(first=int, sequences=int, seq_len=int, lr=float, doc_cap=(int, MISSING))
+STAGE = dict(first=int, sequences=int, seq_len=int, lr=float, doc_cap=(0, MISSING))
 START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, changed=KNOBS, seed=int, device=str,
              gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT, **SOFTWARE, world_size=int,
              fp8=dict(on=bool, reason=str), attention=str, data=DATA)
@@ -201,7 +201,7 @@ EVENTS = {  # of each format of a run folder
             step=dict(STEPPED, lr=float, momentum=float, window=int, sequences=int, seq_len=int,
                       norms=({...: LOSS}, MISSING)))}
 RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
-                peak_val_mib=COUNT, sha256=dict(log=SHA, metrics=SHA))
+                peak_val_mib=COUNT, sha256=(dict(log=SHA, metrics=SHA), MISSING))  # hashes: of older records
 META = dict(
     format=1, name=NAME, track=TRACK_NAME, claim=CLAIMS, date=DAY, author=str, parent=(NAME, None), summary=str,
     script_sha256=SHA, changed=KNOBS, data=dict(DATA, public=bool), hardware=HARDWARE, software=SOFTWARE,
@@ -227,28 +227,24 @@ class Stage(NamedTuple):
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of a sequence
     lr: float  # multiplier of the learning rates
-    doc_cap: int = 0  # tokens that are read of a document; 0 = the stream end to end, as in all older runs
 
 MOST_STAGES = 1000
 BATCH = re.compile("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")  # SEQUENCES x TOKENS
-CAP = re.compile("[0-9]{1,9}")
 
 def stages_of(knobs: dict) -> list[Stage]:
     """Those of a run with these knobs; without `batch_stages`, as in all of format 1, one. Bad if they are not legal.
     """
     whole = f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}"
-    texts = [knobs.get(name, "") for name in ("batch_stages", "lr_stages", "doc_stages")]
-    fit(texts, [str], "batch_stages, lr_stages and doc_stages")
+    texts = [knobs.get(name, "") for name in ("batch_stages", "lr_stages")]
+    fit(texts, [str], "batch_stages and lr_stages")
     batches = [BATCH.fullmatch(word) for word in (texts[0] or whole).split()]
     rates = [positive(word) for word in texts[1].split()] or [1.0] * len(batches)
-    caps = [CAP.fullmatch(word) and int(word) for word in texts[2].split()] or [0] * len(batches)
-    counts, most = {len(batches), len(rates), len(caps)}, min(knobs["steps"], MOST_STAGES)
-    if len(counts) > 1 or not 0 < len(batches) <= most or None in batches + rates + caps:
-        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}', lr_stages '{safe(texts[1], 80)}', "
-                            f"doc_stages '{safe(texts[2], 80)}' are not as many batches SEQUENCESxTOKENS as numbers "
-                            f"and counts, for {knobs['steps']} steps")
+    most = min(knobs["steps"], MOST_STAGES)
+    if len(batches) != len(rates) or not 0 < len(batches) <= most or None in batches + rates:
+        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}' and lr_stages '{safe(texts[1], 80)}' "
+                            f"are not as many batches SEQUENCESxTOKENS as rates, for {knobs['steps']} steps")
     firsts = [k * knobs["steps"] // len(batches) for k in range(len(batches))]
-    return [Stage(first, int(m[1]), int(m[2]), lr, cap) for first, m, lr, cap in zip(firsts, batches, rates, caps)]
+    return [Stage(first, int(m[1]), int(m[2]), lr) for first, m, lr in zip(firsts, batches, rates)]
 
 def positive(text: str) -> float | None:
     """A number that is finite and not negative, or None."""
@@ -282,7 +278,6 @@ class Run:
     gpu: str | None = None
     gpu_count: int = 0
     peak_mib: int | None = None
-    sha256: dict = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -315,7 +310,7 @@ class Run:
     def meta(self) -> dict:
         """Its entry in a record's meta.json."""
         own = dict(run_id=self.name, seed=self.seed, val_loss=self.val_loss, train_time_ms=self.train_ms)
-        return own | {k: self.end[k] for k in RUN_META if k in self.end and k not in own} | dict(sha256=self.sha256)
+        return own | {k: self.end[k] for k in RUN_META if k in self.end and k not in own}
 
 def read_run(folder: Path) -> Run:
     """A run folder of ours. Bad if a file is missing, a link, too large or not of the format."""
@@ -350,9 +345,8 @@ def read_run(folder: Path) -> Run:
               for kind, loss in (("val", "val_loss"), ("step", "train_loss"))]
     end = next((row for row in events if row["event"] == "end"), {})
     script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
-    hashes = {name.split(".")[0]: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
     return Run(folder.name, folder, script, start["script_sha256"], start["knobs"]["steps"], *curves, start, end,
-               events, start["gpu"], start["gpu_count"], end.get("peak_train_mib"), hashes)
+               events, start["gpu"], start["gpu_count"], end.get("peak_train_mib"))
 
 def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
@@ -462,7 +456,7 @@ def rows_of_stages(run: Run) -> Iterator[tuple]:
         return
     yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
     for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
-        yield "tokens", f"stage {i}", found | dict(doc_cap=found.get("doc_cap", 0)), stage._asdict()
+        yield "tokens", f"stage {i}", {key: found[key] for key in Stage._fields}, stage._asdict()
     yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
            [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
     for row in steps:

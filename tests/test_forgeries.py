@@ -1,5 +1,5 @@
-"""Forged records, each caught by the check that is meant. What the forger sealed afterwards is said of each: nothing,
-the hashes, or all that meta.json and README.md say, so that neither hash nor headline can do the work of a check."""
+"""Forged records, each caught by the check that is meant. The forger computes all that meta.json and README.md say
+anew, so that no headline can do the work of a check."""
 
 import hashlib
 import shutil
@@ -24,16 +24,22 @@ def fast_box(tmp_path_factory, tmp_path):
     return forge.box(tmp_path_factory, tmp_path, "made", "embedded")
 
 
-def forgery(sealed, among=FORGERIES):
+def forgery(make):
     """Adds a forger: make(box) spoils a record, and returns the code and the words of the sentence to expect."""
-    return lambda make: among.append(pytest.param(make, sealed, id=make.__name__)) or make
+    FORGERIES.append(pytest.param(make, id=make.__name__))
+    return make
 
 
-# ---- One edit of the events of one run, and everything sealed
+def on_a_baseline(make):
+    """The same with the record that claims to be faster than its baseline."""
+    ON_BASELINES.append(pytest.param(make, id=make.__name__))
+    return make
+
+
+# ---- One edit of the events of one run
 
 EVENTS = dict(
     loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "headline", "be 4.0"),
-    loss_of_the_end_alone=(lambda rows: at(rows, "end").update(val_loss=4.0), "headline", "is 4.0"),
     knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5",
                           default_of("head_lr")),
     knob_of_one_run=(lambda rows: [rows[0][key].update(head_lr=0.5) for key in ("knobs", "changed")], "knobs",
@@ -42,7 +48,6 @@ EVENTS = dict(
     seed_twice=(lambda rows: [rows[0].update(seed=1), rows[0]["knobs"].update(seed=1), rows[0]["changed"].pop("seed")],
                 "seeds", "[1]"),
     tokens_doubled_at_a_step=(lambda rows: at(rows, "step", 10).update(tokens=5120), "tokens", "5120", "2560"),
-    tokens_doubled_at_the_end=(lambda rows: at(rows, "end").update(tokens=10240), "tokens", "10240", "5120"),
     more_tokens_than_the_stream_has=(lambda rows: [shard.update(tokens=1000) for shard in rows[0]["data"]["train"]],
                                      "tokens", "5120", "2000"),
     rate_of_tokens=(lambda rows: at(rows, "end").update(tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
@@ -52,7 +57,6 @@ EVENTS = dict(
     step_missing=(lambda rows: rows.remove(at(rows, "step", 7)), "truncated", "6, 8", "6, 7, 8"),
     validation_missing=(lambda rows: rows.remove(at(rows, "val", 10)), "truncated", "[0, 20]", "[0, 10, 20]"),
     no_end=(lambda rows: rows.pop(), "truncated", "{}", "('complete', 0, 20)"),
-    end_before_the_last_step=(lambda rows: at(rows, "end").update(steps=19), "truncated", "19", "20"),
     resumed=(lambda rows: rows.insert(1, dict(event="resume", step=5, from_run_id="20200101-000000-abcdef")), "track",
              "resumed", "[]"),
     ranks_of_one_run=(lambda rows: rows[0].update(world_size=2), "headline", "world_size", "2", "1"),
@@ -62,13 +66,9 @@ EVENTS = dict(
         rows.index(at(rows, "val", 10)) + 1 :] if "wall_s" in row], "clock", "gone back by"),
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
     format_of_the_future=(lambda rows: rows[0].update(format=3), "schema", "the format 3", "1 and 2"),
-    switch_for_a_format=(lambda rows: rows[0].update(format=True), "schema", "the format True"),
 )
 OF_FORMAT_1 = dict(
     ranks_against_accumulation=(lambda rows: rows[0].update(grad_accum=3), "tokens", "is 3", "be 2"),
-    stages_in_format_1=(lambda rows: rows[0].update(stages=[]), "schema", "stages is unknown"),
-    stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75), "truncated", "75", "complete"),
-    rate_in_format_1=(lambda rows: at(rows, "step", 10).update(lr=1.0), "schema", "lr is unknown"),
 )
 TWO = (0, 2, 128, 1.0), (10, 4, 128, 1.0)  # the first steps of two stages, their sequences, tokens of one, rates
 
@@ -82,53 +82,37 @@ def staged(change=None, stages=TWO, batch_stages="2x128 4x128", **knobs):
 
 
 OF_FORMAT_2 = dict(
-    accumulation_in_format_2=(lambda rows: rows[0].update(grad_accum=2), "schema", "grad_accum is unknown"),
     step_without_its_rate=(lambda rows: at(rows, "step", 10).pop("lr"), "schema", "lr is missing"),
-    rate_that_is_nan=(lambda rows: at(rows, "step", 10).update(lr="nan"), "schema", "lr is 'nan'"),
     momentum_below_0=(lambda rows: at(rows, "step", 10).update(momentum=-0.5), "schema", "step 10", "-0.5"),
-    window_that_is_no_count=(lambda rows: at(rows, "step", 10).update(window=1.5), "schema", "window is 1.5"),
     norm_that_is_no_number=(lambda rows: at(rows, "step", 10).update(norms=dict(head="large")), "schema", "norms.head"),
     batch_of_a_step=(lambda rows: at(rows, "step", 10).update(sequences=4), "tokens", "(4, 128)", "(2, 128)"),
-    length_of_a_step=(lambda rows: at(rows, "step", 10).update(seq_len=256), "tokens", "(2, 256)", "(2, 128)"),
-    stage_of_the_start_alone=(lambda rows: rows[0]["stages"][0].update(seq_len=64), "tokens", "stage 0", "64", "128"),
     rate_of_a_stage=(lambda rows: rows[0]["stages"][0].update(lr=0.5), "tokens", "stage 0", "'lr': 0.5"),
-    cap_of_a_stage=(lambda rows: rows[0]["stages"][0].update(doc_cap=896), "tokens", "stage 0", "'doc_cap': 896"),
     no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "the number of stages is 0", "be 1"),
     stages_in_the_knobs_alone=(lambda rows: [rows[0][key].update(batch_stages="2x128 4x128") for key in (
         "knobs", "changed")], "tokens", "5120", str(10 * 256 + 10 * 512)),
     batch_before_its_stage=(staged(lambda rows: at(rows, "step", 10).update(sequences=4)), "tokens", "(4, 128)"),
-    batch_after_its_stage=(staged(lambda rows: at(rows, "step", 11).update(sequences=2)), "tokens", "(2, 128)"),
-    tokens_of_one_stage=(staged(lambda rows: at(rows, "end").update(tokens=5120)), "tokens", "5120", "7680"),
-    more_tokens_than_the_stream_has_in_stages=(staged(), "tokens", str(10 * 256 + 10 * 512), "7000"),
     stages_that_are_no_text=(lambda rows: rows[0]["knobs"].update(batch_stages=2), "schema", "batch_stages"),
-    stage_without_sequences=(lambda rows: rows[0]["knobs"].update(batch_stages="0x128"), "schema", "0x128"),
     stages_without_end=(lambda rows: rows[0]["knobs"].update(batch_stages="1x128 " * 21), "schema", "for 20 steps"),
     rates_of_other_stages=(lambda rows: rows[0]["knobs"].update(lr_stages="1 1"), "schema", "lr_stages '1 1'"),
-    rate_of_a_stage_that_is_none=(lambda rows: rows[0]["knobs"].update(lr_stages="-1"), "schema", "lr_stages '-1'"),
-    caps_of_other_stages=(lambda rows: rows[0]["knobs"].update(doc_stages="9 9"), "schema", "doc_stages '9 9'"),
-    cap_that_is_no_count=(lambda rows: rows[0]["knobs"].update(doc_stages="0.5"), "schema", "doc_stages '0.5'"),
     stopped_by_a_signal=(lambda rows: at(rows, "end").update(status="stopped", code=75, val_loss=None), "truncated",
                          "75", "complete"),
     loss_of_a_run_that_was_stopped=(lambda rows: at(rows, "end").update(status="stopped", code=75), "headline", "None"),
 )
 
 
-# ---- One thing in meta.json, or the same in the events of all runs, and everything else sealed
+# ---- One thing in meta.json, or the same in the events of all runs
 
 GPU = "NVIDIA H100 80GB HBM3"
 META = dict(
     better_p=(dict(result=dict(p=1e-12)), "headline", "result.p is 1e-12"),
-    more_runs=(dict(result=dict(n=30)), "headline", "is 30", "be 3"),
     gain_of_no_baseline=(dict(result=dict(gain_ms=500.0)), "headline", "is 500.0", "be None"),
     knob_that_was_not_changed=(dict(changed=dict(steps=10)), "headline", "'steps': 10", "'steps': 20"),
     other_hardware=(dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1")), "headline", GPU, "None"),
     other_validation_stream_in_meta=(dict(data=dict(val_sha256="a" * 64)), "data", "a" * 64),
     private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2", "**Data: private.**"),
     arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001", "0.5"),
-    unknown_key=(dict(extra=1), "schema", "extra", "unknown"),
     unknown_track=(dict(track="nowhere"), "track", "False", "True"),
     switch_for_a_count=(dict(world_size=True), "schema", "world_size is True", "int"),
-    text_for_a_number=(dict(result=dict(val_loss_mean="4.6")), "schema", "'4.6'", "float"),
     count_without_end=(dict(world_size=2**70), "schema", str(2**70)),
     long_summary=(dict(summary="s" * 121), "schema", "120 characters"),
     date_of_another_day=(dict(date="2020-01-01"), "schema", "2020-01-01"),
@@ -168,35 +152,15 @@ def in_all_runs(change, *expected):
     return make
 
 
-FORGERIES += [pytest.param(in_all_runs(*row), "all", id=name) for name, row in DATA.items()]
+FORGERIES += [pytest.param(in_all_runs(*row), id=name) for name, row in DATA.items()]
 for version, edits in (1, EVENTS | OF_FORMAT_1), (2, EVENTS | OF_FORMAT_2):
-    FORGERIES += [pytest.param(one_edit(version, *row), "all", id=f"{name}-{version}") for name, row in edits.items()]
-FORGERIES += [pytest.param(one_claim(*row), "all", id=name) for name, row in META.items()]
+    FORGERIES += [pytest.param(one_edit(version, *row), id=f"{name}-{version}") for name, row in edits.items()]
+FORGERIES += [pytest.param(one_claim(*row), id=name) for name, row in META.items()]
 
 # ---- Losses and runs
 
 
-@forgery("nothing")
-def loss_in_log_and_metrics(box):
-    before = hashlib.sha256((box.run() / "metrics.jsonl").read_bytes()).hexdigest()
-    box.edit(lower)
-    return "seal", hashlib.sha256((box.run() / "metrics.jsonl").read_bytes()).hexdigest(), before
-
-
-@forgery("hashes")
-def loss_in_log_and_metrics_under_an_old_headline(box):
-    before = box.meta()["runs"][1]["val_loss"]
-    return "headline", box.edit(lower), before
-
-
-@forgery("all")
-def rounded_loss(box):
-    mean = box.meta()["result"]["val_loss_mean"]
-    box.claims = dict(result=dict(val_loss_mean=round(mean, 2)))
-    return "headline", f"val_loss_mean is {round(mean, 2)}, ", f"be {mean}"
-
-
-@forgery("all")
+@forgery
 def folders_of_two_runs_exchanged(box):
     first, second = box.run(0), box.run(1)
     for old, new in ((first, first.with_name("spare")), (second, first), (first.with_name("spare"), second)):
@@ -204,7 +168,7 @@ def folders_of_two_runs_exchanged(box):
     return "path", f"the folder {first.name}", f"the run {second.name}"
 
 
-@forgery("all")
+@forgery
 def run_of_the_other_arm_put_in_its_place(box):
     rows, place = box.events(box.run(1, "arms/cold")), box.run()
     rows[0].update(run_id=place.name)
@@ -212,14 +176,14 @@ def run_of_the_other_arm_put_in_its_place(box):
     return "knobs", "is 2", "be 1"
 
 
-@forgery("all")
+@forgery
 def run_left_out(box):
     rows = box.events(box.run())
     box.remove()
     return "left-out", f"logs/{rows[0]['run_id']}", "seed 2", f"{rows[-1]['val_loss']:.6f}"
 
 
-@forgery("all")
+@forgery
 def run_left_out_of_a_record_that_is_dated_before_it(box):
     box.remove()
     box.move("2020-01-01_Toy")
@@ -236,10 +200,10 @@ def curve_twice(pace, what):
 
 
 for name, pace, what in ("curve_twice", 1, "training times"), ("curve_twice_with_other_times", 0.9, "losses"):
-    FORGERIES.append(pytest.param(curve_twice(pace, what), "all", id=name))
+    FORGERIES.append(pytest.param(curve_twice(pace, what), id=name))
 
 
-@forgery("all")
+@forgery
 def run_in_two_records(box):
     other = box.victim
     box.victim = Path(shutil.copytree(other, other.with_name(f"{other.name}Two")))
@@ -250,7 +214,7 @@ def run_in_two_records(box):
 # ---- Times and tokens
 
 
-@forgery("all")
+@forgery
 def time_between_the_marks(box):
     def shave(rows):
         for row in rows[rows.index(at(rows, "step", 5)) :]:
@@ -272,7 +236,7 @@ def a_little_time_at_every_step(box):  # as much as the tolerance of 1 ms + 0.1 
     box.edit(shave)
 
 
-@forgery("all")
+@forgery
 def clock_stopped_where_nothing_is_validated(box):
     def stop(rows):
         place = rows.index(at(rows, "step", 5))
@@ -298,10 +262,10 @@ def on_ranks(world_size, *expected):
 
 
 for name, ranks, odd in ("ranks_that_divide_one_stage", 2, "[1]"), ("no_ranks", 0, "[2, 1]"):
-    FORGERIES.append(pytest.param(on_ranks(ranks, odd), "all", id=name))
+    FORGERIES.append(pytest.param(on_ranks(ranks, odd), id=name))
 
 
-@forgery("all")
+@forgery
 def gpu_on_a_track_for_cpus(box):
     box.edit_all(lambda rows: rows[0].update(gpu=GPU, gpu_count=1, gpu_memory_mib=81559, driver="1"))
     box.claims = dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1"))
@@ -311,17 +275,16 @@ def gpu_on_a_track_for_cpus(box):
 # ---- Scripts and claims
 
 
-@forgery("all")
+@forgery
 def script_that_did_not_run(box):
     (box.victim / "train_gpt.py").write_bytes(b"print('fast')\n")
     return "script", box.meta()["script_sha256"], hashlib.sha256(b"print('fast')\n").hexdigest()
 
 
-def flag(text, word):
-    def make(box):
-        (box.victim / "train_gpt.py").write_bytes(box.extend_script(text))
-        return "forbidden", f"'{word}' in train_gpt.py"
-    return make
+@forgery
+def compile_variable(box):
+    (box.victim / "train_gpt.py").write_bytes(box.extend_script("os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'\n"))
+    return "forbidden", "'max_autotune' in train_gpt.py"
 
 
 CLASS = """
@@ -330,116 +293,87 @@ class Hyperparameters:
     steps: int = {}
     mlp_ratio: int = {}
 """
-KNOB = 'knob({}, "run", "steps", "a meaning")'
 
 
-def default_unlike_the_runs(*defaults):
-    """The script has other defaults than the runs had knobs, which would have had to be named as changed."""
-    def make(box):
-        (box.victim / "train_gpt.py").write_bytes(box.extend_script(CLASS.format(*defaults), "runs"))
-        return "knobs", "mlp_ratio in changed, since the script's default is 6", "missing", "be 4"
-    return make
+@forgery
+def default_unlike_the_runs(box):
+    """The script has another default than the runs had a knob, which would have had to be named as changed."""
+    script = box.extend_script(CLASS.format("knob(20)", "knob(2.0**2 + 2, 'a meaning')"), "runs")
+    (box.victim / "train_gpt.py").write_bytes(script)
+    return "knobs", "mlp_ratio in changed, since the script's default is 6", "missing", "be 4"
 
 
-for name, default in ("plain", "2 * 3"), ("float", "2.0**2 + 2"), ("knob", KNOB.format("2 * 3")):
-    FORGERIES.append(pytest.param(default_unlike_the_runs(20, default), "all", id=f"default_unlike_the_runs_{name}"))
-
-
-@forgery("all")
+@forgery
 def script_without_readable_knobs(box):
     (box.victim / "train_gpt.py").write_bytes(box.extend_script(CLASS.format("KNOBS.steps", "9**9**9"), "runs"))
     return "knobs", "whose default can be read", "False"
 
 
-for name, line, word in (("compile_flag", "config.coordinate_descent_tuning = True\n", "coordinate_descent_tuning"),
-                         ("compile_variable", "os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'\n", "max_autotune")):
-    FORGERIES.append(pytest.param(flag(line, word), "all", id=name))
-
-
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def claim_that_two_runs_cannot_carry(box):
     box.remove()
     return "target", "n >= 3", "n = 2"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def loss_above_the_target(box):
     box.edit_all(lambda rows: lower(rows, -1), "runs")
     mean = statistics.fmean(at(box.events(box.run(i)), "end")["val_loss"] for i in range(3))
     return "target", "below 5.0", f"it is {mean:.6f}"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def baseline_that_was_as_fast(box):
     box.edit_all(lambda rows: forge.retime(rows, 0.82), "baseline")
     return "gain", "interleaved baseline"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def baseline_of_another_hour(box):
     box.delay("baseline", 600)
     return "gain", "(p is None)"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def baseline_in_one_piece_between_the_runs(box):
     box.delay("runs", 600, first=1)
     return "gain", "(p is None)"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def baseline_with_other_knobs_than_the_parent(box):
     box.edit_all(lambda rows: [rows[0][key].update(gate_lr=0.5) for key in ("knobs", "changed")], "baseline")
     return "knobs", "'gate_lr': 0.5", f"'gate_lr': {default_of('gate_lr')}"
 
 
-@forgery("all", ON_BASELINES)
+@on_a_baseline
 def baseline_of_another_script_than_the_parent(box):
     sha = hashlib.sha256(b"slow").hexdigest()
     box.edit_all(lambda rows: rows[0].update(script_sha256=sha), "baseline")
     return "script", sha, box.meta()["script_sha256"]
 
 
-@forgery("all", ON_BASELINES)
-def system_that_moves_the_loss(box):
-    box.claims = dict(claim="systems")
-    box.edit_all(lambda rows: lower(rows, 0.01), "runs")
-    return "target", "+-0.003", "(0.009"
-
-
-@forgery("all", ON_BASELINES)
-def reproduction_by_another_script(box):
-    box.claims, before = dict(claim="reproduction"), box.meta()["script_sha256"]
-    script = box.extend_script("# mine\n", "runs")
-    (box.victim / "train_gpt.py").write_bytes(script)
-    return "script", before, hashlib.sha256(script).hexdigest()
-
-
-ON_BASELINES += [pytest.param(one_claim(*row), "all", id=name) for name, row in dict(
+ON_BASELINES += [pytest.param(one_claim(*row), id=name) for name, row in dict(
     parent_that_is_not_there=(dict(parent="2020-01-01_Nowhere"), "script", "2020-01-01_Nowhere"),
-    gain_left_open=(dict(result=dict(gain_ms=None)), "headline", "gain_ms is None"),
-    reproduction_with_other_knobs=(dict(claim="reproduction"), "knobs", "mlp_ratio"),
-).items()]
+    gain_left_open=(dict(result=dict(gain_ms=None)), "headline", "gain_ms is None")).items()]
 
 
-def check(box, make, sealed):
+def check(box, make):
     code, *words = make(box)
-    if sealed != "nothing":
-        box.reseal(box.victim, sealed == "hashes", **box.claims)
+    box.reseal(box.victim, **box.claims)
     found = box.problems()
     assert any(problem[0] == code and all(str(word) in problem[1] for word in words) for problem in found), found
-    others = {problem[0] for problem in found} - {code}
-    assert not others & {"nothing": set(), "hashes": {"seal"}, "all": {"seal", "headline", "readme"}}[sealed], found
+    assert not {problem[0] for problem in found} & {"headline", "readme"} - {code}, found
 
 
-@pytest.mark.parametrize("make, sealed", FORGERIES)
-def test_forgery(box, make, sealed):
-    check(box, make, sealed)
+@pytest.mark.parametrize("make", FORGERIES)
+def test_forgery(box, make):
+    check(box, make)
 
 
-@pytest.mark.parametrize("make, sealed", ON_BASELINES)
-def test_forgery_on_a_baseline(fast_box, make, sealed):
-    check(fast_box, make, sealed)
+@pytest.mark.parametrize("make", ON_BASELINES)
+def test_forgery_on_a_baseline(fast_box, make):
+    check(fast_box, make)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -56,15 +56,12 @@ def test_place_knobs_are_those_of_the_script(toy):
 def random_stages(random):
     """Knobs of up to six stages, and for each step of the run its stage."""
     count = random.randint(1, 6)
-    shape = lambda: (random.randint(1, 32), 128 * random.randint(1, 400), random.choice([1, 0.7, 0.25]),
-                     random.choice([0, 100, 896]))
+    shape = lambda: (random.randint(1, 32), 128 * random.randint(1, 400), random.choice([1, 0.7, 0.25]))
     stages = [shape() for _ in range(count)]
     steps = random.randint(count, 60)
     knobs = dict(steps=steps, batch_stages=" ".join(f"{n}x{length}" for n, length, *_ in stages),
-                 lr_stages=random.choice(["", " ".join(str(lr) for _, _, lr, _ in stages)]),
-                 doc_stages=random.choice(["", " ".join(str(cap) for *_, cap in stages)]))
-    stages = [(*shape[:2], shape[2] if knobs["lr_stages"] else 1, shape[3] if knobs["doc_stages"] else 0)
-              for shape in stages]
+                 lr_stages=random.choice(["", " ".join(str(lr) for *_, lr in stages)]))
+    stages = [(*shape[:2], shape[2] if knobs["lr_stages"] else 1) for shape in stages]
     borders = [k * steps // count for k in range(count)]
     last = [max(k for k in range(count) if borders[k] <= step) for step in range(steps)]
     return knobs, [(borders[k], *stages[k]) for k in last]
@@ -72,34 +69,25 @@ def random_stages(random):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_tokens_of_random_stages(toy, seed):
+    """As `verify` has them, as the script has them, and counted step by step."""
+    import train_gpt
+
     knobs, wanted = random_stages(random.Random(seed))
-    stages, size = toy.runs.stages_of(dict(knobs, sequences_per_step=8, train_seq_len=1024)), 0
-    assert [tuple(stage) for stage in stages] == sorted(set(wanted))
-    for step, own in enumerate(wanted):
-        assert toy.runs.tokens_before(step, stages) == size and tuple(toy.runs.stage_at(step, stages)) == own
+    hp = dataclasses.replace(train_gpt.Hyperparameters(), **knobs)
+    stages, size = toy.runs.stages_of(dataclasses.asdict(hp)), 0
+    assert [tuple(stage) for stage in stages] == sorted(set(wanted)) == [tuple(s) for s in train_gpt.stages(hp)]
+    for step, own in enumerate([*wanted, (0, 0, 0)]):
+        assert toy.runs.tokens_before(step, stages) == size == train_gpt.tokens_before(step, hp)
+        assert step == hp.steps or tuple(toy.runs.stage_at(step, stages)) == own
         size += own[1] * own[2]
-    assert toy.runs.tokens_before(len(wanted), stages) == size
 
 
 def test_a_run_without_stages_has_one(toy):
     knobs = dict(steps=20, sequences_per_step=8, train_seq_len=1024)
-    for more in {}, dict(batch_stages="", lr_stages=""), dict(batch_stages="", lr_stages="", doc_stages=""):
+    for more in {}, dict(batch_stages="", lr_stages=""):
         stages = toy.runs.stages_of(knobs | more)
-        assert [tuple(stage) for stage in stages] == [(0, 8, 1024, 1, 0)]
+        assert [tuple(stage) for stage in stages] == [(0, 8, 1024, 1)]
         assert [toy.runs.tokens_before(step, stages) for step in (0, 1, 20)] == [0, 8192, 20 * 8192]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_script_and_verify_agree_over_stages(toy, seed):
-    import train_gpt
-
-    knobs, wanted = random_stages(random.Random(seed))
-    del knobs["doc_stages"]  # which only older scripts have
-    hp = dataclasses.replace(train_gpt.Hyperparameters(), **knobs)
-    stages = toy.runs.stages_of(dataclasses.asdict(hp))
-    assert [(*stage, 0) for stage in train_gpt.stages(hp)] == [tuple(stage) for stage in stages]
-    for step in range(len(wanted) + 1):
-        assert train_gpt.tokens_before(step, hp) == toy.runs.tokens_before(step, stages)
 
 
 STAGED = dict(batch_stages="1x128 2x128 4x64", lr_stages="0.5 0.75 1")
