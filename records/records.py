@@ -42,6 +42,7 @@ from runs import (
     Problem,
     Record,
     Run,
+    check_pauses,
     check_run,
     decode,
     differing,
@@ -118,6 +119,7 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
             yield from check_run(run)
             own = run.meta() if run.complete else {}
             yield from differing(run.name, [("headline", f"{k} in its logs", v, entry[k]) for k, v in own.items()])
+        yield from check_pauses(runs)
         seeds, recipes = [run.seed for run in runs], {run.recipe for run in runs}
         shared = label != "runs" and record.sets["runs"][0].recipe in recipes
         yield from differing(f"{name}/{label}", [
@@ -147,7 +149,11 @@ def check_meta(record: Record) -> Iterator[Problem]:
                  ("headline", f"world_size of {run.name}", run.start["world_size"], meta["world_size"]),
                  ("headline", f"hardware of {run.name}", run.hardware(), meta["hardware"]),
                  ("headline", f"software of {run.name}", run.software(), meta["software"])]
-    known = defaults(record.script)
+    known, names = defaults(record.script), script_knobs(record.script).keys()
+    rows += [("knobs", f"knobs that {r.name} or train_gpt.py alone has", sorted(r.start["knobs"].keys() ^ names), [])
+             for r in every if r.script_sha256 == meta["script_sha256"]]
+    left = {row["run_id"] for row in meta["left_out"]}
+    rows.append(("left-out", "the list of runs in it and left out", [r.name for r in every if r.name in left], []))
     rows.append(("knobs", "a knob of train_gpt.py whose default can be read", bool(known), True))
     rows += [("knobs", f"{k} in changed, since the script's default is {known[k]}", "missing", v)
              for k, v in json.loads(first.recipe[1]).items() if known.get(k, v) != v and k not in meta["changed"]]
@@ -227,19 +233,28 @@ def check_tests(record: Record, track: dict) -> Iterator[Problem]:
                      f"{len(runs)})", fine, True))
     yield from differing(record.folder.name, rows)
 
+NEAR = 2e-3  # nats: no two seeds came as near at every point, by a factor of ten
+
 def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
-    """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, unless the
-    seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
-    seen = {}
+    """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, noise aside,
+    unless the seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
+    seen, curves = {}, []
     for record in records:
         for label, run in ((label, run) for label, runs in record.sets.items() for run in runs):
-            here, points = f"{record.folder.name}/{label}/{run.name}", run.vals + run.steps
-            for what, key in (("run id", run.name), ("curve of training times", tuple(p[3] for p in points)),
-                              ("curve of losses", tuple(p[2] for p in points))):
-                other, seed = seen.setdefault((what, key), (here, run.seed))
-                apart = seed == run.seed and other.rpartition("/")[0] != here.rpartition("/")[0]
-                if other != here and not (what == "curve of losses" and apart):
-                    yield record.folder.name, "duplicate", f"{here}: its {what} is that of {other}, not its own"
+            place, points = f"{record.folder.name}/{label}/", run.vals + run.steps
+            curve, doubles = [(p[0], p[2] or 0) for p in reversed(points)], []  # late points differ most
+            for what, key in ("run id", run.name), ("curve of training times", tuple(p[3] for p in points)):
+                doubles.append((what, seen.setdefault((what, key), place + run.name)))
+            doubles += [("curve of losses", where + name) for where, name, seed, other in curves
+                        if (seed != run.seed or where == place) and alike(curve, other)]
+            curves.append((place, run.name, run.seed, curve))
+            for what, other in doubles:
+                if other != place + run.name:
+                    sentence = f"{place}{run.name}: its {what} is that of {other}, not its own"
+                    yield record.folder.name, "duplicate", sentence
+
+def alike(a: list[tuple], b: list[tuple]) -> bool:
+    return len(a) == len(b) and all(x[0] == y[0] and abs(x[1] - y[1]) < NEAR for x, y in zip(a, b))
 
 def check_readme(record: Record) -> Iterator[Problem]:
     text, wanted = record.readme, tables(record.meta)

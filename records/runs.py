@@ -14,6 +14,8 @@ import operator
 import os
 import re
 import stat
+import statistics
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,13 +110,20 @@ def misfit(value, spec, where: str) -> str | None:
             return f"{where} is not a list"
         return next(filter(None, (misfit(v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
     if isinstance(spec, re.Pattern):
-        fine, name = isinstance(value, str) and spec.fullmatch(value), f"of the form {spec.pattern}"
+        fine, name = isinstance(value, str) and is_real(spec.fullmatch(value)), f"of the form {spec.pattern}"
     elif isinstance(spec, type):
         fine, name = type(value) is spec or (spec, type(value)) == (float, int), f"of type {spec.__name__}"
         fine = fine and not (type(value) in (int, float) and abs(value) >= 2**63)
     else:
         fine, name = type(value) is type(spec) and value == spec, f"{spec!r}"
     return None if fine else f"{where} is {safe(repr(value))[:60]}, and not {name}"
+
+def is_real(found: re.Match | None) -> bool:
+    """Did a pattern match, with a `day` in it, if it names one, that the calendar has?"""
+    day = found and found.groupdict().get("day")
+    with contextlib.suppress(ValueError):
+        return bool(time.strptime(day.replace("-", ""), "%Y%m%d") if day else found)
+    return False
 
 def fit(value, spec, where: str) -> None:
     reason = misfit(value, spec, where)
@@ -173,11 +182,12 @@ def script_knobs(script: bytes) -> dict:
 
 # ---- Formats, all closed: an unknown key is refused
 
-ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
-NAME, DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}_[A-Za-z0-9]{1,40}"), re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+ID, SHA = re.compile("(?P<day>[0-9]{8})-([01][0-9]|2[0-3])([0-5][0-9]){2}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
+DAY = re.compile("(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})")
+NAME, UTC = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}"), re.compile(f"{DAY.pattern}T([0-9]{{2}}:){{2}}[0-9]{{2}}Z")
 TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
-REASON, UTC = re.compile(r".*\w.*", re.S), re.compile("[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z")
+REASON = re.compile(r".*\w.*", re.S)
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
@@ -330,8 +340,8 @@ def read_run(folder: Path) -> Run:
             raise Bad("schema", f"metrics.jsonl line {i} is the event {safe(kind)[:40]}, out of place or unknown")
         fit({k: v for k, v in row.items() if k != "event"}, EVENTS[version][kind], f"metrics.jsonl line {i}")
     start, points = events[0], {kind: [row for row in events if row["event"] == kind] for kind in ("step", "val")}
-    for key in ("steps", "sequences_per_step", "train_seq_len", "val_every", "val_tokens", "epochs"):
-        if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (key != "val_every"):
+    for key in "steps sequences_per_step train_seq_len val_tokens epochs val_every checkpoint_every".split():
+        if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (not key.endswith("_every")):
             raise Bad("schema", f"metrics.jsonl: the knob {key} is missing, or not a count")
     n, score = start["knobs"]["steps"], start["knobs"]["val_every"]
     if n > 10**7 or score and n // score > 10**4:
@@ -381,6 +391,27 @@ def check_clock(run: Run) -> Iterator[Problem]:
             ticking, idle = row["mark"] == "start", row["mark"] == "stop"
         before = row
 
+def pauses(run: Run) -> Iterator[tuple[int, float, bool]]:
+    """(step, seconds, was there a validation?) of each stop of the clock, what its checkpoints took left out. Without
+    the last of a run that saves its weights, as it does so then."""
+    stop, saved, step, scored = 0, 0, 0, False
+    for row in run.events:
+        if row.get("mark") == "stop":
+            stop, saved, scored = row["wall_s"], 0, False
+        elif row["event"] in ("val", "checkpoint"):
+            step, scored, saved = row["step"], scored or "val_loss" in row, saved + row.get("ms", 0) / 1e3
+        elif step and (row.get("mark") == "start" or row["event"] == "end" and not run.start["knobs"].get("save")):
+            yield step, row["wall_s"] - stop - saved, scored
+
+def check_pauses(runs: list[Run]) -> Iterator[Problem]:
+    """Seconds of training could be moved into a pause. On one kind of GPU validations take alike long; on CPUs, where
+    they differ threefold by themselves, nothing can be said."""
+    found = [(run.name, *pause) for run in runs if run.gpu for pause in pauses(run)]
+    usual = statistics.median_low([seconds for *_, seconds, scored in found if scored] or [math.inf])
+    for name, step, seconds, _ in found:
+        if seconds > 2 * usual + 0.1:
+            yield "clock", f"{name}: the clock stood for {seconds:.3f} s at step {step}, and usually {usual:.3f} s"
+
 def differing(name: str, rows) -> Iterator[Problem]:
     """Problems among (code, what, found, wanted)."""
     for code, what, found, wanted in rows:
@@ -406,7 +437,10 @@ def check_run(run: Run) -> Iterator[Problem]:
     start, knobs, end, n, data = run.start, run.start["knobs"], run.end, run.total, run.start["data"]
     read, stream = tokens_before(n, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
     every = math.ceil(n / 48)
-    score = knobs["val_every"] or n
+    score, save, room = knobs["val_every"] or n, knobs["checkpoint_every"], start["gpu_memory_mib"] or 0
+    losses = [p[2] or 0 for p in run.vals + run.steps] + [
+        float(loss) for row in run.events for loss in row.get("sources", {}).values()]
+    saved = [row["step"] for row in run.events if row["event"] == "checkpoint"]
     watch = knobs["log_norms"] if type(knobs.get("log_norms")) is int else 0
     normed = {*range(watch, n + 1, watch)} if watch > 0 else set()
     expected = sorted({1, n, *range(every, n, every), *normed}), sorted({0, n, *range(score, n, score)})
@@ -423,7 +457,11 @@ def check_run(run: Run) -> Iterator[Problem]:
             ("seeds", "the knob seed", knobs.get("seed"), run.seed),
             ("tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True),
             ("data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]),
-            ("nan", "losses not finite", [p for p in run.vals + run.steps if not math.isfinite(p[2] or 0)], [])]
+            ("schema", "torch, by its package,", start["torch"].partition("+")[0],
+             start["packages"].get("torch", start["torch"]).partition("+")[0]),
+            ("track", f"memory that a GPU of {room} MiB does not have",
+             {k: v for k, v in end.items() if k.endswith("_mib") and not 0 <= (v or 0) <= room}, {}),
+            ("nan", "losses below 0 or not finite", [loss for loss in losses if not 0 <= loss < math.inf], [])]
     rows += [("knobs", f"{k} in changed", v, knobs.get(k)) for k, v in start["changed"].items()]
     for row in run.events:
         done = row.get("step", row.get("steps"))
@@ -444,6 +482,8 @@ def check_run(run: Run) -> Iterator[Problem]:
     if not run.resumed:
         rows += [("truncated", f"the list of '{kind}' events", [p[0] for p in points], wanted)
                  for kind, points, wanted in zip(("step", "val"), (run.steps, run.vals), expected)]
+        rows.append(("truncated", "the list of 'checkpoint' events", saved,
+                     [*range(save or n + 1, n + 1, save or 1)[: len(saved) + 1]]))
     rows += rows_of_stages(run)
     yield from differing(run.name, rows)
     yield from check_clock(run)

@@ -49,7 +49,9 @@ def complete_runs(folders) -> list[Run]:
     return [run for run in runs_in(folders) if run.complete]
 
 def folders() -> list[Path]:
-    return sorted(path for path in RECORDS.glob("[0-9]*") if path.is_dir() or path.is_symlink())
+    """Whatever lies in records/ under a name that is not the tools' own, so that no record goes unread."""
+    return sorted(path for path in RECORDS.glob("[!._]*") if path.name != "tracks" and (
+        path.is_dir() or path.is_symlink()))
 
 def find_record(name: str) -> Path:
     """A record by its name, the part behind the date, or its path."""

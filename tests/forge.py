@@ -286,9 +286,9 @@ def build(root):
     done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
                          "--arm", f"cold={cold[0]}", cold[1])
     assert done.code == 0, done
-    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 1e-4 * i, 2, mlp_ratio=3)
+    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 4e-3 * i, 2, mlp_ratio=3)
             for i in (1, 2, 3)]
-    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 1e-4 * i + 5e-5, 1)
+    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 4e-3 * i + 1e-3, 1)
             for i in (1, 2, 3)]
     done = checkout.main("add", *fast, "--name", "Fast", "--claim", "record", "--summary", "a faster toy", *common,
                          "--parent", checkout.record("Toy").name, "--baseline", *slow)

@@ -65,6 +65,12 @@ EVENTS = dict(
     wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[
         rows.index(at(rows, "val", 10)) + 1 :] if "wall_s" in row], "clock", "gone back by"),
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
+    loss_below_0=(lambda rows: at(rows, "step", 10).update(train_loss=-0.5), "nan", "-0.5", "[]"),
+    memory_without_a_gpu=(lambda rows: at(rows, "end").update(peak_val_mib=9), "track", "'peak_val_mib': 9"),
+    checkpoint_that_was_not_due=(lambda rows: rows.insert(5, dict(event="checkpoint", step=2, bytes=1, ms=1.0)),
+                                 "truncated", "'checkpoint' events is [2]"),
+    day_that_no_month_has=(lambda rows: rows[0].update(utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
+    hour_that_no_day_has=(lambda rows: rows[0].update(run_id="20260101-250000-abcdef"), "schema", "20260101-250000"),
     format_of_the_future=(lambda rows: rows[0].update(format=3), "schema", "the format 3", "1 and 2"),
 )
 OF_FORMAT_1 = dict(
@@ -116,6 +122,7 @@ META = dict(
     count_without_end=(dict(world_size=2**70), "schema", str(2**70)),
     long_summary=(dict(summary="s" * 121), "schema", "120 characters"),
     date_of_another_day=(dict(date="2020-01-01"), "schema", "2020-01-01"),
+    date_that_no_calendar_has=(dict(date="2026-99-99"), "schema", "2026-99-99"),
 )
 
 
@@ -190,17 +197,47 @@ def run_left_out_of_a_record_that_is_dated_before_it(box):
     return "schema", "2020-01-01", box.run(0).name[:4]
 
 
-def curve_twice(pace, what):
+def cloned(pace, noise, what):
+    """Run 1 is run 0 again, with another seed, at another pace, its losses moved by noise."""
     def make(box):
         rows, mine = box.events(box.run(0)), box.events(box.run())[0]
         forge.retime(rows, pace)
+        for i, row in enumerate(rows):
+            forge.shift([row], noise * (i % 3))
+        rows[-1]["val_loss"] = at(rows, "val")["val_loss"]
         box.rewrite(box.run(), [mine, *rows[1:]])
         return "duplicate", box.run().name, what, box.run(0).name
     return make
 
 
-for name, pace, what in ("curve_twice", 1, "training times"), ("curve_twice_with_other_times", 0.9, "losses"):
-    FORGERIES.append(pytest.param(curve_twice(pace, what), id=name))
+for name, *how in (("curve_twice", 1, 0, "training times"), ("losses_twice", 0.9, 0, "losses"),
+                   ("losses_twice_with_noise", 0.9, 1e-6, "losses")):
+    FORGERIES.append(pytest.param(cloned(*how), id=name))
+
+
+@forgery
+def knob_that_the_script_does_not_have(box):
+    box.edit_all(lambda rows: rows[0]["knobs"].update(luck=1))
+    return "knobs", "train_gpt.py alone has is ['luck']"
+
+
+@forgery
+def torch_unlike_its_package(box):
+    box.edit_all(lambda rows: rows[0].update(torch="9.9.9"))
+    box.claims = dict(software=dict(box.meta()["software"], torch="9.9.9"))
+    return "schema", "torch, by its package, is 9.9.9"
+
+
+@forgery
+def record_under_a_name_that_is_not_read(box):
+    shutil.copytree(box.victim, box.victim.with_name("O" + box.victim.name[1:]))
+    return "path", "O" + box.victim.name[1:], "YYYY-MM-DD"
+
+
+@forgery
+def run_that_is_left_out_too(box):
+    box.claims = dict(left_out=[dict(run_id=box.run().name, reason="it was slow")])
+    return "left-out", f"left out is ['{box.run().name}']"
 
 
 @forgery
@@ -272,6 +309,36 @@ def gpu_on_a_track_for_cpus(box):
     return "track", GPU
 
 
+def seconds_in_a_pause(rows, seconds, step=10):
+    """The clock stands so long at a step; what the pause takes beyond that is taken from it."""
+    place = rows.index(at(rows, "val", step))
+    beyond = rows[place + 1]["wall_s"] - rows[place - 1]["wall_s"] - seconds
+    for row in (row for row in rows[place:] if "wall_s" in row):
+        row["wall_s"] -= beyond
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_seconds_moved_into_a_pause(box, step):
+    """On one kind of GPU alone. At the last step too, unless the weights are saved then."""
+    def make(rows):
+        rows[0].update(gpu=GPU, gpu_count=1, gpu_memory_mib=81559)
+        seconds_in_a_pause(rows, 0.5)
+        seconds_in_a_pause(rows, 0.5, 20)
+    box.edit_all(make)
+    box.edit(lambda rows: seconds_in_a_pause(rows, 1.05, step))
+    check = lambda: [*box.runs.check_pauses([box.runs.read_run(box.run(i)) for i in range(3)])]
+    assert check() == []
+    box.edit(lambda rows: seconds_in_a_pause(rows, 1.2, step))
+    (code, sentence), = check()
+    assert code == "clock" and f"{box.run().name}: the clock stood for 1.200 s at step {step}" in sentence
+    box.edit(lambda rows: rows.insert(rows.index(at(rows, "val", step)), dict(
+        event="checkpoint", step=step, bytes=1, ms=600.0)))
+    assert check() == []
+    box.edit(lambda rows: rows.remove(at(rows, "checkpoint")))
+    box.edit_all(lambda rows: rows[0]["knobs"].update(save=True))
+    assert bool(check()) == (step == 10)
+
+
 # ---- Scripts and claims
 
 
@@ -331,6 +398,13 @@ def baseline_that_was_as_fast(box):
 @on_a_baseline
 def baseline_of_another_hour(box):
     box.delay("baseline", 600)
+    return "gain", "(p is None)"
+
+
+@on_a_baseline
+def baseline_that_ran_at_the_same_time(box):
+    """Each run still ran when the next began, by its own account."""
+    box.edit_all(lambda rows: [row.update(wall_s=row["wall_s"] + 13) for row in rows if "wall_s" in row])
     return "gain", "(p is None)"
 
 
@@ -399,6 +473,13 @@ def another_log(box):
         (box.run(i) / "log.txt").write_bytes((box.run(i) / "log.txt").read_bytes() + b"reviewed: \xff")
 
 
+def another_name_of_an_arm(box):
+    meta = box.meta()
+    meta["arms"][0]["name"] = "warm"
+    (box.victim / "arms" / "cold").rename(box.victim / "arms" / "warm")
+    box.write(box.victim, meta)
+
+
 def other_rates(rows):
     convert(rows, 2)
     for row in (row for row in rows if row["event"] == "step"):
@@ -409,7 +490,9 @@ INVENTED = dict(
     losses=in_all_runs(lambda rows: forge.shift(rows, -0.1)), times=in_all_runs(lambda rows: forge.retime(rows, 0.5)),
     # shards are known by the hashes of the track, not by their lengths
     tokens_to_read=in_all_runs(lambda rows: rows[0]["data"]["train"][0].update(tokens=10**9)),
-    mfu_and_memory=in_all_runs(lambda rows: at(rows, "end").update(mfu=0.9, peak_train_mib=1, reserved_mib=2)),
+    mfu=in_all_runs(lambda rows: at(rows, "end").update(mfu=0.9)), one_loss=lambda box: box.edit(lower),
+    pause_on_a_cpu=lambda box: box.edit(lambda rows: seconds_in_a_pause(rows, 9)), arm_name=another_name_of_an_arm,
+    track=lambda box: box.replace(box.root / "records" / "tracks" / f"{forge.TRACK}.json", "5.0", "6.0"),
     rates=in_all_runs(other_rates), log=another_log, script=exchange_the_script, tolerance=a_little_time_at_every_step)
 
 

@@ -425,7 +425,7 @@ def test_compare_other_machines_scripts_and_streams(box):
     for folder in other:
         (folder / "train_gpt.py").write_bytes(script)
         rows = box.events(folder)
-        rows[0].update(torch="1.0", script_sha256=hashlib.sha256(script).hexdigest())
+        rows[0].update(torch="1.0", packages={}, script_sha256=hashlib.sha256(script).hexdigest())
         box.rewrite(folder, rows)
     done = box.main("compare", names(base), "other")
     assert done.code == 0 and "+# \\x1b[31m mine\n" in done.out and "\x1b" not in done.out
