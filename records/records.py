@@ -385,7 +385,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(*names.split(), **options)
     several, need = dict(nargs="+", action="extend", default=[]), dict(required=True)
     switch = lambda text: dict(action="store_true", help=text)
-    a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas")
+    a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas; "
+                 "NAME=A,B joins runs of several scripts under a name of yours")
     command("list", "records by track, best first", ("track", dict(nargs="?")),
             ("--write", switch("put the tables between the marks of README.md")))
     command("verify", "recompute everything from raw logs; a line a problem", ("names", dict(nargs="*")))
@@ -406,10 +407,11 @@ def parser() -> argparse.ArgumentParser:
             ("--seed", dict(type=int, help="a recorded one, to compare with that run; default: the next unused")))
     margin = ("--margin", dict(type=float, default=MARGIN, help="losses count as equal where the interval of their "
                                f"difference holds 0 and lies within this; {MARGIN} nats by default"))
-    command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin)
+    target = ("--target", dict(type=float, help="print p of a mean loss below it; default: that of a record's track"))
+    command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin, target)
     command("plot", "loss against time, tokens and steps", ("sets", a_set | dict(nargs="+")),
             ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
-    command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")))
+    command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")), target)
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
             ("a", dict(help="a script")), ("b", dict(help="a script")),
             ("--runs", dict(type=int, default=3, help="of each arm, 3 by default")), margin,

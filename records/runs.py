@@ -279,7 +279,7 @@ class Run:
     folder: Path  # that it lies in
     script: bytes | None
     script_sha256: str
-    total: int  # steps of the complete schedule
+    total: int  # steps of the complete schedule; of a public run those it made, of `planned`
     vals: list[tuple]
     steps: list[tuple] = field(default_factory=list)
     start: dict = field(default_factory=dict)  # of metrics.jsonl; empty for the public speedrun
@@ -288,6 +288,8 @@ class Run:
     gpu: str | None = None
     gpu_count: int = 0
     peak_mib: int | None = None
+    planned: int = 0
+    digest: str = ""  # of a public log
 
     @property
     def complete(self) -> bool:
@@ -506,29 +508,49 @@ def rows_of_stages(run: Run) -> Iterator[tuple]:
         below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
         yield "schema", f"what is below 0 at step {row['step']}", below, {}
 
-# ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and nvidia-smi, then the steps
+# ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and the GPUs, then the steps
 
-STEP = re.compile(r"step:(\d{1,9})/(\d{1,9}) (?:(train_loss|val_loss):(\d{1,9}\.\d{1,20}|nan|inf) )?"
-                  r"train_time:(\d{1,12})(ms|s) step_avg:(\d+\.\d+|nan)ms(?: [a-z_]+:\S+)*", re.ASCII)
+RULE = "=" * 100
+STEP = re.compile(r"step:(\d{1,9})/(\d{1,9}) (.+)", re.ASCII)  # then words, most of them key:value
+TIME = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(m?s)", re.ASCII)
+NUMBER = re.compile(r"\d{1,9}\.\d{1,20}|nan|inf", re.ASCII)
 
 def read_speedrun(path: Path) -> Run:
-    """Lines of the source may look like steps: reading starts behind the rule. `step_avg:nan` marks an untimed step."""
+    """A log of one run. Most of 2024 have a rule above the source as well. Lines of the source may look like steps:
+    reading starts behind it. A run may stop before its schedule ends, at a validation."""
     lines = read_bytes(path, SPEEDRUN_LOG).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-    if "=" * 100 not in lines:
-        raise Bad("schema", f"{safe(path.name)} has no line of 100 '=': it is no log of the public speedrun")
-    rule = lines.index("=" * 100)
-    source, rows = "\n".join(lines[:rule]).encode(), [m for m in map(STEP.fullmatch, lines[rule:]) if m]
-    curves = {"val_loss": [], "train_loss": []}
-    for m in rows:
-        if m[3]:
-            curves[m[3]].append((int(m[1]), None, float(m[4]), float(m[5]) * (1 if m[6] == "ms" else 1000)))
-    if not curves["val_loss"] or len({m[2] for m in rows}) > 1 or int(rows[0][2]) == 0:
-        raise Bad("schema", f"{safe(path.name)} has no validation loss behind its first rule, or two lengths of run")
-    rest = "\n".join(lines[rule:])
-    peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", rest, re.A | re.M)
-    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", rest, re.A | re.M)
-    return Run(path.stem, path, source, hashlib.sha256(source).hexdigest(), int(rows[0][2]), *curves.values(),
-               gpu=gpus[0] if gpus else None, gpu_count=len(gpus), peak_mib=peak and int(peak[1]))
+    rules = [i for i, line in enumerate(lines) if line == RULE]
+    first = int(rules[:1] == [0])
+    if len(rules) <= first:
+        raise Bad("schema", f"{safe(path.name)} has no line of 100 '=' below a source: no log of the public speedrun")
+    source, rest = "\n".join(lines[first : rules[first]]).encode(), lines[rules[first] :]
+    if not source.strip():
+        raise Bad("schema", f"{safe(path.name)} has no source above its rule: what ran is not known")
+    points, curves = [], {"val_loss": [], "train_loss": []}
+    for found in filter(None, map(STEP.fullmatch, rest)):
+        words = dict(word.split(":", 1) for word in found[3].split() if ":" in word)
+        spent = TIME.fullmatch(words.get("train_time", ""))
+        if spent is None:
+            continue
+        points.append((int(found[1]), int(found[2])))
+        for key, curve in curves.items():
+            if NUMBER.fullmatch(words.get(key, "")):
+                ms = float(spent[1]) * (1 if spent[2] == "ms" else 1e3)
+                curve.append((points[-1][0], None, float(words[key]), ms))
+    for before, after in zip(points, points[1:]):
+        if after < before or after[1] != before[1]:
+            a, b = (f"step:{step}/{total}" for step, total in (before, after))
+            raise Bad("schema", f"{safe(path.name)} holds several runs, as {b} comes after {a}: cut it in two")
+    if not curves["val_loss"] or points[0][1] == 0:
+        raise Bad("schema", f"{safe(path.name)} has no validation loss with its train_time behind the source")
+    text = "\n".join(rest)
+    peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", text, re.A | re.M)
+    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", text, re.A | re.M)
+    named = re.search(r"^Running on device_name=(NVIDIA [\w .()-]*) with world_size=(\d{1,4})$", text, re.A | re.M)
+    gpus = gpus or (named and [named[1]] * int(named[2])) or []
+    return Run(path.stem, path, source, hashlib.sha256(source).hexdigest(), points[-1][0], *curves.values(),
+               gpu=gpus[0] if gpus else None, gpu_count=len(gpus), peak_mib=peak and int(peak[1]), planned=points[0][1],
+               digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12])
 
 # ---- A record
 

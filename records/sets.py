@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, look, welch
+from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, look, p_below, welch
 from runs import (
     ID,
     NAME,
@@ -160,6 +160,7 @@ class Set:
     runs: list[Run]
     script: bytes | None
     track: str | None = None
+    named: bool = False  # by the user
 
     losses = property(lambda self: losses(self.runs))
     times = property(lambda self: times(self.runs))
@@ -172,13 +173,26 @@ def runs_at(path: Path) -> list[Run]:
         return [read_speedrun(path)]
     if (path / "metrics.jsonl").exists():
         return [read_run(path)]
-    inside = sorted(path.glob("*"))
-    ours, others = [p for p in inside if ID.fullmatch(p.name)], [p for p in inside if p.suffix == ".txt"]
-    return [*map(read_run, ours), *map(read_speedrun, others)]
+    return [read_run(p) for p in sorted(path.glob("*")) if ID.fullmatch(p.name)] or public_logs([path])
+
+def public_logs(paths: list[Path]) -> list[Run]:
+    """Those of files, and of folders with all that lies in them, each log once. Says what it skips, and why."""
+    found = {}
+    for path in (p for top in paths for p in (sorted(top.rglob("*.*")) if top.is_dir() else [top])):
+        if path in paths or path.suffix in (".txt", ".log"):
+            try:
+                run = read_speedrun(path)
+                if found.setdefault(run.digest, run) is not run:
+                    raise Bad("duplicate", f"{safe(path)} is {safe(found[run.digest].folder)} once more")
+            except Bad as bad:
+                print(f"skipped: {bad}")
+    return list(found.values())
 
 def load(text: str | Path) -> Set:
-    """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe."""
-    found, script, track, text = [], None, None, str(text)
+    """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe; behind a
+    name of the user's, NAME=, scripts may differ."""
+    found, script, track, (own, named, rest) = [], None, None, str(text).partition("=")
+    named, text = ("", str(text)) if not rest or Path(str(text)).exists() else (own, rest)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -189,31 +203,38 @@ def load(text: str | Path) -> Set:
         found += runs_at(path)
         if (path / "train_gpt.py").exists():
             script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
+    once = {run.digest or id(run): run for run in found}
+    if len(once) < len(found):
+        print(f"note: {safe(text, 200)} holds {len(found) - len(once)} logs twice, which count once")
+    found = list(once.values())
     runs = [run for run in found if run.complete]
     lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in found if not run.complete)
     recipes = {run.recipe for run in runs}
-    if len(recipes) != 1:
+    if len(recipes) != 1 and not (named and len({knobs for _, knobs in recipes}) == 1):
         for sha, knobs in sorted(recipes):
             own = [run for run in runs if run.recipe == (sha, knobs)]
             print(f"script {sha[:12]}, {differing_knobs(own[0], runs)}:", *(safe(r.name) for r in own))
-        advice = ": name the runs of one, with commas between" if recipes else ""
+        advice = ": name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
+        advice = advice if recipes else ""
         raise Bad("knobs", f"{safe(text, 200)} holds {len(runs)} complete runs, {len(found)} in all, of {len(recipes)} "
                            f"recipes (script and knobs){advice}{lacking}")
     for what in ("name", "seed"):
-        values = [value for run in runs if (value := getattr(run, what)) is not None]
+        values = [getattr(run, what) for run in runs if run.start]
         if len(set(values)) < len(values):
             raise Bad("seeds", f"{safe(text, 200)} has a {what} twice, in {sorted(map(str, values))}")
     if lacking:
         print(f"note: only complete runs count{lacking}")
     for problem in (p for run in runs if run.start for p in check_run(run)):
         raise Bad(*problem)
+    if len(recipes) > 1:
+        print(f"note: {safe(named, 40)} joins runs of {len(recipes)} scripts, by your word that they are one")
     names = [Path(name).name for name in text.split(",")]
     label = safe(names[0], 40) + (f" and {len(names) - 1} more" if names[1:] else "")
     if home := home_of(path):
         label = label if names[1:] else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
         kept = read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)
         script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
-    return Set(label, runs, runs[0].script or script, track)
+    return Set(safe(named, 40) or label, runs, runs[0].script or script, track, bool(named))
 
 def home_of(path: Path) -> Path | None:
     """The record that a folder of runs lies in."""
@@ -229,15 +250,19 @@ def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[s
 def machine(run: Run) -> str:
     return f"{run.gpu_count} x {safe(run.gpu, 60)}" if run.gpu else "CPU" if run.start else "GPU unknown"
 
-def describe(s: Set) -> str:
+def describe(s: Set, target: float | None = None) -> str:
+    """Its loss, time and memory, and p against a target, by default its track's."""
+    target = target or s.track and read_tracks()[s.track]["target_loss"]
+    goal = f" (p of a mean below {target:g}: {show(p_below(s.losses, target), '.2g')})" if target else ""
     peaks, pace = [run.peak_mib for run in s.runs if run.peak_mib], [run.train_ms / run.total for run in s.runs]
-    seconds = [t / 1e3 for t in s.times]
-    return (f"{s.label}: loss {spread(s.losses)}; {s.runs[0].total} steps in {spread(seconds, '.2f')} s, "
+    seconds, (total, planned) = [t / 1e3 for t in s.times], max((run.total, run.planned) for run in s.runs)
+    steps = f"stopped at step {total} of {planned} planned," if total < planned else f"{total} steps"
+    return (f"{s.label}: loss {spread(s.losses)}{goal}; {steps} in {spread(seconds, '.2f')} s, "
             f"{spread(pace, '.2f')} ms a step; {f'peak {max(peaks)} MiB; ' if peaks else ''}{machine(s.runs[0])}")
 
 def how_it_ended(run: Run) -> str:
     if not run.end:
-        return "died, or is still running" if run.start else "is cut short"
+        return "died, or is still running" if run.start else f"ends at step {run.total} without a validation loss"
     how = "was stopped" if run.end["status"] == "stopped" else "failed"
     return f"{how} at step {run.end['steps']} of {run.total} ({safe(run.end['reason'], 200)})"
 
@@ -263,7 +288,7 @@ def name_by_difference(a: Set, b: Set) -> None:
     first, other = a.runs[0], b.runs[0]
     if first.start and other.start and first.script_sha256 == other.script_sha256:
         for s, names in ((a, differing_knobs(first, [other])), (b, differing_knobs(other, [first]))):
-            s.label = names or s.label
+            s.label = names if names and not s.named else s.label
 
 PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
 
@@ -340,7 +365,7 @@ def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]
     return [*lines, f"the losses are not separated: {duel.runs_still_needed()}",
             f"{b.label}: no effect on the loss that could be told from noise, {signed(gap.gap)} ({sure}"], 3
 
-def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True) -> tuple[list[str], int]:
+def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True, target=None) -> tuple[list[str], int]:
     """(report, exit code): 0 where the losses differ, are identical, or are equal within `margin`, 3 where more runs
     are needed to say so. `fresh`: all runs are of one trial."""
     first, other, lines = a.runs[0], b.runs[0], []
@@ -351,7 +376,7 @@ def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True) -> 
                           f"{other.val_sha256[:12]}: their losses cannot be compared")
     known = first.start and other.start
     lines += [f"changed knobs: {changes(first, other) if known else 'not known of public logs'}",
-              describe(a), describe(b)]
+              describe(a, target), describe(b, target)]
     machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
     if len(machines) > 1:
         lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
@@ -377,7 +402,7 @@ def compare(args) -> int:
         scripts = [f"scripts: not the same, and that of {bare.label} is not kept: no diff"]
     else:
         scripts = diff(a.script, b.script, (a.label, b.label))
-    lines, code = compare_sets(a, b, args.margin)
+    lines, code = compare_sets(a, b, args.margin, target=args.target)
     print(*scripts, *lines, sep="\n")
     return code
 
@@ -436,21 +461,22 @@ def plot(args) -> int:
 def import_logs(args) -> int:
     """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`."""
     groups = {}
-    for path in (p for n in args.paths for p in (sorted(Path(n).rglob("*.txt")) if Path(n).is_dir() else [Path(n)])):
-        try:
-            run = read_speedrun(path)
-            groups.setdefault(run.script_sha256, []).append(run)
-        except Bad as bad:
-            print(f"skipped: {bad}")
+    for run in public_logs([Path(name) for name in args.paths]):
+        groups.setdefault(run.script_sha256[:12], []).append(run)
     for sha, found in groups.items():
-        folder = ROOT / "peers" / sha[:12]
+        folder = ROOT / "peers" / sha
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train_gpt.py").write_bytes(found[0].script)
-        for data in {read_bytes(run.folder, SPEEDRUN_LOG) for run in found}:
-            (folder / f"{hashlib.sha256(data).hexdigest()[:12]}.txt").write_bytes(data)
+        origins = folder / "origins.tsv"
+        known = origins.read_text(encoding="utf-8").splitlines() if origins.exists() else []
+        for run in found:
+            (folder / f"{run.digest}.txt").write_bytes(read_bytes(run.folder, SPEEDRUN_LOG))
+            known.append(f"{run.digest}.txt\t{safe(run.folder.resolve())}")
+        origins.write_text("\n".join(dict.fromkeys(known)) + "\n", encoding="utf-8")
         whole = [run for run in found if run.complete]
-        print(f"peers/{sha[:12]}: {len(found)} logs, {len(whole)} complete")
-        if whole:
-            print("  " + describe(Set(sha[:12], whole, None)))
-    return 0 if groups else 2
-
+        print(f"peers/{sha}: {len(found)} logs, {len(whole)} complete")
+        for recipe in sorted({run.recipe for run in whole}):
+            print("  " + describe(Set(sha, [run for run in whole if run.recipe == recipe], None), args.target))
+    if not groups:
+        raise Bad("path", f"no log of a run of the public speedrun in {safe(' '.join(args.paths), 200)}")
+    return 0

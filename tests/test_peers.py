@@ -31,6 +31,9 @@ SMI = """+----------------------------------------------------------------------
 PUBLISHED = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2769, 3.2775, 3.2806, 3.2779, 3.2816]
 
 
+PEAK = "peak memory allocated: 39491 MiB"
+
+
 def steps_of(loss, steps=1770, ms=142000, unit="ms"):
     time = lambda step: f"{ms * step // steps // (1 if unit == 'ms' else 1000)}{unit}"
     lines = [f"step:0/{steps} val_loss:10.8258 train_time:0{unit} step_avg:nanms"]
@@ -41,16 +44,17 @@ def steps_of(loss, steps=1770, ms=142000, unit="ms"):
     return "\n".join(lines) + "\n"
 
 
-def write_log(path, body, source=SOURCE, end="peak memory allocated: 39491 MiB reserved: 50528 MiB\n", newline="\n"):
+def write_log(path, body, source=SOURCE, end=f"{PEAK} reserved: 50528 MiB\n", newline="\n",
+              above="", machine=SMI):
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{source}\n{RULE}\nRunning Python 3.12.7\nRunning PyTorch 2.6.0\n{SMI}\n{RULE}\n{body}{end}"
+    text = f"{above}{source}\n{RULE}\nRunning Python 3.12.7\nRunning PyTorch 2.6.0\n{machine}\n{RULE}\n{body}{end}"
     path.write_text(text, encoding="utf-8", newline=newline)
     return path
 
 
 def write_set(folder, values, **body):
     for i, loss in enumerate(values):
-        write_log(folder / f"{i:02d}.txt", steps_of(loss, **body))
+        write_log(folder / f"{i:02d}.txt", steps_of(loss, **body), end=f"{PEAK} reserved: {50528 + i} MiB\n")
     return folder
 
 
@@ -68,7 +72,7 @@ def box(tmp_path_factory, tmp_path):
 
 
 @pytest.mark.parametrize("unit, newline, end", [
-    ("ms", "\n", "peak memory allocated: 39491 MiB reserved: 50528 MiB\n"),
+    ("ms", "\n", f"{PEAK} reserved: 50528 MiB\n"),
     ("ms", "\r\n", "peak memory consumption: 39491 MiB"), ("s", "\n", "peak memory: 39491 MiB\n")])
 def test_reading_a_log(toy, tmp_path, unit, newline, end):
     body = steps_of(3.2791, unit=unit)
@@ -80,22 +84,57 @@ def test_reading_a_log(toy, tmp_path, unit, newline, end):
     assert run.name == "a log" and run.start == {} and run.val_sha256 is None and not run.resumed
 
 
-@pytest.mark.parametrize("body, complete", [
-    (steps_of(3.28).replace("step:1770/1770", "step:1769/1770"), False),
-    (steps_of(3.28).replace("val_loss:3.2800", "val_loss:nan"), False),
-    (steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n", True)])
-def test_a_run_that_did_not_finish_is_not_complete(toy, tmp_path, body, complete):
-    assert toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body)).complete == complete
+OLD = """step:0/3000 val_loss:10.9886 train_time:251ms step_avg:nanms
+step:10/3000 train_loss:6.9014 train_time:9730ms step_avg:nanms
+step:11/3000 train_loss:6.8127 train_time:77ms step_avg:nanms
+step:3000/3000 train_loss:3.2011 train_time:401250ms step_avg:134.20ms
+step:3000/3000 val_loss:3.2791 train_time:401300ms step_avg:134.21ms
+"""  # the clock starts at step 10
+NEW = """step:1288/1325 train_time:61102ms step_avg:47.44ms
+a note between the steps: 1 of 2
+step:1325/1325 val_loss:3.2781 train_time:63301ms step_avg:47.77ms final_eval
+"""
+TRACK_3 = """step:125/3300 val_loss:4.61093 train_time:21.402s step_avg:171.22ms mfu:40.1%
+step:3275/3300 train_time:488.031s step_avg:149.02ms
+step:3275/3300 val_loss:3.27992 ema_loss:3.28104 lr:0.00x train_time:488.035s step_avg:149.02ms
+"""
+H200 = "Running on device_name=NVIDIA H200 with world_size=8\nUsing seed=3\n"
 
 
-@pytest.mark.parametrize("body, source", [
-    ("", SOURCE), (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE),
-    (steps_of(3.28) + steps_of(3.28, steps=1390), SOURCE),
-    (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), "")])
-def test_what_is_no_log_of_a_run_is_refused(toy, tmp_path, body, source):
+@pytest.mark.parametrize("body, how, steps, vals, peak", [
+    (OLD, dict(above=RULE + "\n", end=""), (3000, 3000), [(0, 251), (3000, 401300)], None),
+    (NEW, {}, (1325, 1325), [(1325, 63301)], 39491),
+    (TRACK_3, dict(machine=H200, end=""), (3275, 3300), [(125, 21402), (3275, 488035)], None)])
+def test_logs_of_all_eras(toy, tmp_path, body, how, steps, vals, peak):
+    """2024, with a rule above the source; 2026, with a word behind the fields; track 3, in fractions of seconds, with
+    fields before the time, and stopped before its schedule ended."""
+    run = toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body, **how))
+    assert run.complete and (run.total, run.planned) == steps and run.peak_mib == peak
+    assert [(step, ms) for step, _, _, ms in run.vals] == vals and len(run.steps) == body.count("train_loss")
+    assert run.script.strip() == SOURCE.strip().encode() and run.gpu_count == 8
+    assert run.gpu == ("NVIDIA H200" if "machine" in how else "NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize("body, complete, total", [
+    (steps_of(3.28).replace("step:1770/1770", "step:1769/1770"), True, 1769),
+    (steps_of(3.28).replace("val_loss:3.2800", "val_loss:nan"), False, 1770),
+    (steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n", True, 1770),
+    (steps_of(3.28).replace("step:1770/1770 val_loss", "step:1770/1770 loss"), False, 1770)])
+def test_a_run_is_complete_if_it_ends_with_a_validation(toy, tmp_path, body, complete, total):
+    run = toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body))
+    assert (run.complete, run.total, run.planned) == (complete, total, 1770)
+
+
+@pytest.mark.parametrize("body, source, word", [
+    ("", SOURCE, "no validation"), (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE, "no validation"),
+    (steps_of(3.28) + steps_of(3.28, steps=1390), SOURCE, "step:0/1390 comes after step:1770/1770"),
+    (steps_of(3.28) + steps_of(3.28), SOURCE, "several runs"), (steps_of(3.28), "", "no source"),
+    (steps_of(3.28), f"{RULE}\n \n", "no source"),
+    (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), "x", "no ")])
+def test_what_is_no_log_of_a_run_is_refused(toy, tmp_path, body, source, word):
     with pytest.raises(toy.runs.Bad) as caught:
         toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body, source))
-    assert caught.value.code == "schema" and "log.txt" in str(caught.value)
+    assert caught.value.code == "schema" and "log.txt" in str(caught.value) and word in str(caught.value)
 
 
 def test_links_and_large_or_other_files_are_refused_before_reading(toy, tmp_path):
@@ -127,22 +166,58 @@ def test_absurd_numbers_in_a_log_are_refused_or_borne(box, old, new):
 def test_import_groups_logs_by_the_hash_of_their_source(box):
     logs, sha = box.root / "logs of others", hashlib.sha256(SOURCE.encode()).hexdigest()[:12]
     write_set(logs / "a", PUBLISHED[:3])
-    write_log(logs / "b" / "crlf.txt", steps_of(3.28), newline="\r\n")
-    write_log(logs / "b" / "died.txt", steps_of(3.28).replace("step:1770/1770", "step:1769/1770"))
-    write_log(logs / "b" / "other.txt", steps_of(3.27), SOURCE + "# other\n")
-    (logs / "b" / "not\x1b[31m.txt").write_text("hello")
+    write_log(logs / "a" / "b" / "crlf.txt", steps_of(3.28), newline="\r\n")
+    write_log(logs / "c" / "again.txt", steps_of(3.28))  # that log without the carriage returns
+    write_log(logs / "c" / "died.txt", steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n"
+              .replace("1770/", "1771/"))
+    write_log(logs / "c" / "other.log", steps_of(3.27), SOURCE + "# other\n")
+    (logs / "c" / "not\x1b[31m.txt").write_text("hello")
     (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
-    done = box.main("import", logs / "a", logs / "b", logs / "link.txt", logs / "a" / "00.txt")
+    done = box.main("import", logs, "--target=3.28")
     other = hashlib.sha256(f"{SOURCE}# other\n".encode()).hexdigest()[:12]
     skipped = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
-    assert done.code == 0 and len(skipped) == 2 and "link.txt is a link" in skipped[1] and "\x1b" not in done.out
-    assert f"peers/{other}: 1 logs, 1 complete" in done.out and f"  {sha}: loss 3.27" in done.out
+    assert done.code == 0 and len(skipped) == 3 and "\x1b" not in done.out
+    assert all(word in done.out for word in ("again.txt is ", "link.txt is a link", "31m.txt has no"))
+    assert f"peers/{sha}: 5 logs, 4 complete\n" in done.out and f"peers/{other}: 1 logs" in done.out
+    p = box.decide.p_below([*PUBLISHED[:3], 3.28], 3.28)
+    assert f"n = 4) (p of a mean below 3.28: {p:.2g}); 1770 steps" in done.out and f"  {other}: loss 3.27" in done.out
     for folder, count, source in ((sha, 5, SOURCE), (other, 1, f"{SOURCE}# other\n")):
-        assert (box.root / "peers" / folder / "train_gpt.py").read_text() == source
-        assert len(list((box.root / "peers" / folder).glob("*.txt"))) == count
+        folder = box.root / "peers" / folder
+        origins = dict(line.split("\t") for line in (folder / "origins.tsv").read_text().splitlines())
+        assert {path.name for path in folder.glob("*.txt")} == set(origins) and len(origins) == count
+        assert (folder / "train_gpt.py").read_text() == source and all(str(logs) in path for path in origins.values())
     assert "/peers/" in (forge.ROOT / ".gitignore").read_text().splitlines()
+    again = box.main("import", logs / "a")
+    assert again.code == 0 and len((box.root / "peers" / sha / "origins.tsv").read_text().splitlines()) == 5
     assert box.main("compare", sha, other).code == 3  # there is one run of the other source
-    assert box.main("import", logs / "b" / "not\x1b[31m.txt").code == 2
+    assert box.main("import", logs / "c" / "not\x1b[31m.txt").code == 2
+
+
+def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path):
+    write_set(tmp_path / "set", PUBLISHED[:4])
+    write_set(tmp_path / "set" / "more", PUBLISHED[4:])
+    (tmp_path / "set" / "notes.txt").write_text("a note")
+    (tmp_path / "set" / "run.py").write_text("pass")
+    shutil.copy(tmp_path / "set" / "00.txt", tmp_path / "00.txt")
+    done = toy.main("compare", f"{tmp_path / 'set'},{tmp_path / '00.txt'}", tmp_path / "set" / "more", "--target=3.28")
+    assert done.code == 0 and "skipped: notes.txt has no line of" in done.out and "holds 1 logs twice" in done.out
+    assert "set and 1 more: loss 3.2784 (sd 0.0014, n = 13) (p of a mean below 3.28: 0.00067); 1770" in done.out
+
+
+def test_sets_of_two_scripts_are_joined_by_a_name(toy, tmp_path):
+    """A run id or a comment keeps them apart; two lengths stay two recipes."""
+    for i, loss in enumerate(PUBLISHED):
+        write_log(tmp_path / "set" / f"{i}.txt", steps_of(loss), SOURCE + f"# run {i % 2}\n", f"{PEAK} {i}")
+    write_log(tmp_path / "long.txt", steps_of(3.27, steps=1800))
+    early = write_set(tmp_path / "early", [3.2801, 3.2799])
+    for path in early.iterdir():
+        path.write_text(path.read_text().replace("step:1770/", "step:1760/"))
+    refused = toy.main("compare", tmp_path / "set", tmp_path / "early")
+    assert refused.code == 2 and "of 2 recipes" in refused.err and "NAME=A,B" in refused.err
+    done = toy.main("compare", f"mine={tmp_path / 'set'}", early)
+    assert done.code in (0, 3) and "note: mine joins runs of 2 scripts" in done.out and "mine: loss 3.27" in done.out
+    assert "early: loss 3.2800" in done.out and "; stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
+    assert toy.main("compare", f"mine={tmp_path / 'set'},{tmp_path / 'long.txt'}", early).code == 2
 
 
 def test_compare_of_two_public_sets(toy, tmp_path):
