@@ -409,7 +409,9 @@ def parser() -> argparse.ArgumentParser:
                                f"difference holds 0 and lies within this; {MARGIN} nats by default"))
     target = ("--target", dict(type=float, help="print p of a mean loss below it; default: that of a record's track"))
     command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin, target)
-    command("plot", "loss against time, tokens and steps", ("sets", a_set | dict(nargs="+")),
+    command("plot", "losses of training and validation", ("sets", a_set | dict(nargs="+")),
+            ("--x", dict(choices=sets.AXES, default="time", help="against what, time by default")),
+            ("--mark", several | dict(metavar="NAME=X,LOSS", help="points of which no log is here")),
             ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
     command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")), target)
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -283,12 +285,15 @@ def changes(a: Run, b: Run) -> str:
              for side, knobs, other in (("A", old, new), ("B", new, old)) if knobs.keys() - other.keys()]
     return safe("; ".join([", ".join(moved) or "none", *alone]))
 
-def name_by_difference(a: Set, b: Set) -> None:
-    """Have sets of one script called by the knobs that differ, as they would be typed."""
-    first, other = a.runs[0], b.runs[0]
-    if first.start and other.start and first.script_sha256 == other.script_sha256:
-        for s, names in ((a, differing_knobs(first, [other])), (b, differing_knobs(other, [first]))):
-            s.label = names if names and not s.named else s.label
+def name_by_difference(sets: list[Set]) -> None:
+    """Have sets of one script called by the knobs that differ, as they would be typed, and others without the folders
+    that they share, unless the user named them."""
+    firsts, places = [s.runs[0] for s in sets], [s.label.split("/") for s in sets]
+    shared = len(os.path.commonprefix([place[:-1] for place in places])) if len(sets) > 1 else 0
+    one_script = all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1
+    for s, place in zip(sets, places):
+        if not s.named:
+            s.label = one_script and differing_knobs(s.runs[0], firsts) or "/".join(place[shared:])
 
 PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
 
@@ -394,7 +399,7 @@ def library_notes(runs: list[Run]) -> list[str]:
 
 def compare(args) -> int:
     a, b = load(args.a), load(args.b)
-    name_by_difference(a, b)
+    name_by_difference([a, b])
     bare = next((s for s in (a, b) if s.script is None), None)
     if a.runs[0].script_sha256 == b.runs[0].script_sha256:
         scripts = ["scripts: the same"]
@@ -406,55 +411,83 @@ def compare(args) -> int:
     print(*scripts, *lines, sep="\n")
     return code
 
-def draw(axis, column: int, scale: float, s: Set, color: str, lift: int, dense: bool) -> list[float]:
-    """One set on one axis; returns the means that the axis must show."""
-    if any(p[column] is None for run in s.runs for p in run.vals):
-        return []  # a public log says nothing of tokens
-    points = [[p for p in (run.steps if dense else run.vals) if p[2] is not None] for run in s.runs]
-    xs, ys = ([[p[i] / k for p in curve] for curve in points] for i, k in ((column, scale), (2, 1)))
-    for x, y in zip(xs, ys):
-        axis.plot(x, y, color=color, lw=0.4, alpha=0.6)
-    x, columns = [statistics.fmean(v) for v in zip(*xs)], list(zip(*ys))
-    mean, sd = [statistics.fmean(v) for v in columns], [statistics.pstdev(v) for v in columns]
-    axis.plot(x, mean, color=color, lw=1.4)
-    axis.fill_between(x, *([m + k * d for m, d in zip(mean, sd)] for k in (-1, 1)), color=color, alpha=0.25, lw=0)
-    ends = [run.vals[-1][column] / scale for run in s.runs]
-    axis.plot(ends, s.losses, "o", color=color, ms=3, mfc="none")
-    if column == 3:
-        axis.annotate(f"{s.label}\n{spread(s.losses)}", (min(ends), max(s.losses)), xytext=(-8, 50 + lift), fontsize=7,
-                      ha="right", color=color, textcoords="offset points",
-                      arrowprops=dict(arrowstyle="-", lw=0.5, color=color))
-    return [*mean[math.ceil(len(mean) / 8) :], *s.losses]
+AXES = dict(time=(3, 1e3, "training time, s"), tokens=(1, 1e6, "tokens, millions"), steps=(0, 1, "steps"))
+
+def mean_curve(curves: list[list[tuple]]) -> list[list[float]]:
+    """Of the points that all curves have, by step."""
+    by_step = [{p[0]: p for p in curve} for curve in curves]
+    shared = [step for step in by_step[0] if all(step in points for points in by_step)]
+    return [[statistics.fmean(points[step][i] or 0 for points in by_step) for i in range(4)] for step in shared]
+
+def smooth(values: list[float]) -> list[float]:
+    """A running mean over an eighth of the values, fewer at the ends."""
+    half = len(values) // 16
+    spans = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - k : i + k + 1]) for i, k in enumerate(spans)]
+
+def draw(axis, column: int, scale: float, s: Set, color: str) -> list[tuple]:
+    """One set: its runs' losses of training faint, their mean smoothed, validation dashed. Returns all (x, loss)."""
+    curves = [[p for p in run.steps if p[2] is not None] for run in s.runs]
+    xs = lambda points: [p[column] / scale for p in points]
+    vals = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
+    trained, scored = mean_curve(curves), mean_curve(vals)
+    line = smooth([p[2] for p in trained])
+    for points in curves:
+        axis.plot(xs(points), [p[2] for p in points], color=color, lw=0.6, alpha=0.3)
+    axis.plot(xs(trained), line, color=color, lw=1.6)
+    axis.plot(xs(scored), [p[2] for p in scored], "--", color=color, lw=1)
+    for points in vals:
+        axis.plot(xs(points), [p[2] for p in points], "o", color=color, ms=4, mfc="none")
+    axis.plot([], [], color=color, lw=4, label=f"{s.label[:48]}: {spread(s.losses)}")
+    return [*zip(xs(trained), line), *((x, p[2]) for points in vals for x, p in zip(xs(points), points))]
+
+MARK = re.compile(r"(.+)=([0-9]{1,9}(?:\.[0-9]+)?),([0-9]{1,4}(?:\.[0-9]+)?)")
+
+def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
+    """Losses of up to ten sets in one panel. `marks`: (name, x, loss) of what no log is here for."""
+    column, scale, label = AXES[x]
+    if any(p[column] is None for s in sets for run in s.runs for p in run.vals):
+        raise Bad("tokens", "public logs say nothing of tokens: take --x time or --x steps")
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    seen = [point for i, s in enumerate(sets) for point in draw(axis, column, scale, s, f"C{i}")]
+    targets = {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}
+    for target in targets:
+        axis.axhline(target, color="gray", lw=0.8, ls=":")
+        axis.annotate(f"target {target}", (0.01, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    if any(run.steps for s in sets for run in s.runs):
+        axis.plot([], [], color="gray", lw=1.6, label="training, smoothed")
+    axis.plot([], [], "o--", color="gray", lw=1, ms=4, mfc="none", label="validation")
+    for i, (name, at, loss) in enumerate(marks):
+        axis.plot(float(at), float(loss), "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:48]}: {loss}")
+    end = max(point[0] for point in seen)
+    values = [*targets, *(float(mark[2]) for mark in marks), *(loss for at, loss in seen if at > 0.1 * end)] or [0, 1]
+    low, high = min(values), max(values)
+    machines = {machine(run) for s in sets for run in s.runs}
+    axis.set(xlabel=f"{label} ({machines.pop()})" if len(machines) == 1 else label, ylabel="loss", xlim=(0, None),
+             ylim=(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low)))
+    axis.grid(alpha=0.2)
+    axis.legend(loc="best", fontsize=8 if len(sets) + len(marks) < 5 else 6.5)
+    return figure
 
 def plot(args) -> int:
-    """Loss against training time, tokens and steps: thin lines are runs, thick ones means, bands one sd."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise Undecided("not drawn: matplotlib missing") from None
-    if not args.out.endswith(".png"):
-        raise Bad("path", f"--out={safe(args.out, 80)} does not end in .png")
+    if not args.out.endswith(".png") or len(args.sets) > 10:
+        raise Bad("path", f"--out={safe(args.out, 80)} must end in .png, and {len(args.sets)} sets be at most 10")
     sets = [load(name) for name in args.sets]
-    dense = all(s.runs[0].steps and len(s.runs[0].vals) < 5 for s in sets)
     if not all(math.isfinite(p[2] or 0) for s in sets for run in s.runs for p in run.vals + run.steps):
         raise Bad("nan", "a loss on the way is not finite: name the other runs")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     if len({run.val_sha256 for s in sets for run in s.runs} - {None}) > 1:
         raise Bad("data", "the sets were validated on other tokens: their losses do not belong into one picture")
-    targets = {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}
-    columns = (3, 1e3, "training time, s"), (1, 1e6, "tokens, millions"), (0, 1, "steps")
-    for axis, (column, scale, label) in zip(axes, columns):
-        seen = [v for i, s in enumerate(sets) for v in draw(axis, column, scale, s, f"C{i}", 28 * i, dense)]
-        low, high = min([*seen, *targets], default=0), max(seen, default=1)
-        for target in targets:
-            axis.axhline(target, color="gray", lw=0.7, ls="--")
-            axis.annotate(f"target {target}", (0.02, target), xycoords=("axes fraction", "data"), fontsize=7)
-        axis.set(xlabel=label, ylim=(low - 0.06 * (high - low), high), xlim=(0, None))
-        axis.grid(alpha=0.2)
-    axes[0].set_ylabel("training loss (circles: validation)" if dense else "validation loss")
-    figure.savefig(args.out, dpi=80)
+    name_by_difference(sets)
+    marks = [MARK.fullmatch(text) for text in args.mark]
+    if None in marks:
+        raise Bad("schema", f"--mark {safe(args.mark, 200)}: each is NAME=X,LOSS in numbers, X as on the axis")
+    picture(plt, sets, args.x, [m.groups() for m in marks]).savefig(args.out, dpi=84, pil_kwargs=dict(optimize=True))
     print(f"{safe(args.out)}: {Path(args.out).stat().st_size} bytes")
     return 0
 

@@ -251,6 +251,8 @@ def test_a_public_set_against_ours(toy, tmp_path):
         out = tmp_path / f"{len(sets)}.png"
         assert toy.main("plot", *sets, "--out", out).code == 0
         assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and out.stat().st_size <= 100 * 1024
+    refused = toy.main("plot", *sets, "--out", out, "--x=tokens")
+    assert refused.code == 2 and "nothing of tokens" in refused.err
 
 
 # ---- Bytes that are no JSON of the format, no file of a record, or no table of its numbers

@@ -443,8 +443,58 @@ def test_compare_other_machines_scripts_and_streams(box):
 
 def test_plot(toy, tmp_path):
     out = tmp_path / "plot.png"
-    done = toy.main("plot", toy.record("Toy").name, toy.record("Fast").name, "--out", out)
+    done = toy.main("plot", toy.record("Toy").name, toy.record("Fast").name, "--x=steps", "--out", out)
     data = out.read_bytes()
-    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     assert done == (0, f"{out}: {len(data)} bytes\n", "")
-    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) <= 100 * 1024 and width > 2 * height > 400
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) <= 100 * 1024
+    for odd in [toy.record("Toy").name] * 10, ["--mark", "x=1"]:
+        assert toy.main("plot", toy.record("Toy").name, "--out", out, *odd).code == 2
+
+
+@pytest.mark.parametrize("count, x, column", [(1, "time", 3), (10, "tokens", 1), (3, "steps", 0)])
+def test_a_picture_shows_both_losses_and_keeps_its_legend_inside(toy, count, x, column):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base, cold = toy.arms()
+    sets = [toy.sets.load(run) for run in (base + cold)[:count]]
+    sets += [dataclasses.replace(sets[-1], label="a name without end " * 9) for _ in range(count - len(sets))]
+    figure = toy.sets.picture(pyplot, sets, x, [("a mark", "1e-3", "0.5")])
+    axis, = figure.axes
+    figure.canvas.draw()
+    legend, frame = axis.get_legend().get_window_extent(), axis.get_window_extent()
+    assert frame.x0 <= legend.x0 < legend.x1 <= frame.x1 and frame.y0 <= legend.y0 < legend.y1 <= frame.y1
+    run, scale = sets[0].runs[0], {0: 1, 1: 1e6, 3: 1e3}[column]
+    lines = {line.get_linestyle(): list(line.get_xdata()) for line in axis.lines[:4]}
+    assert lines["-"] == [p[column] / scale for p in run.steps]
+    assert lines["--"] == [p[column] / scale for p in run.vals if p[0]]
+    (low, high), shown = axis.get_ylim(), [text.get_text() for text in axis.get_legend().get_texts()]
+    ends = [s.runs[0].val_loss for s in sets]
+    assert low < 0.5 < max(ends) < high and "a mark: 0.5" in shown
+    pyplot.close(figure)
+
+
+def test_smoothing_keeps_lines_and_ends(toy):
+    line = [3 - 0.01 * i for i in range(50)]
+    assert toy.sets.smooth(line) == pytest.approx(line) and toy.sets.smooth([]) == [] and toy.sets.smooth([2]) == [2]
+    noisy = [3 + (-1) ** i for i in range(50)]
+    found = toy.sets.smooth(noisy)
+    assert found[0] == 4 and found[-1] == 2 and max(abs(x - 3) for x in found[3:-3]) == pytest.approx(1 / 7)
+
+
+def test_sets_are_called_by_what_differs(box):
+    """By knobs where one script ran, else by paths without what they share; a name of the user's stays."""
+    base, cold = box.arms()
+    label = lambda *texts: [s.label for s in called([box.sets.load(text) for text in texts])]
+    called = lambda sets: box.sets.name_by_difference(sets) or sets
+    assert label(base[0], cold[0], f"mine={base[1]}") == [f"head_lr={HEAD_LR}", "head_lr=0.0001", "mine"]
+    record = box.record("Toy")
+    script = (cold[0] / "train_gpt.py").read_bytes() + b"# mine\n"
+    for run in (record / "arms/cold").iterdir():
+        rows = box.events(run)
+        rows[0]["script_sha256"] = hashlib.sha256(script).hexdigest()
+        box.rewrite(run, rows)
+    assert label(record / "runs", record / "arms/cold") == ["runs", "arms/cold"]
+    assert label(record / "runs") == [f"{record.name}/runs"]
