@@ -6,6 +6,7 @@ values); the codes, and what none of them can show, stand in records/README.md.
 """
 
 import ast
+import calendar
 import contextlib
 import hashlib
 import json
@@ -125,6 +126,10 @@ def is_real(found: re.Match | None) -> bool:
         return bool(time.strptime(day.replace("-", ""), "%Y%m%d") if day else found)
     return False
 
+def moment(text: str) -> float:
+    """Seconds since 1970 of YYYYMMDD-HHMMSS, as a run id begins."""
+    return calendar.timegm(time.strptime(text[:15], "%Y%m%d-%H%M%S"))
+
 def fit(value, spec, where: str) -> None:
     reason = misfit(value, spec, where)
     if reason:
@@ -184,7 +189,8 @@ def script_knobs(script: bytes) -> dict:
 
 ID, SHA = re.compile("(?P<day>[0-9]{8})-([01][0-9]|2[0-3])([0-5][0-9]){2}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
 DAY = re.compile("(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})")
-NAME, UTC = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}"), re.compile(f"{DAY.pattern}T([0-9]{{2}}:){{2}}[0-9]{{2}}Z")
+NAME = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}")
+UTC = re.compile(f"{DAY.pattern}T([01][0-9]|2[0-3])(:[0-5][0-9]){{2}}Z")
 TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
 REASON = re.compile(r".*\w.*", re.S)
@@ -447,13 +453,11 @@ def check_run(run: Run) -> Iterator[Problem]:
     normed = {*range(watch, n + 1, watch)} if watch > 0 else set()
     expected = sorted({1, n, *range(every, n, every), *normed}), sorted({0, n, *range(score, n, score)})
     order, utc = [r["step"] for r in run.events if "step" in r], re.sub("[-:Z]", "", start["utc"]).replace("T", "-")
-    clock = lambda text: int(text[9:11]) * 3600 + int(text[11:13]) * 60 + int(text[13:15])  # of YYYYMMDD-HHMMSS
     rows = [("truncated", "the end", end and (end["status"], end["code"], end["steps"]), ("complete", 0, n)),
             ("truncated", "the list of ends", [r["event"] for r in run.events if r["event"] == "end"], ["end"]),
             ("truncated", "the last event", run.events[-1]["event"], "end"),
             ("truncated", "the order of steps", order, sorted(order)),
-            ("path", f"a run id within a minute of utc {start['utc']}", (clock(utc) - clock(run.name)) % 86400 < 60
-             and (utc[:8] == run.name[:8] or clock(utc) < 60), True),
+            ("path", f"a run id within a minute of utc {start['utc']}", abs(moment(utc) - moment(run.name)) < 60, True),
             ("data", "gpu_count", start["gpu_count"], start["world_size"] if start["gpu_count"] else 0),
             ("knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []),
             ("seeds", "the knob seed", knobs.get("seed"), run.seed),

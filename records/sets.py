@@ -1,6 +1,5 @@
 """The list of records, and sets of runs that differ by their seed alone: statistics, comparing, drawing, importing."""
 
-import calendar
 import contextlib
 import difflib
 import hashlib
@@ -9,7 +8,6 @@ import math
 import os
 import re
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from runs import (
     Run,
     check_run,
     entries,
+    moment,
     read_bytes,
     read_record,
     read_run,
@@ -297,10 +296,6 @@ def name_by_difference(sets: list[Set]) -> None:
 
 PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
 
-def start_of(run: Run) -> float:
-    """Seconds since 1970, by its id."""
-    return calendar.timegm(time.strptime(run.name[:15], "%Y%m%d-%H%M%S"))
-
 def in_turns(a: list[Run], b: list[Run]) -> bool:
     """Did these runs alternate, one at a time, on one kind of machine? Run ids begin with the start time."""
     if not all(run.start for run in a + b):
@@ -308,7 +303,7 @@ def in_turns(a: list[Run], b: list[Run]) -> bool:
     ordered = sorted(a + b, key=lambda run: run.name)
     alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
     neighbours = list(zip(ordered, ordered[1:]))
-    pauses = [start_of(y) - start_of(x) - x.end.get("wall_s", math.inf) for x, y in neighbours]
+    pauses = [moment(y.name) - moment(x.name) - x.end.get("wall_s", math.inf) for x, y in neighbours]
     apart = all(-2 < pause < PAUSE for pause in pauses)  # ids are good to a second
     switches = sum((x in a) != (y in a) for x, y in neighbours)
     return apart and len(alike) == 1 and switches >= max(2, min(len(a), len(b)))

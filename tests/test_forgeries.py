@@ -490,6 +490,8 @@ INVENTED = dict(
     losses=in_all_runs(lambda rows: forge.shift(rows, -0.1)), times=in_all_runs(lambda rows: forge.retime(rows, 0.5)),
     # shards are known by the hashes of the track, not by their lengths
     tokens_to_read=in_all_runs(lambda rows: rows[0]["data"]["train"][0].update(tokens=10**9)),
+    # no forgery: one clock of the script lags behind the other by milliseconds
+    a_second_between=lambda box: box.edit(lambda rows: rows[0].update(utc=forge.later(rows[0]["run_id"], -1)[1])),
     mfu=in_all_runs(lambda rows: at(rows, "end").update(mfu=0.9)), one_loss=lambda box: box.edit(lower),
     pause_on_a_cpu=lambda box: box.edit(lambda rows: seconds_in_a_pause(rows, 9)), arm_name=another_name_of_an_arm,
     track=lambda box: box.replace(box.root / "records" / "tracks" / f"{forge.TRACK}.json", "5.0", "6.0"),

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import forge
 import pytest
@@ -282,6 +283,20 @@ def test_committed_records_verify():
     command = [sys.executable, str(forge.ROOT / "records" / "records.py"), "verify"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stdout.endswith("records, 0 failed\n"), done.stdout + done.stderr
+
+
+def test_the_example_for_tensorboard(toy, monkeypatch):
+    """Which is no dependency: a stand-in takes the scalars."""
+    base, _ = toy.arms()
+    code, written = (ROOT / "records" / "README.md").read_text(encoding="utf-8").split("```python\n")[1], []
+    out = SimpleNamespace(add_scalar=lambda *row: written.append(row), close=lambda: written.append("closed"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda name: out))
+    monkeypatch.setattr(sys, "argv", ["follow.py", str(base[0])])
+    exec(code.split("```")[0], {})
+    rows = [row for row in toy.events(base[0]) if "step" in row]
+    assert written.pop() == "closed" and ("val_loss", rows[-1]["val_loss"], 20) in written
+    keys = {"train_loss", "val_loss", "lr", "momentum", "train_ms"}
+    assert len(written) == sum(len(row.keys() & keys) for row in rows)
 
 
 # ---- compare and plot
