@@ -524,12 +524,12 @@ def read_speedrun(path: Path) -> Run:
     reading starts behind it. A run may stop before its schedule ends, at a validation."""
     lines = read_bytes(path, SPEEDRUN_LOG).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     rules = [i for i, line in enumerate(lines) if line == RULE]
-    first = int(rules[:1] == [0])
-    if len(rules) <= first:
+    start = rules.pop(0) + 1 if rules and not "".join(lines[: rules[0]]).strip() else 0
+    if not rules:
         raise Bad("schema", f"{safe(path.name)} has no line of 100 '=' below a source: no log of the public speedrun")
-    source, rest = "\n".join(lines[first : rules[first]]).encode(), lines[rules[first] :]
-    if not source.strip():
-        raise Bad("schema", f"{safe(path.name)} has no source above its rule: what ran is not known")
+    source, rest = "\n".join(lines[start : rules[0]]).encode(), lines[rules[0] :]
+    if b"import" not in source:
+        raise Bad("schema", f"{safe(path.name)} has no source above its versions: what ran is not known")
     points, curves = [], {"val_loss": [], "train_loss": []}
     for found in filter(None, map(STEP.fullmatch, rest)):
         words = dict(word.split(":", 1) for word in found[3].split() if ":" in word)

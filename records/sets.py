@@ -51,8 +51,8 @@ def complete_runs(folders) -> list[Run]:
 
 def folders() -> list[Path]:
     """Whatever lies in records/ under a name that is not the tools' own, so that no record goes unread."""
-    return sorted(path for path in RECORDS.glob("[!._]*") if path.name != "tracks" and (
-        path.is_dir() or path.is_symlink()))
+    own = ("tracks", "__pycache__")
+    return sorted(p for p in RECORDS.glob("[!.]*") if p.name not in own and (p.is_dir() or p.is_symlink()))
 
 def find_record(name: str) -> Path:
     """A record by its name, the part behind the date, or its path."""
@@ -457,9 +457,10 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     end = max(point[0] for point in seen)
     values = [*targets, *(float(mark[2]) for mark in marks), *(loss for at, loss in seen if at > 0.1 * end)] or [0, 1]
     low, high = min(values), max(values)
+    edge = 0.05 * (high - low) or 0.05
     machines = {machine(run) for s in sets for run in s.runs}
     axis.set(xlabel=f"{label} ({machines.pop()})" if len(machines) == 1 else label, ylabel="loss", xlim=(0, None),
-             ylim=(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low)))
+             ylim=(low - edge, high + edge))
     axis.grid(alpha=0.2)
     axis.legend(loc="best", fontsize=8 if len(sets) + len(marks) < 5 else 6.5)
     return figure

@@ -102,7 +102,7 @@ H200 = "Running on device_name=NVIDIA H200 with world_size=8\nUsing seed=3\n"
 
 
 @pytest.mark.parametrize("body, how, steps, vals, peak", [
-    (OLD, dict(above=RULE + "\n", end=""), (3000, 3000), [(0, 251), (3000, 401300)], None),
+    (OLD, dict(above=f"\n{RULE}\n", end=""), (3000, 3000), [(0, 251), (3000, 401300)], None),
     (NEW, {}, (1325, 1325), [(1325, 63301)], 39491),
     (TRACK_3, dict(machine=H200, end=""), (3275, 3300), [(125, 21402), (3275, 488035)], None)])
 def test_logs_of_all_eras(toy, tmp_path, body, how, steps, vals, peak):
@@ -129,8 +129,8 @@ def test_a_run_is_complete_if_it_ends_with_a_validation(toy, tmp_path, body, com
     ("", SOURCE, "no validation"), (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE, "no validation"),
     (steps_of(3.28) + steps_of(3.28, steps=1390), SOURCE, "step:0/1390 comes after step:1770/1770"),
     (steps_of(3.28) + steps_of(3.28), SOURCE, "several runs"), (steps_of(3.28), "", "no source"),
-    (steps_of(3.28), f"{RULE}\n \n", "no source"),
-    (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), "x", "no ")])
+    (steps_of(3.28), f"{RULE}\n \n", "no source"), (steps_of(3.28), f"{RULE}\n", "no source"),
+    (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), SOURCE, "no ")])
 def test_what_is_no_log_of_a_run_is_refused(toy, tmp_path, body, source, word):
     with pytest.raises(toy.runs.Bad) as caught:
         toy.runs.read_speedrun(write_log(tmp_path / "log.txt", body, source))
@@ -262,14 +262,10 @@ LOSS = '"train_loss": '  # of step 1
 METRICS = "runs/*/metrics.jsonl"
 RAW = dict(
     nan_as_a_number=(METRICS, LOSS, LOSS + "NaN, \"x\": ", "nan", "NaN"),
-    infinity_as_a_number=(METRICS, LOSS, LOSS + "-Infinity, \"x\": ", "nan", "-Infinity"),
     number_beyond_all_floats=(METRICS, LOSS, LOSS + "1e999, \"x\": ", "nan", "1e999"),
-    number_beyond_all_floats_in_meta=("meta.json", '"n": 3', '"n": 1e999', "nan", "1e999"),
     unknown_key_in_an_event=(METRICS, LOSS, '"note": 1, ' + LOSS, "schema", "note is unknown"),
     key_twice_in_an_event=(METRICS, LOSS, LOSS + "4.0, \"train_loss\": ", "schema", "key twice"),
-    key_twice_in_meta=("meta.json", '"n": 3', '"n": 3, "n": 30', "schema", "key twice"),
     switch_for_a_step=(METRICS, '"step": 1,', '"step": true,', "schema", "step is True"),
-    digits_of_another_script=("meta.json", '"n": 3', '"n": \u0663', "schema", "not JSON"),
     digits_of_another_script_in_an_event=(METRICS, '"step": 1,', '"step": \u0661,', "schema", "not ascii"),
     event_of_no_kind=(METRICS, '"event": "val"', '"event": "vale"', "schema", "vale"),
     deep_json=("meta.json", '"summary": "a toy"', '"summary": ' + "[" * 50000 + "]" * 50000, "schema", "not JSON"),
@@ -309,16 +305,13 @@ def stray_run(folder):
 
 FILES = dict(
     log_that_is_a_link=(lambda box: linked(box.run() / "log.txt"), "path", "log.txt is a link"),
-    run_that_is_a_link=(lambda box: linked(box.run()), "path", "is a link"),
     script_that_is_a_link=(lambda box: linked(box.victim / "train_gpt.py"), "path", "train_gpt.py is a link"),
     record_that_is_a_link=(lambda box: linked(box.victim), "path", "YYYY-MM-DD"),
     log_too_large=(lambda box: write(box.run() / "log.txt", b"x" * 1100000), "size", "bytes, and "),
     pictures_too_large=(lambda box: [write(box.victim / f"{i}.png", b"x" * 60000) for i in "ab"], "size", "120000"),
-    record_too_large=(lambda box: write(box.victim / "a.png", b"x" * (1 << 20)), "size", "1048576"),
     file_of_no_kind=(lambda box: write(box.victim / "notes.txt"), "path", "notes.txt"),
     script_within_a_run=(lambda box: write(box.run() / "train_gpt.py"), "path", "train_gpt.py"),
     run_that_meta_does_not_list=(stray_run("runs"), "path", "20200101-000000-abcdef"),
-    baseline_that_meta_does_not_list=(stray_run("baseline"), "path", "20200101-000000-abcdef"),
     arm_that_meta_does_not_list=(stray_run("arms/ghost"), "path", "arms/"),
     run_that_is_not_there=(lambda box: shutil.rmtree(box.run()), "path", "runs/ holds"),
     no_meta=(lambda box: (box.victim / "meta.json").unlink(), "path", "meta.json"),
