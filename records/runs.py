@@ -550,7 +550,7 @@ def read_speedrun(path: Path) -> Run:
     text = "\n".join(rest)
     peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", text, re.A | re.M)
     gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", text, re.A | re.M)
-    named = re.search(r"^Running on device_name=(NVIDIA [\w .()-]*) with world_size=(\d{1,4})$", text, re.A | re.M)
+    named = re.search(r"^Running .*?(NVIDIA [\w .()-]*) with world_size[= ](\d{1,4})$", text, re.A | re.M)
     gpus = gpus or (named and [named[1]] * int(named[2])) or []
     return Run(path.stem, path, source, hashlib.sha256(source).hexdigest(), points[-1][0], *curves.values(),
                gpu=gpus[0] if gpus else None, gpu_count=len(gpus), peak_mib=peak and int(peak[1]), planned=points[0][1],

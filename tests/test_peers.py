@@ -99,12 +99,14 @@ step:3275/3300 train_time:488.031s step_avg:149.02ms
 step:3275/3300 val_loss:3.27992 ema_loss:3.28104 lr:0.00x train_time:488.035s step_avg:149.02ms
 """
 H200 = "Running on device_name=NVIDIA H200 with world_size=8\nUsing seed=3\n"
+TOLD = "Running PyTorch 2.12 compiled for CUDA 13.0 on NVIDIA H200 with world_size 8"
 
 
 @pytest.mark.parametrize("body, how, steps, vals, peak", [
     (OLD, dict(above=f"\n{RULE}\n", end=""), (3000, 3000), [(0, 251), (3000, 401300)], None),
     (NEW, {}, (1325, 1325), [(1325, 63301)], 39491),
-    (TRACK_3, dict(machine=H200, end=""), (3275, 3300), [(125, 21402), (3275, 488035)], None)])
+    (TRACK_3, dict(machine=H200, end=""), (3275, 3300), [(125, 21402), (3275, 488035)], None),
+    (TRACK_3, dict(machine=TOLD), (3275, 3300), [(125, 21402), (3275, 488035)], 39491)])
 def test_logs_of_all_eras(toy, tmp_path, body, how, steps, vals, peak):
     """2024, with a rule above the source; 2026, with a word behind the fields; track 3, in fractions of seconds, with
     fields before the time, and stopped before its schedule ended."""
