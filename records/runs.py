@@ -112,6 +112,7 @@ def misfit(value, spec, where: str) -> str | None:
         return next(filter(None, (misfit(v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
     if isinstance(spec, re.Pattern):
         fine, name = isinstance(value, str) and is_real(spec.fullmatch(value)), f"of the form {spec.pattern}"
+        name += ", with a day of the calendar" * ("day" in spec.groupindex)
     elif isinstance(spec, type):
         fine, name = type(value) is spec or (spec, type(value)) == (float, int), f"of type {spec.__name__}"
         fine = fine and not (type(value) in (int, float) and abs(value) >= 2**63)
@@ -544,7 +545,7 @@ def read_speedrun(path: Path) -> Run:
     for before, after in zip(points, points[1:]):
         if after < before or after[1] != before[1]:
             a, b = (f"step:{step}/{total}" for step, total in (before, after))
-            raise Bad("schema", f"{safe(path.name)} holds several runs, as {b} comes after {a}: cut it in two")
+            raise Bad("schema", f"{safe(path.name)} holds several runs, as {b} comes after {a}: give each a log")
     if not curves["val_loss"] or points[0][1] == 0:
         raise Bad("schema", f"{safe(path.name)} has no validation loss with its train_time behind the source")
     text = "\n".join(rest)

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, look, p_below, welch
+from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
 from runs import (
     ID,
     NAME,
@@ -193,7 +193,7 @@ def load(text: str | Path) -> Set:
     """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe; behind a
     name of the user's, NAME=, scripts may differ."""
     found, script, track, (own, named, rest) = [], None, None, str(text).partition("=")
-    named, text = ("", str(text)) if not rest or Path(str(text)).exists() else (own, rest)
+    named, text = ("", str(text)) if not rest or os.path.exists(text) else (own, rest)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -253,7 +253,7 @@ def machine(run: Run) -> str:
 
 def describe(s: Set, target: float | None = None) -> str:
     """Its loss, time and memory, and p against a target, by default its track's."""
-    target = target or s.track and read_tracks()[s.track]["target_loss"]
+    target = target or read_tracks().get(s.track, {}).get("target_loss")
     goal = f" (p of a mean below {target:g}: {show(p_below(s.losses, target), '.2g')})" if target else ""
     peaks, pace = [run.peak_mib for run in s.runs if run.peak_mib], [run.train_ms / run.total for run in s.runs]
     seconds, (total, planned) = [t / 1e3 for t in s.times], max((run.total, run.planned) for run in s.runs)
@@ -490,6 +490,8 @@ def plot(args) -> int:
 def import_logs(args) -> int:
     """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`."""
     groups = {}
+    if args.target:
+        distributions()  # which may be missing: before anything is written
     for run in public_logs([Path(name) for name in args.paths]):
         groups.setdefault(run.script_sha256[:12], []).append(run)
     for sha, found in groups.items():

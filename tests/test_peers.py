@@ -220,6 +220,8 @@ def test_sets_of_two_scripts_are_joined_by_a_name(toy, tmp_path):
     assert done.code in (0, 3) and "note: mine joins runs of 2 scripts" in done.out and "mine: loss 3.27" in done.out
     assert "early: loss 3.2800" in done.out and "; stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
     assert toy.main("compare", f"mine={tmp_path / 'set'},{tmp_path / 'long.txt'}", early).code == 2
+    many = ",".join(str(tmp_path / "set" / f"{i}.txt") for i in range(13))  # longer than a path may be
+    assert f"mine: loss {3.2784}" in toy.main("compare", f"mine={many}", early).out
 
 
 def test_compare_of_two_public_sets(toy, tmp_path):

@@ -319,6 +319,13 @@ def test_compare_a_record_with_a_set_of_runs(toy):
     assert inside.out == re.sub(r" \(p of a mean below 5: [^)]+\)", "", done.out) != done.out  # a folder has no track
 
 
+def test_compare_of_a_record_on_no_track_knows_no_target(box):
+    box.victim = box.record("Toy")
+    box.write(box.victim, box.meta() | dict(track="nowhere"))
+    done = box.main("compare", box.victim.name, names(box.arms()[1]))
+    assert done.code == 0 and "p of a mean" not in done.out and done.err == ""
+
+
 def test_the_knob_that_differs_is_never_cut_off(box):
     """By which sets and runs are called, and of which a mixed set is told."""
     base, _ = box.arms()
