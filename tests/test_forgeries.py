@@ -153,8 +153,8 @@ def in_all_runs(change, *expected):
 
 
 FORGERIES += [pytest.param(in_all_runs(*row), id=name) for name, row in DATA.items()]
-for version, edits in (1, EVENTS | OF_FORMAT_1), (2, EVENTS | OF_FORMAT_2):
-    FORGERIES += [pytest.param(one_edit(version, *row), id=f"{name}-{version}") for name, row in edits.items()]
+for version, edits in (1, OF_FORMAT_1), (2, EVENTS | OF_FORMAT_2):
+    FORGERIES += [pytest.param(one_edit(version, *row), id=name) for name, row in edits.items()]
 FORGERIES += [pytest.param(one_claim(*row), id=name) for name, row in META.items()]
 
 # ---- Losses and runs
