@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -85,17 +86,19 @@ def listing(only: str | None, records: list[Record]) -> str:
         out += ["", f"{title}. {safe(track['clock'])}"]
         out += [] if own else ["No record yet."]
         machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
-        key = "train_time_ms_median" if timed else "val_loss_mean"
         for kind in sorted({machine(meta) for meta in own}):
             title = f"{kind[0]} x {safe(kind[1], 60)}" if timed else "CPU"
             out += ["", f"| {title} | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
-            missed = {m["name"]: timed and not (m["result"]["p"] or 1) < track["p"] for m in own}
-            def rank(meta: dict, missed=missed, key=key) -> tuple:  # a target missed ranks last, by how far
-                late = missed[meta["name"]]
-                return late, late and meta["result"]["val_loss_mean"], meta["result"][key]
-            out += [row(m, timed) for m in sorted(own, key=rank) if machine(m) == kind]
+            ranked = sorted((m for m in own if machine(m) == kind), key=functools.partial(rank, track))
+            out += [row(meta, timed) for meta in ranked]
     out += ["", f"No record yet: {'; '.join(empty)}."] if empty else []
     return "\n".join([*out, LIST_MARKS[1]])
+
+def rank(track: dict, meta: dict) -> tuple:
+    """By time, or by loss on CPUs; what misses the target, or has none, ranks last, by loss first."""
+    result, timed = meta["result"], track["hardware"]["count"] > 0
+    late = timed and not (result["p"] or 1) < track["p"]
+    return late, late and result["val_loss_mean"], result["train_time_ms_median" if timed else "val_loss_mean"]
 
 def row(meta: dict, timed: bool) -> str:
     r = meta["result"]
@@ -193,7 +196,7 @@ def load(text: str | Path) -> Set:
     """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe; behind a
     name of the user's, NAME=, scripts may differ."""
     found, script, track, (own, named, rest) = [], None, None, str(text).partition("=")
-    named, text = ("", str(text)) if not rest or os.path.exists(text) else (own, rest)
+    named, text = (own, rest) if rest and not {*"/,"} & {*own} and not os.path.exists(text) else ("", str(text))
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -420,21 +423,19 @@ def smooth(values: list[float]) -> list[float]:
     spans = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return [statistics.fmean(values[i - k : i + k + 1]) for i, k in enumerate(spans)]
 
-def draw(axis, column: int, scale: float, s: Set, color: str) -> list[tuple]:
-    """One set: its runs' losses of training faint, their mean smoothed, validation dashed. Returns all (x, loss)."""
+def draw(axis, column: int, scale: float, s: Set, color: str) -> None:
+    """One set: its runs' losses of training faint, their mean smoothed, validation dashed."""
     curves = [[p for p in run.steps if p[2] is not None] for run in s.runs]
     xs = lambda points: [p[column] / scale for p in points]
     vals = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
     trained, scored = mean_curve(curves), mean_curve(vals)
-    line = smooth([p[2] for p in trained])
     for points in curves:
         axis.plot(xs(points), [p[2] for p in points], color=color, lw=0.6, alpha=0.3)
-    axis.plot(xs(trained), line, color=color, lw=1.6)
+    axis.plot(xs(trained), smooth([p[2] for p in trained]), color=color, lw=1.6)
     axis.plot(xs(scored), [p[2] for p in scored], "--", color=color, lw=1)
     for points in vals:
         axis.plot(xs(points), [p[2] for p in points], "o", color=color, ms=4, mfc="none")
     axis.plot([], [], color=color, lw=4, label=f"{s.label[:48]}: {spread(s.losses)}")
-    return [*zip(xs(trained), line), *((x, p[2]) for points in vals for x, p in zip(xs(points), points))]
 
 MARK = re.compile(r"(.+)=([0-9]{1,9}(?:\.[0-9]+)?),([0-9]{1,4}(?:\.[0-9]+)?)")
 
@@ -444,7 +445,9 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     if any(p[column] is None for s in sets for run in s.runs for p in run.vals):
         raise Bad("tokens", "public logs say nothing of tokens: take --x time or --x steps")
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    seen = [point for i, s in enumerate(sets) for point in draw(axis, column, scale, s, f"C{i}")]
+    for i, s in enumerate(sets):
+        draw(axis, column, scale, s, f"C{i}")
+    seen = [(p[column] / scale, p[2]) for s in sets for run in s.runs for p in run.vals + run.steps if p[2] is not None]
     targets = {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}
     for target in targets:
         axis.axhline(target, color="gray", lw=0.8, ls=":")

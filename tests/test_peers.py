@@ -196,14 +196,14 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
 
 
 def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path):
-    write_set(tmp_path / "set", PUBLISHED[:4])
-    write_set(tmp_path / "set" / "more", PUBLISHED[4:])
-    (tmp_path / "set" / "notes.txt").write_text("a note")
-    (tmp_path / "set" / "run.py").write_text("pass")
-    shutil.copy(tmp_path / "set" / "00.txt", tmp_path / "00.txt")
-    done = toy.main("compare", f"{tmp_path / 'set'},{tmp_path / '00.txt'}", tmp_path / "set" / "more", "--target=3.28")
+    write_set(tmp_path / "s=t", PUBLISHED[:4])
+    write_set(tmp_path / "s=t" / "more", PUBLISHED[4:])
+    (tmp_path / "s=t" / "notes.txt").write_text("a note")
+    (tmp_path / "s=t" / "run.py").write_text("pass")
+    shutil.copy(tmp_path / "s=t" / "00.txt", tmp_path / "00.txt")
+    done = toy.main("compare", f"{tmp_path / 's=t'},{tmp_path / '00.txt'}", tmp_path / "s=t" / "more", "--target=3.28")
     assert done.code == 0 and "skipped: notes.txt has no line of" in done.out and "holds 1 logs twice" in done.out
-    assert "set and 1 more: loss 3.2784 (sd 0.0014, n = 13) (p of a mean below 3.28: 0.00067); 1770" in done.out
+    assert "s=t and 1 more: loss 3.2784 (sd 0.0014, n = 13) (p of a mean below 3.28: 0.00067); 1770" in done.out
 
 
 def test_sets_of_two_scripts_are_joined_by_a_name(toy, tmp_path):
