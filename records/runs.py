@@ -147,9 +147,7 @@ def literal(node: ast.expr):
     else, and for numbers that a knob cannot have: a stranger may have written 9**9**9."""
     if isinstance(node, (ast.Tuple, ast.List)):
         return [literal(item) for item in node.elts]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = -number(node.operand)
-    elif isinstance(node, ast.BinOp) and type(node.op) in SUMS:
+    if isinstance(node, ast.BinOp) and type(node.op) in SUMS:
         left, right = number(node.left), number(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > 64:
             raise ValueError

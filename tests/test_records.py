@@ -399,12 +399,6 @@ def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, opt
     assert f"x {mean:.3f} (95 % interval x {first:.3f} to {last:.3f})" in done.out
 
 
-def test_runs_of_an_earlier_trial_give_no_verdict_on_time(box):
-    a, b = (box.sets.load(box.root / name) for name in alternating(box, 0.001, 0.002, 0.0015))
-    fresh, old = ("\n".join(box.sets.compare_sets(a, b, fresh=fresh)[0]) for fresh in (True, False))
-    assert "time to equal loss" in fresh and "of an earlier trial" in old and "time to equal loss" not in old
-
-
 def test_runs_that_did_not_take_turns_give_no_verdict_on_time(box):
     a, b = alternating(box, 0.001, 0.002, 0.0015)
     one_time = "no verdict on time (x 0.5"
