@@ -240,7 +240,7 @@ def test_norms_are_those_of_the_summed_gradients_and_of_the_change_of_the_weight
     for group, grad, update in zip(groups, squares[::2], squares[1::2]):
         own = [i for i, p in enumerate(model.parameters()) if kinds[p] == group["name"]]
         want = torch.cat([sum(rank["grads"][i] for rank in ranks).flatten() for i in own]).double().norm()
-        assert grad**0.5 == pytest.approx(float(want), rel=0.004 if comm == "bf16" else 0.03), group["name"]
+        assert grad**0.5 == pytest.approx(float(want), rel=0.008 if comm == "bf16" else 0.03), group["name"]
         moved = torch.cat([(ranks[0]["before"][i] - ranks[0]["params"][i]).flatten() for i in own]).double().norm()
         assert 0 < update**0.5 == pytest.approx(float(moved), rel=1e-3), group["name"]
 
