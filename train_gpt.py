@@ -1556,9 +1556,6 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
     return Hyperparameters(**knobs)
 
 
-KNOB_LINE = re.compile(r"    (\w+): \w+ = .*  # (\[.*)")
-
-
 def help_text() -> str:
     """Every knob by group with default, unit and meaning, as the lines of the dataclass say them,
     then the presets."""
@@ -1566,7 +1563,7 @@ def help_text() -> str:
     for line in inspect.getsource(Hyperparameters).splitlines():
         if line.startswith("    # -- "):
             rows += ["", line[9:]]
-        elif knob := KNOB_LINE.fullmatch(line):
+        elif knob := re.fullmatch(r"    (\w+): \w+ = .*  # (\[.*)", line):
             default = flag(knob[1], getattr(Hyperparameters, knob[1]))
             rows.append(f"{'  ' + default:44} {knob[2]}")
     rows += ["", "presets (a knob given beside one wins)"]
@@ -1582,6 +1579,9 @@ def check(hp, world_size: int):
             zero = name in MAY_BE_ZERO
             bound = "not be below" if zero else "be above"
             require(value >= 0 if zero else value > 0, f"--{name} must {bound} 0, and is {value}")
+        if type(value) is tuple:
+            inside = 0 <= min(value) <= max(value) < 1
+            require(inside, f"{flag(name, value)} must both lie from 0 to below 1")
     check_batches(hp, world_size)
     require(
         # 64 x 64 values make a whole block of the FP8 exchange
@@ -1603,20 +1603,11 @@ def check(hp, world_size: int):
         hp.logit_cap <= 87,
         f"--logit_cap={hp.logit_cap} is too large for an exact loss in fp32: 87 is the greatest"
     )
-    for name in ("head_betas", "table_betas", "scalar_betas"):
-        betas = getattr(hp, name)
-        require(
-            0 <= min(betas) <= max(betas) < 1,
-            f"{flag(name, betas)} must both lie from 0 to below 1"
-        )
+    layers = {str(layer) for layer in range(len(hp.layer_pattern))}
     require(
-        hp.late_layer < len(hp.layer_pattern),
-        f"--late_layer={hp.late_layer} must be below the {len(hp.layer_pattern)} layers"
-    )
-    mixed = {str(layer) for layer in range(len(hp.layer_pattern))}
-    require(
-        mixed.issuperset(hp.mixed_layers.split()),
-        f"--mixed_layers={hp.mixed_layers!r} must be numbers of layers, from 0 on"
+        layers.issuperset([str(hp.late_layer), *hp.mixed_layers.split()]),
+        f"--late_layer={hp.late_layer} and --mixed_layers={hp.mixed_layers!r} must be among the "
+        f"{len(layers)} layers, from 0 on"
     )
     require(
         hp.window_min <= hp.window_max,
@@ -1641,6 +1632,10 @@ def check_batches(hp, world_size: int):
     require(
         all(map(rate.fullmatch, rates)) and len(rates) in (0, count),
         f"--lr_stages={hp.lr_stages!r} must hold one number for each of the {count} stages"
+    )
+    require(
+        all(map(rate.fullmatch, hp.mtp_weights.split())),
+        f"--mtp_weights={hp.mtp_weights!r} must be numbers, such as '0.5 0.25'"
     )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     require(
@@ -1675,18 +1670,10 @@ class Corpus(NamedTuple):
     encoding: str
     train: TokenStream
     val: TokenStream
-    train_files: list[dict]  # name, tokens, sha256
-    val_sha256: str  # of the tokens scored
+    facts: dict  # what the start event says of the data; hashes of shards on rank 0 alone
     passes: int  # over the training stream, begun by the end of the run
     sources: list[str]  # of the validation documents, if they are told
     source_of: np.ndarray  # (val_tokens,) index of the source of each position scored, or (0,)
-
-    def facts(self, val_tokens: int) -> dict:
-        """What the start event says of the data; hashes of shards on rank 0 alone."""
-        return dict(
-            encoding=self.encoding, val_sha256=self.val_sha256, val_tokens=val_tokens,
-            train=self.train_files
-        )
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1776,11 +1763,10 @@ def count_passes(hp, total: int) -> int:
     reads = tokens_before(hp.steps, hp)
     enough = math.ceil(reads / (total - longest))
     for step, (_, passes) in enumerate(sequences(hp, total)):
-        other = f" or --steps={step}" if step and not hp.batch_stages else ""
         require(
             passes <= hp.epochs,
-            f"--steps={hp.steps} reads {reads} tokens, and the data has {total}: take "
-            f"--epochs={enough}{other}"
+            f"--steps={hp.steps} reads {reads} tokens, and the data has {total}, enough for {step} "
+            f"of these steps: take --epochs={enough}, or fewer --steps"
         )
     return passes
 
@@ -1813,8 +1799,11 @@ def load_corpus(hp, thorough: bool) -> Corpus:
         for path, tokens in opened[0].items()
     ]
     scored = val.read(0, hp.val_tokens + 1).astype("<u2")
-    val_sha256, sources = hashlib.sha256(scored).hexdigest(), read_sources(folder, scored)
-    return Corpus(encoding, train, val, files, val_sha256, passes, *sources)
+    facts = dict(
+        encoding=encoding, val_sha256=hashlib.sha256(scored).hexdigest(),
+        val_tokens=hp.val_tokens, train=files
+    )
+    return Corpus(encoding, train, val, facts, passes, *read_sources(folder, scored))
 
 
 # ---- 14. Run folder: log.txt for people, metrics.jsonl as evidence, the script; and the clock
@@ -1885,7 +1874,7 @@ class RunLog:
         with no_space("the run folder"):
             for name, text in (("metrics.jsonl", json.dumps(row)), ("log.txt", line)):
                 with open(self.folder / name, "ab") as part:
-                    part.write(f"{text}\n".encode("ascii", "replace") if text else b"")
+                    part.write((text and text + "\n").encode("ascii", "replace"))
 
     def say(self, text: str):
         """On the screen alone."""
@@ -2095,36 +2084,30 @@ class Run:
         self.hp, self.rank, self.world_size = hp, rank, world_size
         self.step, self.val_loss, self.peak_val = 0, None, 0
         self.notes, self.handlers = [*notes], contextlib.ExitStack()
-        self.corpus = load_corpus(hp, thorough=rank == 0)
-        self.facts = dict(
-            script_sha256=hashlib.sha256(source).hexdigest(), knobs=public_knobs(hp),
-            data=self.corpus.facts(hp.val_tokens)
+        corpus, knobs = load_corpus(hp, thorough=rank == 0), public_knobs(hp)
+        self.corpus, self.facts = corpus, dict(
+            script_sha256=hashlib.sha256(source).hexdigest(), knobs=knobs, data=corpus.facts
         )
         self.saved = self.find_saved() if hp.resume else None
-        self.trainer = build(hp, VOCAB[self.corpus.encoding], rank, world_size, device)
+        self.trainer = build(hp, VOCAB[corpus.encoding], rank, world_size, device)
         self.log = RunLog(rank, source)
         self.clock = Clock(self.log, self.trainer.cuda)
-        self.describe(argv)
-
-    def describe(self, argv: list[str]):
-        """The start event: everything that the result may depend on, and no place or name."""
-        hp, knobs, trainer = self.hp, self.facts["knobs"], self.trainer
+        # the start event: all that the result may depend on, and no place or name
         changed = {
             k: v for k, v in knobs.items()
             if k not in PLACES and v != getattr(Hyperparameters, k)
         }
         named = [argument[2:].partition("=")[0] for argument in argv]
         shown = [flag(k, knobs[k]) if k in PLACES else a for k, a in zip(named, argv)]
+        model, utc = self.trainer.model, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         facts = dict(
-            format=2, run_id=self.log.run_id,
-            utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), argv=shown,
-            changed=changed, seed=hp.seed, device=trainer.device.type,
-            **machine(trainer.device, self.world_size), world_size=self.world_size,
-            fp8=dict(on=trainer.model.lm_head.use_fp8, reason=trainer.fp8_reason),
-            attention="flex" if trainer.model.use_flex else "sdpa",
+            format=2, run_id=self.log.run_id, utc=utc, argv=shown, changed=changed, seed=hp.seed,
+            device=device.type, **machine(device, world_size), world_size=world_size,
+            fp8=dict(on=model.lm_head.use_fp8, reason=self.trainer.fp8_reason),
+            attention="flex" if model.use_flex else "sdpa",
             stages=[stage._asdict() for stage in stages(hp)], **self.facts
         )
-        self.log.emit("start", facts, corpus=self.corpus)
+        self.log.emit("start", facts, corpus=corpus)
 
     def find_saved(self) -> dict:
         """The checkpoint to go on from; a note says what changed since. Rank 0 finds `latest`, and
@@ -2138,16 +2121,14 @@ class Run:
         require(code is None, path, code)
         saved = load_file(Path(path))
         other = changes(saved, self.facts)
-        fixed = [flag(k, saved["knobs"][k]) for k in FIXED if k in other]
-        ranks, step, tokens = len(saved["optimizers"]), saved["step"], saved["tokens"]
+        step, ranks = saved["step"], len(saved["optimizers"])
+        # else it is past the end, or in another stage
+        moved = step > hp.steps or saved["tokens"] != tokens_before(step, hp)
+        names = FIXED + ["steps"] * moved
+        fixed = [flag(k, saved["knobs"][k]) for k in names if k in other]
         fixed += [f"{ranks} ranks"] * (ranks != self.world_size)
         require(
             not fixed, f"{path} was written with {' '.join(fixed)}: give the same to resume it"
-        )
-        require(
-            step <= hp.steps and tokens == tokens_before(step, hp),
-            f"{path} had read {tokens} tokens after step {step}: with --steps={hp.steps} that is "
-            "past the end, or in another stage: give the same --steps"
         )
         if other:
             self.notes.append(f"changed since the checkpoint: {', '.join(other.values())}")
@@ -2173,10 +2154,6 @@ class Run:
     def tokens(self) -> int:
         return tokens_before(self.step, self.hp)
 
-    def speed(self, train_ms: float) -> int | None:
-        """Tokens per second so far."""
-        return round(self.tokens / train_ms * 1e3) if train_ms else None
-
     def validate(self):
         """Score the validation tokens at this step's window, with the clock stopped. Refused 3 if
         the loss is not finite."""
@@ -2191,7 +2168,7 @@ class Run:
         )
         for losses in each:
             facts["sources"] = by_source(corpus.sources, corpus.source_of, losses)
-        average = now["train_ms"] / step if step else math.nan
+        average = now["train_ms"] / (step or math.nan)
         self.log.emit("val", facts, total=hp.steps, step_avg=average)
         require(
             math.isfinite(self.val_loss),
@@ -2212,10 +2189,14 @@ class Run:
             momentum=momentum_at(at, hp), window=window_at(at, hp), sequences=stage.sequences,
             seq_len=stage.seq_len, **now
         )
-        if squares:
-            facts["norms"] = self.norms(squares, stage.sequences)
+        if squares:  # of gradients that are not divided by the step's sequences yet
+            names = [group["name"] for o in self.trainer.optimizers for group in o.param_groups]
+            kinds = [f"{name}.{what}" for name in names for what in ("grad", "update")]
+            divisors = [stage.sequences, 1] * len(names)
+            triples = zip(kinds, squares, divisors)
+            facts["norms"] = {kind: math.sqrt(square) / d for kind, square, d in triples}
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
-        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=self.speed(ms))
+        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=round(self.tokens / ms * 1e3))
         self.log.emit("step", facts, kept, **shown)
         if step == 10 < hp.steps:
             self.log.say(
@@ -2228,15 +2209,6 @@ class Run:
             3
         )
         return stop
-
-    def norms(self, squares: list[float], sequences: int) -> dict:
-        """{"embed.grad": norm, "embed.update": norm, ...}. The gradients of `squares` are not
-        divided by the step's sequences yet."""
-        groups = [group for o in self.trainer.optimizers for group in o.param_groups]
-        names = [f"{g['name']}.{what}" for g in groups for what in ("grad", "update")]
-        divisors = [sequences, 1] * len(groups)
-        roots = map(math.sqrt, squares)
-        return {name: root / d for name, root, d in zip(names, roots, divisors)}
 
     def require_finite(self):
         """Refused 3 on all ranks if a weight of a rank or a state in its share is not finite. A
@@ -2324,11 +2296,12 @@ class Run:
             with contextlib.suppress(Exception):
                 self.clock.stop()
         now, mib = self.clock.read(), lambda count: count >> 20 or None
+        ms = now["train_ms"]
         status = {0: "complete", 75: "stopped"}.get(code, "failed")
         facts = dict(
             status=status, code=code, reason=reason, steps=self.step, tokens=self.tokens,
             val_loss=None if code else self.val_loss, **now,
-            tokens_per_s=self.speed(now["train_ms"]),
+            tokens_per_s=round(self.tokens / ms * 1e3) if ms else None,
             peak_train_mib=mib(self.clock.peak), peak_val_mib=mib(self.peak_val),
             reserved_mib=mib(torch.cuda.max_memory_reserved())
         )
@@ -2426,9 +2399,7 @@ def main(argv: list[str] | None = None):
         miss = run.val_loss - run.hp.target_loss
         run.log.say(f"target {'missed' if miss > 0 else 'met'} by {abs(miss):.6f}")
     if dist.is_initialized():
-        dist.destroy_process_group()
-        if not run.trainer.cuda:
-            os._exit(0)  # gloo's threads may abort an ordinary exit
+        os._exit(0)  # gloo's threads may abort an ordinary exit
 
 
 if __name__ == "__main__":

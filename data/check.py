@@ -64,7 +64,7 @@ def refusal(script, source, knobs, ranks, thorough):
         if hp.resume and thorough:
             script.dist = SimpleNamespace(broadcast_object_list=lambda *_: None)  # there are no other ranks yet
             facts = dict(script_sha256=hashlib.sha256(source).hexdigest(), knobs=script.public_knobs(hp),
-                         data=corpus.facts(hp.val_tokens))
+                         data=corpus.facts)
             script.Run.find_saved(SimpleNamespace(hp=hp, rank=0, world_size=ranks, facts=facts, notes=[]))
     except Exception as error:
         return error if isinstance(error, getattr(script, "Refused", ())) and error.code else None

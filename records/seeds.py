@@ -31,7 +31,8 @@ def context(script, argv: list[str]) -> dict:
     hp = script.parse_overrides(argv)
     script.check(hp, 1)
     corpus, (_, world_size, device) = script.load_corpus(hp, thorough=True), script.init_distributed()
-    data, machine = corpus.facts(hp.val_tokens), script.machine(device, world_size)
+    facts = corpus.facts  # a method in older scripts
+    data, machine = facts(hp.val_tokens) if callable(facts) else facts, script.machine(device, world_size)
     return dict(machine, data=data, world_size=world_size, knobs=script.public_knobs(hp))
 
 def train(script, argv: list[str], source: bytes, seed: int | str, facts: Callable) -> tuple:

@@ -45,9 +45,9 @@ def test_other_bad_data(tmp_path):
     folder = make_corpus(tmp_path / "data")
     assert "--val_tokens=1999 is the most" in refusal(folder, val_tokens=5000)
     sentence = refusal(folder, steps=100)
-    assert "--epochs=10" in sentence and "--steps=10" in sentence
+    assert "--epochs=10" in sentence and "enough for 10 of these steps" in sentence
     sentence = refusal(folder, batch_stages="4x256 8x512", steps=10)  # 5 x 1,024, then 5 x 4,096 of 11,000
-    assert "reads 25600 tokens" in sentence and "--epochs=3" in sentence and "or --steps" not in sentence
+    assert "reads 25600 tokens" in sentence and "--epochs=3" in sentence and "for 6 of" in sentence
     assert "--epochs=" in refusal(folder, steps=2**30), "and it answers at once"
     assert "has 11000 tokens, too few" in refusal(folder, train_seq_len=11008)
     good = (folder / "train_000001.bin").read_bytes()
@@ -67,9 +67,9 @@ def test_other_bad_data(tmp_path):
 def test_manifest(tmp_path):
     folder = make_corpus(tmp_path)
     corpus = t.load_corpus(knobs(folder), thorough=True)
-    hashes = {f["name"]: f["sha256"] for f in corpus.train_files}
+    hashes = {f["name"]: f["sha256"] for f in corpus.facts["train"]}
     val = (folder / "val_000000.bin").read_bytes()[1024:]
-    assert corpus.val_sha256 == hashlib.sha256(val[: 2 * 1201]).hexdigest()
+    assert corpus.facts["val_sha256"] == hashlib.sha256(val[: 2 * 1201]).hexdigest()
     assert hashes["train_000000.bin"] == hashlib.sha256((folder / "train_000000.bin").read_bytes()[1024:]).hexdigest()
 
     def manifest(**fields):
