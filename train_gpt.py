@@ -1677,12 +1677,20 @@ class Corpus(NamedTuple):
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if header and
-    size disagree."""
-    size = path.stat().st_size
-    magic, version, count = (
-        np.fromfile(path, "<i4", 3).tolist() if size >= HEADER_BYTES else (0, 0, 0)
+    """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if it cannot be
+    read, or if header and size disagree."""
+    try:
+        head, size = np.fromfile(path, "<i4", 3), path.stat().st_size
+    except OSError as error:
+        raise Refused(
+            2, f"{path} is a shard by its name or by manifest.json, and cannot be read "
+            f"({error.strerror}): get it again, or make the data anew"
+        ) from None
+    require(
+        head.tobytes() != b"version http",
+        f"{path} is a pointer of Git LFS and not the data: `git lfs pull` gets that"
     )
+    magic, version, count = [*head.tolist(), 0, 0, 0][:3]
     require(
         (magic, version, size) == (MAGIC, VERSION, HEADER_BYTES + 2 * count) and count > 0,
         f"{path} is not a token shard, or was cut short or damaged: it begins with {magic} "
@@ -1702,7 +1710,7 @@ def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
         "have: make the shard again, or check its manifest.json"
     )
     found = hashlib.sha256(tokens).hexdigest()
-    expected = known.get(path.name) or found
+    expected = known.get(path) or found
     require(
         found == expected,
         f"{path} has SHA-256 {found:.12} and its manifest says {expected:.12}: it was changed or "
@@ -1712,17 +1720,29 @@ def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
 
 
 def read_manifest(folder: Path):
-    """(encoding, {file: SHA-256 of its token bytes, if told}); without one, GPT-2 tokens."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return "gpt2", {}
+    """(encoding, {shard: SHA-256 of its token bytes, if told}, [training shards, validation
+    shards]). The manifest tells the split, or else the name does; without one, GPT-2 tokens.
+    Refused 2 where the manifest cannot be used, or a shard is in both splits."""
+    path, manifest, known = folder / "manifest.json", dict(encoding="gpt2"), {}
+    words = {shard: shard.name for shard in folder.glob("*.bin")}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if os.path.lexists(path):  # a link that leads nowhere is no absence
+            manifest = json.loads(path.read_text(encoding="utf-8"))
         encoding, files = manifest["encoding"], manifest.get("files", [])
         require(encoding in VOCAB, f"encoding {encoding!r} is none of {', '.join(VOCAB)}")
-        return encoding, {file["name"]: file.get("sha256") for file in files}
+        for file in files:
+            shard = folder / file["name"]
+            require(shard not in known, f"it lists {shard.name} twice")
+            known[shard], words[shard] = file.get("sha256"), file.get("split", shard.name)
+        train, val = (
+            [shard for shard in sorted(words) if split in re.split("[^a-z]+", words[shard].lower())]
+            for split in ("train", "val")
+        )
     except Exception as error:
         raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
+    for shard in set(train).intersection(val):
+        raise Refused(2, f"{shard} says both train and val: rename it, or let manifest.json decide")
+    return encoding, known, [train, val]
 
 
 def read_sources(folder: Path, scored: np.ndarray):
@@ -1730,7 +1750,7 @@ def read_sources(folder: Path, scored: np.ndarray):
     source is that of the document of its input; scored: (n + 1,) tokens. Refused 2 where the file
     cannot be used."""
     path = folder / "val_docs.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return [], scored[:0]
     docs = np.cumsum(scored[:-1] == EOT) - (scored[0] == EOT)
     with contextlib.suppress(Exception):
@@ -1775,11 +1795,10 @@ def load_corpus(hp, thorough: bool) -> Corpus:
     """Open and check every shard of `hp.data_dir`; `thorough` (rank 0) also reads, hashes and
     compares all tokens."""
     folder = Path(hp.data_dir)
-    encoding, known = read_manifest(folder)
-    found = [sorted(folder.glob(f"*{split}*.bin")) for split in ("train", "val")]
+    encoding, known, found = read_manifest(folder)
     require(
         all(found),
-        f"--data_dir={hp.data_dir} is not a folder with *train*.bin and *val*.bin: "
+        f"--data_dir={hp.data_dir} is not a folder with *train*.bin and *val*.bin, whole words: "
         "data/fineweb.py downloads FineWeb, and data/tokenize_text.py turns any text into shards"
     )
     opened = [{path: open_shard(path) for path in paths} for paths in found]

@@ -155,7 +155,8 @@ def find_data(data: dict, given: str | None, python: str) -> Path:
     if not given and data["encoding"] == "bytes" and not (embedded / "manifest.json").exists():
         subprocess.run([python, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", embedded], check=False)
     for folder in [Path(given)] if given else sorted((ROOT / "data").glob("*/")):
-        train, val = (sorted(folder.glob(f"*{name}*.bin")) for name in ("train", "val"))
+        shards = {path: re.split("[^a-z]+", path.name.lower()) for path in sorted(folder.glob("*.bin"))}
+        train, val = ([path for path in shards if name in shards[path]] for name in ("train", "val"))
         if stream_hash(val, data["val_tokens"] + 1) == data["val_sha256"] and len(train) >= len(data["train"]):
             if all(f["sha256"] is None or f["sha256"] == stream_hash([p]) for f, p in zip(data["train"], train)):
                 return folder  # further shards come after those that were read

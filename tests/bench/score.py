@@ -59,8 +59,8 @@ def read_groups(path: Path | None) -> dict[str, list[str]] | None:
 def read_text(folder, groups: dict | None = None, val_tokens: int | None = None) -> Text:
     """The validation stream of a folder, every token checked. Refused 2 if it, or its sources, cannot be used."""
     folder = Path(folder)
-    encoding, known = tg.read_manifest(folder)
-    shards = {path: tg.open_shard(path) for path in sorted(folder.glob("*val*.bin"))}
+    encoding, known, (_, paths) = tg.read_manifest(folder)
+    shards = {path: tg.open_shard(path) for path in paths}
     tg.require(shards, f"{folder} is not a folder with *val*.bin shards")
     for path, tokens in shards.items():
         tg.scan_shard(path, tokens, encoding, known)
