@@ -1560,12 +1560,10 @@ def help_text() -> str:
     """Every knob by group with default, unit and meaning, as the lines of the dataclass say them,
     then the presets."""
     rows = ["python train_gpt.py [--preset=name] [--knob=value ...]"]
-    for line in inspect.getsource(Hyperparameters).splitlines():
-        if line.startswith("    # -- "):
-            rows += ["", line[9:]]
-        elif knob := re.fullmatch(r"    (\w+): \w+ = .*  # (\[.*)", line):
-            default = flag(knob[1], getattr(Hyperparameters, knob[1]))
-            rows.append(f"{'  ' + default:44} {knob[2]}")
+    line = r"    (?:# -- (.*)|(\w+): \w+ = .*  # (\[.*))"
+    for group, name, note in re.findall(line, inspect.getsource(Hyperparameters)):
+        default = "  " + flag(name, getattr(Hyperparameters, name, ""))
+        rows += ["", group] if group else [f"{default:44} {note}"]
     rows += ["", "presets (a knob given beside one wins)"]
     for name, knobs in PRESETS.items():
         rows.append(f"  --preset={name:8}" + " ".join(map(flag, knobs, knobs.values())))
@@ -1585,14 +1583,14 @@ def check(hp, world_size: int):
     check_batches(hp, world_size)
     require(
         # 64 x 64 values make a whole block of the FP8 exchange
-        hp.model_dim % 64 == 0 and hp.model_dim % (4 * hp.num_heads) == 0,
+        hp.model_dim % math.lcm(64, 4 * hp.num_heads) == 0,
         f"--model_dim={hp.model_dim} must be a multiple of 64, and --num_heads={hp.num_heads} "
         "times a multiple of 4"
     )
     tables = "".join(sorted(set(hp.value_pattern) - {"."}))
-    layers = set(hp.layer_pattern) <= set("LS-") and "0123456789".startswith(tables)
+    fine = re.fullmatch("[LS-]+", hp.layer_pattern) and "0123456789".startswith(tables)
     require(
-        layers and len(hp.layer_pattern) == len(hp.value_pattern) > 0,
+        fine and len(hp.layer_pattern) == len(hp.value_pattern),
         "--layer_pattern is made of L, S and -, and --value_pattern of . and the digits from 0 on "
         "without a gap, one letter a layer in both and as many, not "
         f"{hp.layer_pattern!r} and {hp.value_pattern!r}"
@@ -1638,13 +1636,13 @@ def check_batches(hp, world_size: int):
         f"--mtp_weights={hp.mtp_weights!r} must be numbers, such as '0.5 0.25'"
     )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
+    of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
+    lengths = {stage.seq_len: of_length for stage in stages(hp)}
     require(
-        len({stage.seq_len for stage in stages(hp)}) <= 8,  # the compiler's limit
+        len(lengths) <= 8,  # the compiler's limit
         "--batch_stages must not have more than 8 different lengths: each is a graph of its own"
     )
-    of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
-    lengths = [(of_length, stage.seq_len) for stage in stages(hp)]
-    for name, length in (*lengths, ("val_seq_len", hp.val_seq_len)):
+    for length, name in (lengths | {hp.val_seq_len: "val_seq_len"}).items():
         low = max(length // BLOCK * BLOCK, BLOCK)
         require(
             length % BLOCK == 0,
@@ -1767,8 +1765,8 @@ def read_sources(folder: Path, scored: np.ndarray):
 def by_source(names: list[str], source_of: np.ndarray, losses: Tensor) -> dict:
     """{name: mean loss} of `read_sources`, summed in fp64, without what has no token that is
     scored. losses: of each token, in order, and of padding after the last."""
-    weights = losses.flatten()[: len(source_of)].cpu()
-    counts, sums = np.bincount(source_of), np.bincount(source_of, weights)
+    counts = np.bincount(source_of)
+    sums = np.bincount(source_of, losses.flatten()[: len(source_of)].cpu())
     return {name: total / n for name, total, n in zip(names, sums, counts) if n}
 
 
@@ -1813,14 +1811,13 @@ def load_corpus(hp, thorough: bool) -> Corpus:
     with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
         scan = lambda shard: scan_shard(*shard, encoding, known)
         digests = dict(zip(shards, pool.map(scan, shards.items())))
-    files = [
-        dict(name=path.name, tokens=len(tokens), sha256=digests.get(path))
-        for path, tokens in opened[0].items()
-    ]
     scored = val.read(0, hp.val_tokens + 1).astype("<u2")
     facts = dict(
         encoding=encoding, val_sha256=hashlib.sha256(scored).hexdigest(),
-        val_tokens=hp.val_tokens, train=files
+        val_tokens=hp.val_tokens, train=[
+            dict(name=path.name, tokens=len(tokens), sha256=digests.get(path))
+            for path, tokens in opened[0].items()
+        ]
     )
     return Corpus(encoding, train, val, facts, passes, *read_sources(folder, scored))
 
@@ -1859,8 +1856,9 @@ def no_space(what: str):
     """Turn a failed write into Refused 6."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or type(error).__name__
+    except (OSError, RuntimeError) as error:
+        # torch.save hides a full disk behind a RuntimeError
+        reason = getattr(error.__context__ or error, "strerror", None) or type(error).__name__
         raise Refused(
             6, f"{what} cannot be written ({reason}): make room in logs/, or write less with "
             "--save=False --checkpoint_every=0"
@@ -1873,6 +1871,7 @@ class RunLog:
     def __init__(self, rank: int, source: bytes):
         now = datetime.datetime.now(datetime.timezone.utc)
         # ids sort as runs began: five digits for microseconds, and one of chance
+        self.utc = f"{now:%Y-%m-%dT%H:%M:%SZ}"
         self.run_id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:05x}{os.urandom(1).hex()[0]}"
         self.rank, self.folder = rank, Path("logs") / self.run_id
         if rank == 0:
@@ -1914,7 +1913,7 @@ class Clock:
         now = time.perf_counter() - self.began
         if event:
             now = self.since + self.started.elapsed_time(event) / 1e3
-        running = 0.0 if self.since is None else (now - self.since) * 1e3
+        running = (now - (self.since or now)) * 1e3
         return dict(train_ms=self.train_ms + running, wall_s=now)
 
     def start(self):
@@ -2028,6 +2027,8 @@ def public_knobs(hp) -> dict:
 # ---- 16. The run
 
 START_TIMEOUT = 600  # seconds a collective may take: ranks compile and read at different speeds
+# The same once all are there. Longer than STEP_DEADLINE, whose end is the better told.
+RANK_TIMEOUT = 130
 PACKAGES = "torch numpy tiktoken huggingface_hub triton".split()
 
 
@@ -2050,7 +2051,7 @@ def init_distributed():
     return rank, world_size, device
 
 
-def catch_signals(stack: contextlib.ExitStack) -> list[float]:
+def catch_signals(stack: contextlib.ExitStack):
     """SIGTERM, SIGINT and SIGHUP ask for an end after the step: their times join the list. A second
     SIGINT aborts, unless it comes within a second: then it is the launcher's echo of the first.
     The stack's end brings back the handlers of before."""
@@ -2059,10 +2060,12 @@ def catch_signals(stack: contextlib.ExitStack) -> list[float]:
     def handler(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
+        if not caught:
+            say("stopping after this step, and saving: a second Ctrl-C would not", sys.stderr)
         caught.append(time.monotonic())
 
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    for number in (signal.SIGTERM, signal.SIGINT, hangup):
+    for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):  # Windows lacks one
+        number = getattr(signal, name)
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
             with contextlib.suppress(ValueError):  # not the main thread
                 before = signal.signal(number, handler) or signal.SIG_DFL
@@ -2116,12 +2119,14 @@ class Run:
             k: v for k, v in knobs.items()
             if k not in PLACES and v != getattr(Hyperparameters, k)
         }
-        named = [argument[2:].partition("=")[0] for argument in argv]
-        shown = [flag(k, knobs[k]) if k in PLACES else a for k, a in zip(named, argv)]
-        model, utc = self.trainer.model, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        shown = [
+            flag(name, knobs[name]) if name in PLACES else argument
+            for argument in argv for name in [argument[2:].partition("=")[0]]
+        ]
+        model = self.trainer.model
         facts = dict(
-            format=2, run_id=self.log.run_id, utc=utc, argv=shown, changed=changed, seed=hp.seed,
-            device=device.type, **machine(device, world_size), world_size=world_size,
+            format=2, run_id=self.log.run_id, utc=self.log.utc, argv=shown, changed=changed,
+            seed=hp.seed, device=device.type, **machine(device, world_size), world_size=world_size,
             fp8=dict(on=model.lm_head.use_fp8, reason=self.trainer.fp8_reason),
             attention="flex" if model.use_flex else "sdpa",
             stages=[stage._asdict() for stage in stages(hp)], **self.facts
@@ -2143,8 +2148,9 @@ class Run:
         step, ranks = saved["step"], len(saved["optimizers"])
         # else it is past the end, or in another stage
         moved = step > hp.steps or saved["tokens"] != tokens_before(step, hp)
-        names = FIXED + ["steps"] * moved
-        fixed = [flag(k, saved["knobs"][k]) for k in names if k in other]
+        fixed = [
+            flag(k, saved["knobs"][k]) for k in FIXED + ["steps"] * moved if k in other
+        ]
         fixed += [f"{ranks} ranks"] * (ranks != self.world_size)
         require(
             not fixed, f"{path} was written with {' '.join(fixed)}: give the same to resume it"
@@ -2157,15 +2163,18 @@ class Run:
         """Go on where a checkpoint was written."""
         try:
             self.trainer.model.load_state_dict(saved["model"])
-        except RuntimeError as error:
+            for optimizer, state in zip(self.trainer.optimizers, saved["optimizers"][self.rank]):
+                groups = optimizer.param_groups  # rates are the knobs', not the file's
+                optimizer.load_state_dict(state)
+                optimizer.param_groups = groups
+                for values in optimizer.state.values():  # torch leaves `step` on the CPU
+                    values.update({k: v.to(self.trainer.device) for k, v in values.items()})
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
             raise Refused(
                 5, "--resume names weights of another script or encoding: give them their own"
             ) from error
-        for optimizer, state in zip(self.trainer.optimizers, saved["optimizers"][self.rank]):
-            groups = optimizer.state_dict()["param_groups"]  # rates are the knobs', not the file's
-            optimizer.load_state_dict(dict(state, param_groups=groups))
-            for values in optimizer.state.values():  # torch leaves `step` on the CPU: a recompile
-                values.update({k: v.to(self.trainer.device) for k, v in values.items()})
         self.step, self.clock.train_ms = saved["step"], saved["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
 
@@ -2177,6 +2186,7 @@ class Run:
         """Score the validation tokens at this step's window, with the clock stopped. Refused 3 if
         the loss is not finite."""
         hp, corpus = self.hp, self.corpus
+        self.log.say(f"validating on {hp.val_tokens} tokens")
         shape = math.ceil(hp.val_tokens / hp.val_seq_len), hp.val_seq_len
         each = [torch.zeros(shape, device=self.trainer.device)] if corpus.sources else []
         self.val_loss = self.trainer.evaluate(corpus.val, hp.val_tokens, self.step, *each)
@@ -2187,8 +2197,9 @@ class Run:
         )
         for losses in each:
             facts["sources"] = by_source(corpus.sources, corpus.source_of, losses)
-        average = now["train_ms"] / (step or math.nan)
-        self.log.emit("val", facts, total=hp.steps, step_avg=average)
+        self.log.emit(
+            "val", facts, total=hp.steps, step_avg=now["train_ms"] / (step or math.nan)
+        )
         require(
             math.isfinite(self.val_loss),
             f"the validation loss is {self.val_loss} at step {step}: lower the learning rates",
@@ -2208,19 +2219,22 @@ class Run:
             momentum=momentum_at(at, hp), window=window_at(at, hp), sequences=stage.sequences,
             seq_len=stage.seq_len, **now
         )
-        if squares:  # of gradients that are not divided by the step's sequences yet
-            names = [group["name"] for o in self.trainer.optimizers for group in o.param_groups]
-            kinds = [f"{name}.{what}" for name in names for what in ("grad", "update")]
-            divisors = [stage.sequences, 1] * len(names)
-            triples = zip(kinds, squares, divisors)
-            facts["norms"] = {kind: math.sqrt(square) / d for kind, square, d in triples}
+        if squares:
+            norms, left = {}, iter(squares)
+            for group in sum((o.param_groups for o in self.trainer.optimizers), []):
+                # the gradient is not divided by the step's sequences yet
+                norms[f"{group['name']}.grad"] = math.sqrt(next(left)) / stage.sequences
+                norms[f"{group['name']}.update"] = math.sqrt(next(left))
+            facts["norms"] = norms
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
-        shown = dict(total=hp.steps, step_avg=ms / step, tokens_per_s=round(self.tokens / ms * 1e3))
-        self.log.emit("step", facts, kept, **shown)
+        self.log.emit(
+            "step", facts, kept, total=hp.steps, step_avg=ms / step,
+            tokens_per_s=round(self.tokens / ms * 1e3)
+        )
         if step == 10 < hp.steps:
             self.log.say(
-                f"about {ms / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps; for "
-                "fewer take --steps=N: every schedule scales"
+                f"about {ms / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps, and "
+                f"{1 + (hp.steps - 1) // (hp.val_every or hp.steps)} validations; --steps=N: fewer"
             )
         require(
             math.isfinite(loss),
@@ -2247,6 +2261,18 @@ class Run:
                 3, f"{name} is not finite after step {self.step}: no file is written; lower the "
                 "learning rates"
             )
+
+    def save(self, *args, **more):
+        """`save_file`, in a thread of rank 0, which tells the others meanwhile that it lives: a
+        slow disk is no dead rank. Call it on all ranks."""
+        with ThreadPoolExecutor(1) as pool:
+            writing = None if self.rank else pool.submit(self.save_file, *args, **more)
+            busy = [self.world_size > 1]
+            while busy[0]:
+                busy = [writing and not writing.done()]
+                dist.broadcast_object_list(busy, 0)
+                time.sleep(0.02)
+            return writing and writing.result()
 
     def save_file(self, name: str, **more) -> Path:
         """Write weights, knobs and `more` to a file of the run folder: beside it, flushed to the
@@ -2275,22 +2301,23 @@ class Run:
         if self.world_size > 1:  # to the host: else rank 0 opens every GPU
             own = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, own)
             dist.gather_object(own, None if self.rank else states)
-        if self.rank:
-            return
-        path = self.save_file(
+        path = self.save(
             f"checkpoints/step_{self.step:06d}.pt", optimizers=states, step=self.step,
             tokens=self.tokens, train_ms=self.clock.train_ms, run_id=self.log.run_id
         )
+        if self.rank:
+            return
         ms = (time.perf_counter() - began) * 1e3
-        facts = dict(step=self.step, bytes=path.stat().st_size, ms=ms)
-        self.log.emit("checkpoint", facts)
+        self.log.emit(
+            "checkpoint", dict(step=self.step, bytes=path.stat().st_size, ms=ms)
+        )
         for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
             old.unlink()
 
     def save_weights(self):
         self.require_finite()
-        if self.hp.save and self.rank == 0:
-            self.save_file("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
+        if self.hp.save:
+            self.save("weights.pt", vocab_size=VOCAB[self.corpus.encoding])
 
     def train(self):
         """Warm up, go on from a checkpoint, if there is one, and run the loop, with signals caught
@@ -2299,6 +2326,11 @@ class Run:
             self.log.say("compiling: a minute or two at the first start, seconds later")
             self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
+        else:
+            self.log.say(
+                f"training on {tokens_before(self.hp.steps, self.hp):,} tokens by the CPU: minutes "
+                "with --preset=cpu, days and more with the full recipe"
+            )
         if self.saved:
             self.restore(self.saved)
             del self.saved
@@ -2307,6 +2339,8 @@ class Run:
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2316,16 +2350,20 @@ class Run:
                 self.clock.stop()
         now, mib = self.clock.read(), lambda count: count >> 20 or None
         ms = now["train_ms"]
-        status = {0: "complete", 75: "stopped"}.get(code, "failed")
         facts = dict(
-            status=status, code=code, reason=reason, steps=self.step, tokens=self.tokens,
-            val_loss=None if code else self.val_loss, **now,
+            status={0: "complete", 75: "stopped"}.get(code, "failed"), code=code, reason=reason,
+            steps=self.step, tokens=self.tokens, val_loss=None if code else self.val_loss, **now,
             tokens_per_s=round(self.tokens / ms * 1e3) if ms else None,
             peak_train_mib=mib(self.clock.peak), peak_val_mib=mib(self.peak_val),
             reserved_mib=mib(torch.cuda.max_memory_reserved())
         )
         with self.handlers:
             self.log.emit("end", facts)
+            self.log.say(
+                f"kept in {self.log.folder}; once complete:\n  ./run.sh plot {self.log.folder} "
+                f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER\n  ./run.sh sample "
+                f"--weights={self.log.folder}/weights.pt"
+            )
 
 
 # ---- 17. main
@@ -2335,37 +2373,38 @@ def verdict(error: BaseException, source: bytes):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
-    text, no_memory = str(error), (torch.OutOfMemoryError, MemoryError)
-    if isinstance(error, no_memory) or "allocate memory" in text:
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return 6, (
             "out of memory: --preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
         )
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+    of_peers = re.search("gloo|NCCL|pair closure|by peer|Timed out waiting", text)
+    if of_peers or isinstance(error, dist.DistError):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
             "or MASTER_PORT is in use; --resume=latest goes on"
         )
-    frames = traceback.extract_tb(error.__traceback__)
-    number = [f.lineno for f in frames if f.filename == __file__][-1]
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == __file__:
+            number = frame.lineno
     line = source.splitlines()[number - 1].decode().strip()
     return 1, f"the script failed in line {number}, {type(error).__name__}: {line}"
 
 
 def end(error: BaseException, run, source: bytes):
-    """Close the run, say why on one rank of each host, and exit with the code."""
+    """Close the run, say why, with the number of the rank if there are several, and exit with the
+    code."""
     code, reason = verdict(error, source)
     if run:
         with contextlib.suppress(Refused):  # a full disk may refuse this too
             run.close(code, reason)
-    if int(os.environ.get("RANK", 0)) and code in (2, 5):
-        time.sleep(5)  # leaving first would have the launcher end rank 0 before it spoke
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"train_gpt: {reason}", sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    say(f"train_gpt: {rank}{reason}", sys.stderr)
     if code == 1:
         raise error
-    if code == 4 or code == 0 and dist.is_initialized():
+    if code == 4 or dist.is_initialized():
         os._exit(code)  # an ordinary exit would wait for a rank that is gone, or gloo abort it
     sys.exit(code)
 
@@ -2387,33 +2426,33 @@ def train_once(argv: list[str], source: bytes, notes=()) -> Run:
         end(error, run, source)
 
 
-def unkept() -> list[str]:
-    """Warnings of code that may have run and is not in the script that the run folder keeps."""
-    notes, script = [], Path(__file__)
-    if __name__ != "__main__":
+def main(argv: list[str] | None = None):
+    """Train once; `argv` is for other code that calls this. Warnings tell of code that may have run
+    and is not in the script that the run folder keeps."""
+    script, notes = Path(__file__), []
+    source = script.read_bytes()
+    if __name__ == "__main__":
+        import faulthandler  # a shard cut short under its memory map would end all in silence
+
+        faulthandler.enable(2)
+    else:
+        sentence = (
+            "another script calls main(), and the run folder would keep this one: cp train_gpt.py "
+            "my.py, edit the copy, and run that"
+        )
+        if argv is None:
+            end(Refused(2, sentence), None, source)
         notes.append("other code called this script: what ran may not be the script kept here")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        return say(help_text())
     files = {Path(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
     for file in sorted(files - {script}):
         if file.parent == script.parent:
             notes.append(
                 f"{file.name} lies beside the script and was imported: it is not kept here"
             )
-    return notes
-
-
-def main(argv: list[str] | None = None):
-    """Train once; `argv` is for other code that calls this."""
-    source = Path(__file__).read_bytes()
-    if argv is None and __name__ != "__main__":
-        refused = Refused(
-            2, "another script calls main(), and the run folder would keep this one: cp "
-            "train_gpt.py my.py, edit the copy, and run that"
-        )
-        end(refused, None, source)
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        return say(help_text())
-    run = train_once(argv, source, unkept())
+    run = train_once(argv, source, notes)
     if run.hp.target_loss:
         miss = run.val_loss - run.hp.target_loss
         run.log.say(f"target {'missed' if miss > 0 else 'met'} by {abs(miss):.6f}")

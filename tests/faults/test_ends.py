@@ -1,0 +1,131 @@
+"""Ends of a run in this process: the checkpoint of another set of parameters, no memory, no room, handlers of before;
+and in a process of its own, whose shard is cut short while it trains."""
+
+import copy
+import errno
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import command, environment, events, make_corpus, run_folders
+
+import train_gpt as t
+
+HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    make_corpus(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def main(folder, *knobs):
+    t.main([*command(folder)[2:], "--steps=2", *knobs])
+
+
+def ended(capsys, folder, *knobs, code):
+    """What a run that ends with `code` said, in one sentence."""
+    with pytest.raises(SystemExit) as caught:
+        main(folder, *knobs)
+    said = capsys.readouterr().err
+    assert caught.value.code == code and said.count("\n") == 1, said
+    return said
+
+
+def with_one_more(name, make):
+    """An MLP with one more parameter."""
+    def __init__(self, *arguments):
+        t_mlp.__init__(self, *arguments)
+        setattr(self, name, torch.nn.Parameter(make()))
+
+    t_mlp = t.MLP
+    return type("MLP", (t_mlp,), dict(__init__=__init__))
+
+
+def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
+    main(here, "--checkpoint_every=1")
+    saved = next(here.glob("logs/*/checkpoints/step_000001.pt"))
+    for name, make in (("more", lambda: torch.zeros(64, 64)), ("gain", lambda: torch.ones(64))):
+        monkeypatch.setattr(t, "MLP", with_one_more(name, make))
+        assert "weights of another script" in ended(capsys, here, f"--resume={saved}", code=5)
+        monkeypatch.undo()
+        monkeypatch.chdir(here)
+    whole = torch.load(saved)
+    for change in (lambda model, adam, muon: model.pop("embed.weight"),
+                   lambda model, adam, muon: adam["param_groups"].pop(),
+                   lambda model, adam, muon: adam["param_groups"][0]["params"].append(99),
+                   lambda model, adam, muon: muon["param_groups"].append(muon["param_groups"][0])):
+        other = copy.deepcopy(whole)
+        change(other["model"], *other["optimizers"][0])
+        torch.save(other, here / "other.pt")
+        assert "weights of another script" in ended(capsys, here, "--resume=other.pt", code=5)
+        assert events(run_folders(here)[-1], "end")[0]["code"] == 5
+    main(here, f"--resume={saved}")
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (MemoryError(), 6, "out of memory"), (torch.OutOfMemoryError("CUDA out of memory"), 6, "out of memory"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"), 6,
+     "out of memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 6, "out of memory"),
+    (KeyboardInterrupt(), 130, "stopped before")])
+def test_handlers_are_those_of_before_however_a_run_ends(here, capsys, monkeypatch, error, code, words):
+    before = [signal.signal(number, lambda *_: None) for number in HANDLED]
+    mine = [signal.getsignal(number) for number in HANDLED]
+
+    def fail(*_):
+        assert signal.getsignal(signal.SIGINT) not in mine
+        raise error
+
+    monkeypatch.setattr(t.Trainer, "train_step", fail)
+    try:
+        assert words in ended(capsys, here, code=code)
+        assert [signal.getsignal(number) for number in HANDLED] == mine
+    finally:
+        for number, handler in zip(HANDLED, before):
+            signal.signal(number, handler)
+
+
+def full_disk(*_):
+    """What torch.save makes of a full disk."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+
+@pytest.mark.parametrize("place", ["torch.save", "os.fsync"])
+def test_a_full_disk_is_called_that(here, capsys, monkeypatch, place):
+    module, name = place.split(".")
+    monkeypatch.setattr(getattr(t, module), name, full_disk)
+    said = ended(capsys, here, code=6)
+    assert "weights.pt cannot be written (No space left on device): make room" in said
+    assert not list(here.glob("logs/*/*.p*t"))
+
+
+def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
+    main(here)
+    folder = f"logs/{run_folders(here)[0].name}"
+    out = capsys.readouterr().out
+    assert out.splitlines()[-4:] == [
+        f"kept in {folder}; once complete:", f"  ./run.sh plot {folder} --out curve.png",
+        f"  ./run.sh compare {folder} ANOTHER", f"  ./run.sh sample --weights={folder}/weights.pt"]
+    assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep a file from being cut short, or its pages")
+def test_a_shard_that_is_cut_short_in_training_leaves_a_line_that_says_where(here):
+    launch = command(here, "--steps=3000", "--epochs=2000")
+    process = subprocess.Popen(launch, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step:1/"):
+            for path in here.glob("data/train*"):
+                with open(path, "r+b") as file:
+                    file.truncate(1024)
+            break
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode and "Bus error" in said and 'train_gpt.py", line ' in said and " in read" in said
