@@ -1558,7 +1558,7 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
 
 def help_text() -> str:
     """Every knob by group with default, unit and meaning, as the lines of the dataclass say them,
-    then the presets."""
+    then the presets, signals and restarts."""
     rows = ["python train_gpt.py [--preset=name] [--knob=value ...]"]
     line = r"    (?:# -- (.*)|(\w+): \w+ = .*  # (\[.*))"
     for group, name, note in re.findall(line, inspect.getsource(Hyperparameters)):
@@ -1567,6 +1567,11 @@ def help_text() -> str:
     rows += ["", "presets (a knob given beside one wins)"]
     for name, knobs in PRESETS.items():
         rows.append(f"  --preset={name:8}" + " ".join(map(flag, knobs, knobs.values())))
+    rows.append(
+        "\nCtrl-C, SIGTERM and SIGHUP save after the step under way; a second Ctrl-C saves nothing."
+        "\nEach start leaves a folder in logs/. torchrun's --max-restarts goes on with "
+        "--resume=latest alone."
+    )
     return "\n".join(rows)
 
 
@@ -2373,15 +2378,14 @@ def verdict(error: BaseException, source: bytes):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+    text = repr(error)
+    if re.search("MemoryError|allocate memory|not enough memory|bad_alloc", text):
         return 6, (
             "out of memory: --preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
         )
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    of_peers = re.search("gloo|NCCL|pair closure|by peer|Timed out waiting", text)
-    if of_peers or isinstance(error, dist.DistError):
+    if re.search("^Dist.*Error|gloo|NCCL|pair closure|by peer|Timed out waiting", text):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
             "or MASTER_PORT is in use; --resume=latest goes on"
@@ -2402,6 +2406,11 @@ def end(error: BaseException, run, source: bytes):
             run.close(code, reason)
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     say(f"train_gpt: {rank}{reason}", sys.stderr)
+    with contextlib.suppress(Exception):  # what torchrun shows at its end, where it is the launcher
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+            f'{{"message": {{"message": {json.dumps(reason)}, '
+            f'"extraInfo": {{"timestamp": {time.time()}}}}}}}'
+        )
     if code == 1:
         raise error
     if code == 4 or dist.is_initialized():
@@ -2435,6 +2444,7 @@ def main(argv: list[str] | None = None):
         import faulthandler  # a shard cut short under its memory map would end all in silence
 
         faulthandler.enable(2)
+        argv = sys.argv[1:]
     else:
         sentence = (
             "another script calls main(), and the run folder would keep this one: cp train_gpt.py "
@@ -2443,7 +2453,6 @@ def main(argv: list[str] | None = None):
         if argv is None:
             end(Refused(2, sentence), None, source)
         notes.append("other code called this script: what ran may not be the script kept here")
-    argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         return say(help_text())
     files = {Path(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}

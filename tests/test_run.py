@@ -122,12 +122,13 @@ def test_resume_equals_an_unbroken_run_bit_for_bit(done, tmp_path):
     assert events(resumed, "clock")[0]["train_ms"] > 0
 
 
-def test_a_resumed_run_has_the_rates_of_its_knobs(done, tmp_path):
+def test_a_resumed_run_has_the_rates_of_its_knobs(done, tmp_path, monkeypatch):
     """Not those that the optimizers were saved with."""
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(done[0] / "data", tmp_path / "data")
     checkpoint = next(done[1].glob("checkpoints/step_000005.pt"))
     for knobs in ((), ("--head_lr=0.5",)):
-        run(tmp_path, f"--resume={checkpoint}", "--val_every=3", "--checkpoint_every=5", "--target_loss=1", *knobs)
+        once(tmp_path, f"--resume={checkpoint}", "--val_every=3", "--checkpoint_every=5", "--target_loss=1", *knobs)
     folders = run_folders(tmp_path)
     warned = {folder / "weights.pt": [row["text"] for row in events(folder, "warning")] for folder in folders}
     plain, other = sorted(warned, key=lambda path: len(warned[path]))
@@ -161,7 +162,8 @@ def test_the_last_checkpoint_holds_the_weights_before_they_are_blended(here):
     assert problems(run.log.folder) == []
 
 
-def test_damaged_checkpoints(done, tmp_path):
+def test_damaged_checkpoints(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(done[0] / "data", tmp_path / "data")
     shutil.copytree(done[0] / "logs", tmp_path / "logs")
     good = next((tmp_path / "logs").glob("*/checkpoints/step_000005.pt"))
@@ -173,15 +175,15 @@ def test_damaged_checkpoints(done, tmp_path):
     spoilt = torch.load(good)
     spoilt["optimizers"][0][1]["state"][0]["momentum_buffer"][-1] = math.inf
     torch.save(spoilt, good.parent / "step_000008.pt")
-    run(tmp_path, "--resume=latest")
+    once(tmp_path, "--resume=latest")
     warnings = [row["text"] for row in events(run_folders(tmp_path)[-1], "warning")]
     assert sum("is not usable" in text for text in warnings) == 3 and "--" not in warnings[0]
-    assert "numbers that are not finite" in run(tmp_path, f"--resume={good.parent / 'step_000008.pt'}", code=5).stderr
-    assert "not usable" in run(tmp_path, f"--resume={good.parent / 'step_000007.pt'}", code=5).stderr
-    assert "--num_heads=2" in run(tmp_path, f"--resume={good}", "--num_heads=4", code=2).stderr
-    assert "holds no run" in run(tmp_path, f"--resume={done[1] / 'weights.pt'}", code=5).stderr
+    for step, why in ((8, "numbers that are not finite"), (7, "not usable")):
+        assert why in ended(capsys, tmp_path, f"--resume={good.parent / f'step_00000{step}.pt'}", code=5)
+    assert "--num_heads=2" in ended(capsys, tmp_path, f"--resume={good}", "--num_heads=4", code=2)
+    assert "holds no run" in ended(capsys, tmp_path, f"--resume={done[1] / 'weights.pt'}", code=5)
     shutil.rmtree(tmp_path / "logs")
-    assert "no usable" in run(tmp_path, "--resume=latest", code=5).stderr
+    assert "no usable" in ended(capsys, tmp_path, "--resume=latest", code=5)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
@@ -287,7 +289,9 @@ def test_what_is_not_finite_on_rank_1_alone_is_named(tmp_path):
              "\n        self.average(step)\n        return total")
     script = edited(tmp_path, "self.average(step)\n        return total", spoil)
     said = run(tmp_path, "--steps=1", ranks=2, code=1, script=script).stderr
-    assert "Adam's exp_avg_sq of embed.weight is not finite after step 1" in said
+    sentence = "Adam's exp_avg_sq of embed.weight is not finite after step 1"
+    assert f"train_gpt: rank 0: {sentence}" in said and f"train_gpt: rank 1: {sentence}" in said
+    assert re.search(f"Root Cause[^=]*traceback : {sentence}", said), "torchrun's own summary ends with it"
     end = events(run_folders(tmp_path)[0], "end")[0]
     assert end["code"] == 3 and not list(tmp_path.glob("logs/*/*.pt"))
 
@@ -469,12 +473,12 @@ def test_a_failure_before_the_first_step_ends_the_run_too(here, monkeypatch):
 @pytest.mark.parametrize("tail, lines", [("| head -5", 5), ("> /dev/full", 0), ("2>&1 | head -3", 3), (">&-", 0)])
 def test_a_run_goes_on_when_nobody_listens(tmp_path, tail, lines):
     make_corpus(tmp_path / "data")
-    launch = " ".join(f"'{word}'" for word in command(tmp_path, "--steps=30", "--epochs=9", "--save=False"))
+    launch = " ".join(f"'{word}'" for word in command(tmp_path, "--steps=10", "--epochs=9", "--save=False"))
     shell = subprocess.run(["bash", "-c", f"set -o pipefail; {launch} {tail}"], cwd=tmp_path, env=environment(),
                            capture_output=True, encoding="utf-8", timeout=300)
     assert (shell.returncode, shell.stderr) == (0, "") and shell.stdout.count("\n") == lines
     end = events(run_folders(tmp_path)[0], "end")[0]
-    assert (end["status"], end["steps"]) == ("complete", 30)
+    assert (end["status"], end["steps"]) == ("complete", 10)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
@@ -671,19 +675,27 @@ def test_resume_inside_a_stage_and_at_a_border_bit_for_bit(stages, tmp_path, whi
     assert events(resumed, "resume")[0]["step"] == step
 
 
-def test_resume_where_the_stages_moved_is_refused(stages, tmp_path):
+def test_resume_where_the_stages_moved_is_refused(stages, tmp_path, monkeypatch, capsys):
     folder, found = stages
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*knobs, code=2):
+        with pytest.raises(SystemExit) as caught:
+            t.train_once([*command(tmp_path)[2 : -len(KNOBS)], *TINY, *STAGES, *knobs], SOURCE)
+        assert caught.value.code == code
+        return capsys.readouterr().err
+
     shutil.copytree(folder / "data", tmp_path / "data")
     checkpoint = found[0] / "checkpoints" / "step_000005.pt"
     resume = f"--resume={checkpoint}"
-    other = staged(tmp_path, resume, "--batch_stages=4x128 8x128 4x384", code=2).stderr
+    other = refused(resume, "--batch_stages=4x128 8x128 4x384")
     assert "was written with --batch_stages=4x128 8x128 4x256" in other
-    assert "with --steps=9: give the same" in staged(tmp_path, resume, "--steps=18", "--epochs=9", code=2).stderr
+    assert "with --steps=9: give the same" in refused(resume, "--steps=18", "--epochs=9")
     assert not (tmp_path / "logs").exists()
     saved = torch.load(checkpoint)
     saved["model"]["extra"] = torch.zeros(1)
     torch.save(saved, tmp_path / "other.pt")
-    assert "weights of another script" in staged(tmp_path, f"--resume={tmp_path / 'other.pt'}", code=5).stderr
+    assert "weights of another script" in refused(f"--resume={tmp_path / 'other.pt'}", code=5)
 
 
 def test_stages_on_two_ranks_give_the_same_losses(stages, tmp_path):

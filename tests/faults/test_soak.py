@@ -11,7 +11,7 @@ import torch
 from tiny import command, environment, events, make_corpus, run_folders
 
 KNOBS = ("--steps=40", "--epochs=9", "--checkpoint_every=3", "--val_every=10")
-SECONDS = 60
+SECONDS = 30  # of disturbances
 
 
 def start(folder, *knobs):
@@ -37,14 +37,14 @@ def damage(path, rng):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_the_weights_are_those_of_an_undisturbed_run_bit_for_bit(tmp_path):
-    rng, end, disturbed, seen = random.Random(7), time.monotonic() + SECONDS * 0.6, tmp_path / "disturbed", []
+    rng, end, disturbed, seen = random.Random(7), time.monotonic() + SECONDS, tmp_path / "disturbed", []
     for folder in (tmp_path, disturbed):
         make_corpus(folder / "data")
     whole = start(tmp_path)
     while True:
         saved = any(disturbed.glob("logs/*/checkpoints/*.pt"))
         process = start(disturbed, *["--resume=latest"] * saved)
-        calm = len(seen) >= 6 or time.monotonic() > end
+        calm = len(seen) >= 5 or time.monotonic() > end
         left = rng.randrange(1, 12)
         for line in process.stdout:
             left -= "train_loss" in line
@@ -59,7 +59,7 @@ def test_the_weights_are_those_of_an_undisturbed_run_bit_for_bit(tmp_path):
         if code == 5:  # nothing usable is left: start afresh
             for path in disturbed.glob("logs/*/checkpoints/*.pt"):
                 path.unlink()
-    assert len(seen) >= 3 and whole.wait() == 0, seen
+    assert len(seen) >= 2 and whole.wait() == 0, seen
     ends = [events(run_folders(folder)[-1], "end")[0] for folder in (tmp_path, disturbed)]
     assert ends[0]["val_loss"] == ends[1]["val_loss"]
     one, other = (weights(run_folders(folder)[-1]) for folder in (tmp_path, disturbed))
