@@ -46,8 +46,10 @@ make_venv() {  # it sees the packages of its interpreter only when their torch i
         > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reused_torch.pth"
 }
 
+free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
+
 check_space() {  # before anything is downloaded
-    need=2 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+    need=2 free=$(free_gb .)
     if [ -n "$(torch_of "$python")" ] || [ "$(uname -s)" != Linux ]; then :
     elif has_gpu; then need=9
     else say "installing torch with its CUDA libraries: about 3 GB to download, 9 GB of disk ($free GB are free)." \
@@ -126,6 +128,19 @@ fineweb() {  # is it there, or can it be fetched? Shards without a manifest were
     "$python" data/fineweb.py; code=$?
     [ $code -lt 128 ] || exit $code  # Ctrl-C means stop, not train on something else
     [ $code -eq 0 ] || ls data/fineweb10B/fineweb_val_*.bin data/fineweb10B/fineweb_train_*.bin >/dev/null 2>&1
+}
+
+check_room() {  # knobs -> a word where logs/ may get too full: the full model's weights are 1.4 GB, a checkpoint 4.4
+    need=2 place=.
+    case $preset in cpu|tiny) return ;; esac
+    for knob in "$@"; do case $knob in
+        --checkpoint_every=0) need=2 ;;
+        --checkpoint_every=*) need=15 ;;  # two are kept while a third is written
+    esac; done
+    [ ! -d logs ] || place=logs
+    free=$(free_gb $place)
+    [ "${free:-$need}" -ge $need ] || say "only $free GB are free for logs/, and with these knobs the full model" \
+        "writes up to $need GB there: make room, or take --checkpoint_every=0 or --save=False"
 }
 
 here=$PWD file=$0
@@ -232,6 +247,7 @@ check $processes "--preset=$preset" "$@" || exit
             preset=tiny processes=${NPROC:-1}; embedded_text; } ;;
 esac
 say "$machine, processes: $processes, preset: $preset, data: $data"
+check_room "$@"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"
 # torchrun makes any exit code 1 and of a sentence a page: what can be refused is, before it. One process needs neither.
