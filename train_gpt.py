@@ -2239,7 +2239,7 @@ class Run:
         if step == 10 < hp.steps:
             self.log.say(
                 f"about {ms / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps, and "
-                f"{1 + (hp.steps - 1) // (hp.val_every or hp.steps)} validations; --steps=N: fewer"
+                f"validations: {1 + (hp.steps - 1) // (hp.val_every or hp.steps)}; --steps=N: fewer"
             )
         require(
             math.isfinite(loss),

@@ -99,7 +99,7 @@ def test_at_most_fifty_step_lines_go_to_the_files(tmp_path):
     make_corpus(tmp_path / "data")
     out = run(tmp_path, "--steps=100", "--epochs=20", "--train_seq_len=128", "--sequences_per_step=1").stdout
     assert len(events(run_folders(tmp_path)[0], "step")) <= 50 and out.count("train_loss") == 100
-    assert "minutes of training for 100 steps" in out and "--steps=N" in out
+    assert "minutes of training for 100 steps, and validations: 1; --steps=N" in out
 
 
 def test_repeating_the_stream_is_a_warning(tmp_path):
@@ -187,15 +187,14 @@ def test_damaged_checkpoints(done, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_a_signal_saves_and_the_run_can_go_on(tmp_path, number):
+def test_a_signal_saves_and_the_run_can_go_on(tmp_path):
     make_corpus(tmp_path / "data")
     long = ("--steps=3000", "--epochs=2000", "--save=False")
     process = subprocess.Popen(command(tmp_path, *long), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE,
                                stdout=subprocess.PIPE, encoding="utf-8")
     for line in process.stdout:
         if line.startswith("step:2/"):
-            process.send_signal(getattr(signal, number))
+            process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
     said = process.stderr.read()

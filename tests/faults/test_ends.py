@@ -4,12 +4,14 @@ and in a process of its own, whose shard is cut short while it trains."""
 import copy
 import errno
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from tiny import command, environment, events, make_corpus, run_folders
+from tiny import command, edited, environment, events, make_corpus, run_folders
 
 import train_gpt as t
 
@@ -115,6 +117,60 @@ def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
         f"kept in {folder}; once complete:", f"  ./run.sh plot {folder} --out curve.png",
         f"  ./run.sh compare {folder} ANOTHER", f"  ./run.sh sample --weights={folder}/weights.pt"]
     assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def test_a_checkpoint_of_other_ranks_and_one_with_code_in_it(here, capsys):
+    main(here, "--checkpoint_every=1", "--save=False")
+    saved = next(here.glob("logs/*/checkpoints/step_000001.pt"))
+    whole = torch.load(saved)
+    torch.save(whole | dict(optimizers=whole["optimizers"] * 2), here / "two.pt")
+    assert "was written with 2 ranks: give the same" in ended(capsys, here, "--resume=two.pt", code=2)
+    torch.save(whole | dict(more=Bomb()), here / "bomb.pt")
+    assert "bomb.pt is not usable" in ended(capsys, here, "--resume=bomb.pt", code=5)
+    assert not (here / "exploded").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_within_a_save_waits_for_it(here, capsys, monkeypatch, name):
+    real, number = t.os.fsync, getattr(signal, name)
+    monkeypatch.setattr(t.os, "fsync", lambda file: (t.os.kill(t.os.getpid(), number), real(file)))
+    with pytest.raises(SystemExit) as caught:
+        main(here, "--steps=6", "--checkpoint_every=2", "--save=False")
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 75 and said[0].startswith("stopping after this step") and "all saved" in said[1]
+    folder = run_folders(here)[0]
+    steps = [row["step"] for row in events(folder, "checkpoint")]
+    assert steps[0] == 2 and len(steps) == len([*folder.glob("checkpoints/*.pt")]) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send there")
+def test_a_second_ctrl_c_ends_at_once(here):
+    script = edited(here, "        self.set_schedules(step)\n        sequences",
+                    "        time.sleep(30 * (step == 2))\n        self.set_schedules(step)\n        sequences")
+    process = subprocess.Popen(command(here, script=script), env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert any(line.startswith("step:2/") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert "stopping after this step" in process.stderr.readline(), "at once, within the step"
+    time.sleep(1.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and process.stderr.read() == ""
+
+
+def test_a_port_in_use_is_named(here):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]), WORLD_SIZE="2", RANK="0")
+        done = subprocess.run(command(here), env=environment() | place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "train_gpt: rank 0: a collective failed" in done.stderr, done.stderr
+    assert "MASTER_PORT is in use" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep a file from being cut short, or its pages")
