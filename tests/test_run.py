@@ -639,6 +639,11 @@ def staged(folder, *knobs, ranks=1, code=0):
     return done
 
 
+def staged_once(folder, *knobs):
+    """The same in this process, whose working folder it is."""
+    return t.train_once([*command(folder)[2 : -len(KNOBS)], *TINY, *STAGES, *knobs], SOURCE)
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     """Two equal complete runs of three stages that begin at steps 0, 3 and 6, one with a checkpoint at 5, one with
@@ -662,11 +667,12 @@ def test_stages_stand_in_the_events(stages):
 
 
 @pytest.mark.parametrize("which, step", [(0, 5), (1, 6), (1, 8)])
-def test_resume_inside_a_stage_and_at_a_border_bit_for_bit(stages, tmp_path, which, step):
+def test_resume_inside_a_stage_and_at_a_border_bit_for_bit(stages, tmp_path, monkeypatch, which, step):
     """From step 5 on the run crosses a border, and at 6 that comes next."""
     folder, found = stages
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "data", tmp_path / "data")
-    staged(tmp_path, f"--resume={found[which] / f'checkpoints/step_{step:06d}.pt'}")
+    staged_once(tmp_path, f"--resume={found[which] / f'checkpoints/step_{step:06d}.pt'}")
     resumed = run_folders(tmp_path)[0]
     whole, again = (torch.load(run / "weights.pt")["model"] for run in (found[0], resumed))
     assert all(torch.equal(whole[k], again[k]) for k in whole)
@@ -680,7 +686,7 @@ def test_resume_where_the_stages_moved_is_refused(stages, tmp_path, monkeypatch,
 
     def refused(*knobs, code=2):
         with pytest.raises(SystemExit) as caught:
-            t.train_once([*command(tmp_path)[2 : -len(KNOBS)], *TINY, *STAGES, *knobs], SOURCE)
+            staged_once(tmp_path, *knobs)
         assert caught.value.code == code
         return capsys.readouterr().err
 
