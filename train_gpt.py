@@ -1560,10 +1560,11 @@ def help_text() -> str:
     """Every knob by group with default, unit and meaning, as the lines of the dataclass say them,
     then the presets, signals and restarts."""
     rows = ["python train_gpt.py [--preset=name] [--knob=value ...]"]
-    line = r"    (?:# -- (.*)|(\w+): \w+ = .*  # (\[.*))"
-    for group, name, note in re.findall(line, inspect.getsource(Hyperparameters)):
-        default = "  " + flag(name, getattr(Hyperparameters, name, ""))
-        rows += ["", group] if group else [f"{default:44} {note}"]
+    for group, name, note in re.findall(
+        r"    (?:# -- (.*)|(\w+): \w+ = .*  # (\[.*))", inspect.getsource(Hyperparameters)
+    ):
+        default = flag(name, getattr(Hyperparameters, name, ""))
+        rows += ["", group] if group else [f"{'  ' + default:44} {note}"]
     rows += ["", "presets (a knob given beside one wins)"]
     for name, knobs in PRESETS.items():
         rows.append(f"  --preset={name:8}" + " ".join(map(flag, knobs, knobs.values())))
@@ -1583,8 +1584,10 @@ def check(hp, world_size: int):
             bound = "not be below" if zero else "be above"
             require(value >= 0 if zero else value > 0, f"--{name} must {bound} 0, and is {value}")
         if type(value) is tuple:
-            inside = 0 <= min(value) <= max(value) < 1
-            require(inside, f"{flag(name, value)} must both lie from 0 to below 1")
+            require(
+                0 <= min(value) <= max(value) < 1,
+                f"{flag(name, value)} must both lie from 0 to below 1"
+            )
     check_batches(hp, world_size)
     require(
         # 64 x 64 values make a whole block of the FP8 exchange
@@ -1863,7 +1866,8 @@ def no_space(what: str):
         yield
     except (OSError, RuntimeError) as error:
         # torch.save hides a full disk behind a RuntimeError
-        reason = getattr(error.__context__ or error, "strerror", None) or type(error).__name__
+        told = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(told, "strerror", None) or type(error).__name__
         raise Refused(
             6, f"{what} cannot be written ({reason}): make room in logs/, or write less with "
             "--save=False --checkpoint_every=0"
@@ -2066,7 +2070,7 @@ def catch_signals(stack: contextlib.ExitStack):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
             os._exit(130)
         if not caught:
-            say("stopping after this step, and saving: a second Ctrl-C would not", sys.stderr)
+            say("stopping after this step, and saving; a second Ctrl-C: at once", sys.stderr)
         caught.append(time.monotonic())
 
     for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):  # Windows lacks one
@@ -2151,7 +2155,7 @@ class Run:
         saved = load_file(Path(path))
         other = changes(saved, self.facts)
         step, ranks = saved["step"], len(saved["optimizers"])
-        # else it is past the end, or in another stage
+        # past the end, or in another stage
         moved = step > hp.steps or saved["tokens"] != tokens_before(step, hp)
         fixed = [
             flag(k, saved["knobs"][k]) for k in FIXED + ["steps"] * moved if k in other
@@ -2446,11 +2450,11 @@ def main(argv: list[str] | None = None):
         faulthandler.enable(2)
         argv = sys.argv[1:]
     else:
-        sentence = (
-            "another script calls main(), and the run folder would keep this one: cp train_gpt.py "
-            "my.py, edit the copy, and run that"
-        )
         if argv is None:
+            sentence = (
+                "another script calls main(), and the run folder would keep this one: cp "
+                "train_gpt.py my.py, edit the copy, and run that"
+            )
             end(Refused(2, sentence), None, source)
         notes.append("other code called this script: what ran may not be the script kept here")
     if "--help" in argv or "-h" in argv:

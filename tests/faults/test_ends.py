@@ -109,6 +109,19 @@ def test_a_full_disk_is_called_that(here, capsys, monkeypatch, place):
     assert not list(here.glob("logs/*/*.p*t"))
 
 
+def test_the_reason_of_a_failed_write_is_its_own():
+    """And not that of an exception which was being handled when it came."""
+    for outer, inner, reason in ((None, OSError(errno.ENOSPC, "full"), "full"), (OSError(errno.ENOENT, "none"), OSError(
+            errno.EACCES, "denied"), "denied"), (None, RuntimeError("x"), "RuntimeError")):
+        with pytest.raises(t.Refused, match=f"it cannot be written .{reason}.: make room") as caught:
+            try:
+                raise outer or KeyError
+            except (OSError, KeyError):
+                with t.no_space("it"):
+                    raise inner  # noqa: B904
+        assert caught.value.code == 6
+
+
 def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
     main(here)
     folder = f"logs/{run_folders(here)[0].name}"
