@@ -1639,10 +1639,6 @@ def check_batches(hp, world_size: int):
         all(map(rate.fullmatch, rates)) and len(rates) in (0, count),
         f"--lr_stages={hp.lr_stages!r} must hold one number for each of the {count} stages"
     )
-    require(
-        all(map(rate.fullmatch, hp.mtp_weights.split())),
-        f"--mtp_weights={hp.mtp_weights!r} must be numbers, such as '0.5 0.25'"
-    )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
     lengths = {stage.seq_len: of_length for stage in stages(hp)}
