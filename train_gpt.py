@@ -2345,7 +2345,8 @@ class Run:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
         if self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
+            with contextlib.suppress(AttributeError):  # private to torch
+                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2364,10 +2365,11 @@ class Run:
         )
         with self.handlers:
             self.log.emit("end", facts)
+            sample = f"\n  ./run.sh sample --weights={self.log.folder}/weights.pt"
             self.log.say(
                 f"kept in {self.log.folder}; once complete:\n  ./run.sh plot {self.log.folder} "
-                f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER\n  ./run.sh sample "
-                f"--weights={self.log.folder}/weights.pt"
+                f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER"
+                + sample * self.hp.save
             )
 
 
