@@ -95,8 +95,8 @@ class Hyperparameters:
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer, from 0] whose output all later attentions read
-    mixed_layers: str = "3 7 9"  # [layers] whose outputs, with x0, last layer and head add (`Mix`)
-    copy_chunk: int = 2048  # [tokens] `Pointer` looks back as far, and up to twice
+    mixed_layers: str = "3 7 9"  # [layers] whose outputs, and x0, both `Mix`es weigh
+    copy_chunk: int = 2048  # [tokens] about, of the equal chunks in which `Pointer` looks back
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -374,7 +374,7 @@ class MLP(nn.Module):
 
 
 class Mix(nn.Module):
-    """A sum of earlier outputs, `streams`, with weights of their own for each token (MUDDFormer,
+    """A sum of earlier outputs, `streams`, weighted anew at each token (MUDDFormer,
     arXiv:2502.12170; modded-nanogpt's record 81). A weight is a learned constant, `start` at first,
     plus 0.1 times what a network of two layers makes of the current x; its second layer is zero at
     first, so that the constants alone count."""
@@ -394,10 +394,12 @@ class Mix(nn.Module):
 
 
 class Pointer(nn.Module):
-    """Copying: the next token may be one that the document has already (pointer sentinel,
-    arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention with the features at the end,
-    from each chunk of the sequence to itself and the one before: a token's key is made of what
-    predicted it and of its own features."""
+    """Copying: the next token may be one that the document already contains (pointer sentinel,
+    arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention with the features at the end.
+    The query is made of what predicts the next token. So the key of token j adds the features at
+    j - 1, which predicted it, and those at j, which say what it is; what is copied is its id. Each
+    chunk of the sequence sees itself and the one before, in T x 2 C scores: for 256K tokens 4.3 GB
+    in fp32, where T x T would be 275 GB."""
 
     def __init__(self, hp):
         super().__init__()
@@ -406,9 +408,9 @@ class Pointer(nn.Module):
 
     def weights(self, x, input_ids):
         """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
-        chunks, (n, C, 2 C) fp32, which sum to less than 1, as a score of 0 stands for none; ids of
-        both chunks, (n, 2 C))."""
-        n = 1 << ((len(x) - 1) // self.chunk).bit_length()  # divides T, a multiple of 128
+        chunks, (n, C, 2 C) fp32, which sum to less than 1: a score of 0 more means "copy nothing";
+        ids of both chunks, (n, 2 C))."""
+        n = math.gcd(1 << (len(x) // self.chunk - 1).bit_length(), len(x))
         q, k, before = F.linear(x, self.qkk.type_as(x)).chunk(3, 1)  # (T, K)
         q = (norm(q) * self.scale).unflatten(0, (n, -1))
         k = norm(k + previous(before)).unflatten(0, (n, -1))
@@ -418,13 +420,13 @@ class Pointer(nn.Module):
         docs = (input_ids == EOT).cumsum(0).view(n, -1)
         docs_before = docs.roll(1, 0)
         docs_before[0] = -1  # before the first chunk is nothing, not the last one
-        seen = torch.cat((docs_before, docs), 1)[:, None]
-        visible = (docs[..., None] == seen).tril(docs.size(1))
+        key_docs = torch.cat((docs_before, docs), 1)[:, None]
+        visible = (docs[..., None] == key_docs).tril(docs.size(1))
         scores = (q @ k.mT).float().where(visible, -math.inf)
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1], ids
 
     def forward(self, x, input_ids, targets):
-        """Probability of copying each target of a sequence: x (T, D) -> (T,) fp32."""
+        """If a token is copied, the probability that it is the target: x (T, D) -> (T,) fp32."""
         weights, ids = self.weights(x, input_ids)
         hits = targets.view(len(ids), -1, 1) == ids[:, None]
         return (weights * hits).sum(-1).flatten()
@@ -463,12 +465,12 @@ class GPT(nn.Module):
     learned weight, to the input of the mirrored decoder layer. x0, the normed token embedding with
     a share of the token before (`smear`), is added again in every block, and so is a row of
     `bigrams` for the token and the one before it. Attention after `late_layer` reads that layer's
-    output (all three: @classiclarryd). Two `Mix`es sum up x0 and the outputs of `mixed_layers`:
-    `mix_input` for the last layer, and `mix_head` for what the head sees, from which half of
-    `late_layer`'s output is taken at first (backout: @classiclarryd), if it is among them. A
-    `Pointer` copies from the document. Weight tying: head and token embedding are one matrix
-    (arXiv:1608.05859), small at first (@varunneal). vocab_size: its rows V, a multiple of 128. Its
-    optimizers: `build_optimizers`, by names and dimensions."""
+    output (all three: @classiclarryd). Two `Mix`es weigh x0 and the outputs of `mixed_layers` and
+    are added to x: `mix_input` before the last layer, and `mix_head` before head and pointer, which
+    takes half of `late_layer`'s output away at first (backout: @classiclarryd), if it is among
+    them. A `Pointer` copies from the document. Weight tying: head and token embedding are one
+    matrix (arXiv:1608.05859), small at first (@varunneal). vocab_size: its rows V, a multiple of
+    128. Its optimizers: `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
@@ -478,7 +480,7 @@ class GPT(nn.Module):
         self.mixed_layers = sorted(map(int, hp.mixed_layers.split()))
         self.grad_scale = hp.grad_scale
         self.max_window = window_at(hp.steps, hp)
-        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # row of the document token
+        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # EOT; `Pointer` has the next
         self.use_flex = True  # False: dense attention, where FlexAttention has no backward
         self.embed = nn.Embedding(vocab_size, hp.model_dim)
         nn.init.normal_(self.embed.weight, std=0.005)
@@ -549,15 +551,17 @@ class GPT(nn.Module):
 
     def losses(self, x: Tensor, copied: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row: x (n, D), targets (n,) int64, -100 scores 0 -> (n,) fp32 nats.
-        One row of V is nobody's: of its share of the softmax, `copied` (n,), the pointer's
-        probability of the target, is the target's too. Logits never exceed the cap, so it serves as
-        the softmax's maximum; all is picked in the same pass over V."""
+        Row `last_row` + 1 of V is no token's: its softmax share is the probability of copying, so
+        p(target) = softmax[target] + softmax[last_row + 1] * copied, with copied (n,) from
+        `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
+        Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
+        same pass over V."""
         logits = self.logits(x) - self.cap  # 0 at most
         columns = torch.arange(logits.size(-1), device=x.device)
         rows = targets.clamp(max=self.last_row)[:, None]
         own = (logits * (columns == rows)).sum(-1)
-        share = logits[:, self.last_row + 1]
-        gain = (copied * (share - own).exp()).log1p()
+        copying = logits[:, self.last_row + 1]
+        gain = (copied * (copying - own).exp()).log1p()
         losses = logits.exp().sum(-1).log() - own - gain
         return losses * (targets >= 0)
 
