@@ -96,7 +96,7 @@ class Hyperparameters:
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 7 9"  # [layers] whose outputs, and x0, both `Mix`es weigh
-    copy_chunk: int = 2048  # [tokens] about, of the equal chunks in which `Pointer` looks back
+    copy_chunk: int = 2048  # [tokens] at most, of the equal chunks in which `Pointer` looks back
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -121,9 +121,10 @@ class Hyperparameters:
     head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
-    muon_lr: float = 0.008  # [lr] matrices of the blocks
+    muon_lr: float = 0.008  # [lr] matrices of blocks and pointer
     down_scale: float = 4.0  # [x muon_lr] second matrix of an MLP
     muon_decay: float = 1.2  # [1] as head_decay, for the matrices
+    muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
     muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
     muon_momentum_start: float = 0.85  # [1] momentum at the first step and at the last
     # -- fp8
@@ -278,14 +279,13 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, max_len: int, base: float):
         super().__init__()
         freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
-        freqs = F.pad(freqs, (0, head_dim // 2 - head_dim // 4))
-        theta = torch.outer(torch.arange(max_len, dtype=torch.float32), freqs)
-        self.register_buffer("cos", theta.cos(), persistent=False)  # (max_len, K / 2)
-        self.register_buffer("sin", theta.sin(), persistent=False)
+        freqs = F.pad(freqs, (0, len(freqs)))
+        theta = torch.outer(torch.arange(max_len), freqs)
+        turns = torch.stack((theta.cos(), theta.sin()))  # (2, max_len, K / 2)
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x):  # (T, H, K)
-        cos = self.cos[: x.size(0), None]
-        sin = self.sin[: x.size(0), None]
+        cos, sin = self.turns[:, : x.size(0), None]
         x1, x2 = x.float().chunk(2, dim=-1)
         y1 = x1 * cos + x2 * sin
         y2 = x2 * cos - x1 * sin
@@ -298,10 +298,16 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the dtype of x: weights are fp32, and activations bf16 on a GPU."""
+    return F.linear(x, weight.type_as(x))
+
+
 def previous(x: Tensor) -> Tensor:
     """Each row's predecessor; the first row's is itself. x: (T, ...). At the first token of a
-    document it is the last one of another: what uses it reaches one token over that border, which
-    the attention masks do not."""
+    document it is the last one of another: over that border reach, by one token, embeddings and
+    bigrams, and by what its features hold of its document, offset keys and the pointer's key of
+    that first token. Attention masks do not."""
     return torch.cat((x[:1], x[:-1]))
 
 
@@ -315,7 +321,7 @@ def offset_keys(k: Tensor) -> Tensor:
 
 def bigram_index(ids: Tensor, rows: int) -> Tensor:
     """Row of a table for each token with the one before it, by a hash (modded-nanogpt's record
-    62). ids: (T,) int32, below 2^16 -> (T,) int32."""
+    62). ids: (T,) int32, below 59,139 -> (T,) int32."""
     return ((36313 * ids) ^ (27191 * previous(ids))) % rows
 
 
@@ -325,37 +331,35 @@ class CausalSelfAttention(nn.Module):
     (arXiv:2410.17897; @KoszarskyB) as far as a gate lets them, and a gate for each head's result;
     gates see a few channels of the input (@classiclarryd)."""
 
-    def __init__(self, hp, long: bool, has_value_embed: bool):
+    def __init__(self, hp, layer: int):
         super().__init__()
-        self.num_heads = hp.num_heads
-        self.head_dim = hp.head_dim
-        self.scale = hp.attn_scale
-        self.long = long
+        self.hp, self.window, self.table = hp, hp.layer_pattern[layer], hp.value_pattern[layer]
         self.qkv = uniform_matrix(3, hp.model_dim, hp.model_dim)
         self.out = uniform_matrix(hp.model_dim, hp.model_dim)
         self.v_scale = nn.Parameter(torch.full((1,), 0.5))
         self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
-        if has_value_embed:
+        if self.table != ".":
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
 
-    def forward(self, x, value_embed, rotary, mask):
-        qkv = F.linear(x, self.qkv.flatten(0, 1).type_as(x))  # x: (T, D)
-        qkv = qkv.view(-1, 3 * self.num_heads, self.head_dim)
+    def forward(self, x, values, rotary, masks):
+        qkv = linear(x, self.qkv.flatten(0, 1))  # x: (T, D)
+        qkv = qkv.view(-1, 3 * self.hp.num_heads, self.hp.head_dim)
         q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
         # scaling q: FlexAttention's scale would recompile
-        q, k = rotary(norm(q) * self.scale), rotary(norm(k))
-        if self.long:
+        q, k = rotary(norm(q) * self.hp.attn_scale), rotary(norm(k))
+        if self.window == "L":
             k = offset_keys(k)
         v = self.v_scale.type_as(v) * v
-        if value_embed is not None:
+        if self.table in values:
+            value_embed = values[self.table]
             both = [t[:, : GATE // 2] for t in (x, value_embed)]
-            gate = F.linear(torch.cat(both, 1), self.value_gate.type_as(x)).sigmoid()
+            gate = linear(torch.cat(both, 1), self.value_gate).sigmoid()
             v = v + 2 * gate[..., None] * value_embed.view_as(v)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
-        y = attend(q, k, v, mask)[0].transpose(0, 1)  # (T, H, K)
-        gate = F.linear(x[:, :GATE], self.gate.type_as(x)).sigmoid()
+        y = attend(q, k, v, masks[self.window])[0].transpose(0, 1)  # (T, H, K)
+        gate = linear(x[:, :GATE], self.gate).sigmoid()
         y = (gate[..., None] * y).reshape(x.shape)
-        return F.linear(y, self.out.type_as(x))
+        return linear(y, self.out)
 
 
 class MLP(nn.Module):
@@ -369,8 +373,8 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.zeros(hp.model_dim, hidden))
 
     def forward(self, x):  # (T, D)
-        hidden = F.relu(F.linear(x, self.up.type_as(x))).square()
-        return F.linear(hidden, self.down.type_as(x))
+        hidden = F.relu(linear(x, self.up)).square()
+        return linear(hidden, self.down)
 
 
 class Mix(nn.Module):
@@ -387,8 +391,8 @@ class Mix(nn.Module):
 
     def forward(self, x, streams):
         """x, and each of the streams: (T, D) -> (T, D)."""
-        hidden = F.gelu(F.linear(norm(x), self.network_in.type_as(x)))
-        change = F.linear(hidden, self.network_out.type_as(x))
+        hidden = F.gelu(linear(norm(x), self.network_in))
+        change = linear(hidden, self.network_out)
         weights = self.skip_weights.type_as(x) + 0.1 * change  # (T, n)
         return sum(w * s for w, s in zip(weights.split(1, 1), streams))
 
@@ -403,25 +407,28 @@ class Pointer(nn.Module):
 
     def __init__(self, hp):
         super().__init__()
-        self.chunk, self.scale = hp.copy_chunk, hp.attn_scale
-        self.qkk = uniform_matrix(3 * hp.head_dim, hp.model_dim)
+        self.hp = hp
+        self.query = uniform_matrix(hp.head_dim, hp.model_dim)
+        self.key = uniform_matrix(hp.head_dim, hp.model_dim)
+        self.key_before = uniform_matrix(hp.head_dim, hp.model_dim)
+        self.copy_scale = nn.Parameter(torch.ones(1))
 
     def weights(self, x, input_ids):
         """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
         chunks, (n, C, 2 C) fp32, which sum to less than 1: a score of 0 more means "copy nothing";
         ids of both chunks, (n, 2 C))."""
-        n = math.gcd(1 << (len(x) // self.chunk - 1).bit_length(), len(x))
-        q, k, before = F.linear(x, self.qkk.type_as(x)).chunk(3, 1)  # (T, K)
-        q = (norm(q) * self.scale).unflatten(0, (n, -1))
-        k = norm(k + previous(before)).unflatten(0, (n, -1))
-        ids = input_ids.view(n, -1)
-        k = torch.cat((k.roll(1, 0), k), 1)
-        ids = torch.cat((ids.roll(1, 0), ids), 1)
-        docs = (input_ids == EOT).cumsum(0).view(n, -1)
-        docs_before = docs.roll(1, 0)
-        docs_before[0] = -1  # before the first chunk is nothing, not the last one
-        key_docs = torch.cat((docs_before, docs), 1)[:, None]
-        visible = (docs[..., None] == key_docs).tril(docs.size(1))
+        halvings = ((len(x) - 1) // (2 * self.hp.copy_chunk)).bit_length()
+        n = math.gcd(2 << halvings, len(x))
+        scale = (self.hp.attn_scale * self.copy_scale).type_as(x)
+        q = norm(linear(x, self.query)) * scale  # (T, K)
+        k = norm(linear(x, self.key) + previous(linear(x, self.key_before)))
+        docs = (input_ids == EOT).cumsum(0)
+        parts = q, k, input_ids, docs
+        q, *chunks = (t.unflatten(0, (n, -1)) for t in parts)
+        k, ids, docs = (torch.cat((previous(t), t), 1) for t in chunks)
+        C = q.size(1)
+        visible = (docs[:, C:, None] == docs[:, None]).tril(C)
+        visible[0, :, :C] = False  # before the first chunk is nothing, and not itself
         scores = (q @ k.mT).float().where(visible, -math.inf)
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1], ids
 
@@ -437,12 +444,8 @@ class Block(nn.Module):
 
     def __init__(self, hp, layer: int):
         super().__init__()
-        self.window_letter = hp.layer_pattern[layer]
-        self.table_letter = hp.value_pattern[layer]
-        attends = self.window_letter != "-"  # one layer without attention: @YouJiacheng
-        has_value_embed = self.table_letter != "."
-        long = self.window_letter == "L"
-        self.attn = CausalSelfAttention(hp, long, has_value_embed) if attends else None
+        attends = hp.layer_pattern[layer] != "-"  # one layer without attention: @YouJiacheng
+        self.attn = CausalSelfAttention(hp, layer) if attends else None
         self.mlp = MLP(hp)
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
@@ -452,8 +455,7 @@ class Block(nn.Module):
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
-            value_embed, mask = values.get(self.table_letter), masks[self.window_letter]
-            x = x + self.attn(seen, value_embed, rotary, mask)
+            x = x + self.attn(seen, values, rotary, masks)
         return x + self.mlp(norm(x))
 
 
@@ -475,10 +477,8 @@ class GPT(nn.Module):
     def __init__(self, hp, vocab_size: int):
         super().__init__()
         depth = len(hp.layer_pattern)
-        self.cap, self.shift, self.temp = hp.logit_cap, hp.logit_shift, hp.logit_temp
-        self.late_layer = hp.late_layer
+        self.hp = hp
         self.mixed_layers = sorted(map(int, hp.mixed_layers.split()))
-        self.grad_scale = hp.grad_scale
         self.max_window = window_at(hp.steps, hp)
         self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # EOT; `Pointer` has the next
         self.use_flex = True  # False: dense attention, where FlexAttention has no backward
@@ -507,10 +507,10 @@ class GPT(nn.Module):
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
         """Normed residual stream before the head. input_ids: (T,) int, window: 0-d int32 tensor in
         blocks -> (T, D)."""
-        long, short = create_masks(input_ids, BLOCK, window, self.max_window)
+        masks = create_masks(input_ids, BLOCK, window, self.max_window)
         if not (self.use_flex and input_ids.is_cuda):
-            long, short = dense_chunks(long), dense_chunks(short)
-        masks = {"L": long, "S": short}
+            masks = map(dense_chunks, masks)
+        masks = dict(zip("LS", masks))
         rows = input_ids.clamp(max=self.last_row)  # moves the document token of byte data only
         values = {letter: table(rows) for letter, table in self.value_embeds.items()}
         pairs = self.bigrams(bigram_index(rows, self.bigrams.num_embeddings))
@@ -530,7 +530,7 @@ class GPT(nn.Module):
                 skips.append(x)
             if i in self.mixed_layers:
                 streams.append(x)
-            if i == self.late_layer:
+            if i == self.hp.late_layer:
                 seen = norm(x)
         return norm(x + self.mix_head(x, streams))
 
@@ -547,7 +547,8 @@ class GPT(nn.Module):
         """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118;
         @Grad62304977, @KoszarskyB) made positive (@YouJiacheng) and shifted, so that it caps what
         is likely sooner than what is not (@classiclarryd)."""
-        return self.cap * torch.sigmoid((self.lm_head(x).float() + self.shift) / self.temp)
+        z = self.lm_head(x).float() + self.hp.logit_shift
+        return self.hp.logit_cap * torch.sigmoid(z / self.hp.logit_temp)
 
     def losses(self, x: Tensor, copied: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each row: x (n, D), targets (n,) int64, -100 scores 0 -> (n,) fp32 nats.
@@ -556,19 +557,17 @@ class GPT(nn.Module):
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
         same pass over V."""
-        logits = self.logits(x) - self.cap  # 0 at most
-        columns = torch.arange(logits.size(-1), device=x.device)
-        rows = targets.clamp(max=self.last_row)[:, None]
-        own = (logits * (columns == rows)).sum(-1)
-        copying = logits[:, self.last_row + 1]
-        gain = (copied * (copying - own).exp()).log1p()
-        losses = logits.exp().sum(-1).log() - own - gain
-        return losses * (targets >= 0)
+        shares = (self.logits(x) - self.hp.logit_cap).exp()
+        columns = torch.arange(shares.size(-1), device=x.device)
+        rows = targets.clamp(0, self.last_row)[:, None]
+        own = (shares * (columns == rows)).sum(-1)
+        found = own + copied * shares[:, self.last_row + 1]
+        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
         over 48K tokens, and a mean over `seq_len`, if fewer, has larger ones."""
-        self.lm_head.scale[2].fill_(self.grad_scale * seq_len / (48 * 1024))
+        self.lm_head.scale[2].fill_(self.hp.grad_scale * seq_len / (48 * 1024))
 
 
 def place(model: GPT, device) -> GPT:
@@ -644,6 +643,8 @@ def create_masks(
     last_doc = docs[block_size - 1 :: block_size].contiguous()
 
     def build(window):
+        window = window.clamp(1, width)
+
         def visible(batch, head, q, k):
             near = q // block_size - k // block_size < window
             return (q >= k) & (docs[q] == docs[k]) & near
@@ -653,7 +654,7 @@ def create_masks(
         size = (block_size, block_size)
         return BlockMask((length, length), **kv, **q, BLOCK_SIZE=size, mask_mod=visible)
 
-    return build(window.clamp(1, width)), build((window // 2).clamp(1, width))
+    return build(window), build(window // 2)
 
 
 CHUNK = 512  # queries of one dense attention call: its mask is (CHUNK, CHUNK + window), never T x T
@@ -818,17 +819,35 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
     return (X.mT if tall else X).reshape(G.shape)
 
 
+def matrix_norms(x: Tensor) -> Tensor:
+    """(..., R, C) -> (..., 1, 1), above 0."""
+    return torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
+
+
+def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """Divide each row (each column, of a wide matrix) by the root of the moving average of its mean
+    square, and give each matrix its norm back (NorMuon, arXiv:2510.05491; @li_zichong).
+    update: (N, R, C); second_moment: (N, max(R, C)) fp32, changed in place."""
+    axis = 2 if update.size(1) >= update.size(2) else 1
+    update = update.float()
+    second_moment.lerp_(update.square().mean(axis), 1 - beta2)
+    scaled = update * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(axis)
+    return scaled * (matrix_norms(update) / matrix_norms(scaled))
+
+
 def muon_update(
-    grad: Tensor, momentum_buffer: Tensor, momentum: Tensor, lr: Tensor, divisor: Tensor
+    grad: Tensor, momentum_buffer: Tensor, second_moment: Tensor, momentum: Tensor, lr: Tensor,
+    beta2: float, divisor: Tensor
 ) -> Tensor:
-    """Nesterov momentum of grad / divisor, orthogonalized, times lr * sqrt(max(1, R / C)). grad,
-    momentum_buffer (changed in place): (N, R, C); momentum, lr, divisor (sequences in the sum):
-    0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and others; in batches:
-    @scottjmaddox, @YouJiacheng."""
+    """Nesterov momentum of grad / divisor, orthogonalized, its neurons normalized, times
+    lr * sqrt(max(1, R / C)). grad, momentum_buffer (changed in place): (N, R, C); momentum, lr,
+    divisor (sequences in the sum): 0-d. Returns the bf16 step to subtract. Muon: Keller Jordan and
+    others; in batches: @scottjmaddox, @YouJiacheng."""
     grad = grad.float() / divisor
     average = torch.lerp(momentum_buffer.float(), grad, 1 - momentum)
     momentum_buffer.copy_(average)
     update = zeropower_via_newtonschulz5(grad.lerp(average, momentum))
+    update = normalize_neurons(update, second_moment, beta2)
     scale = lr * max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
     return (update * scale).bfloat16()
 
@@ -1007,13 +1026,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.world_size = world_size or (dist.get_world_size() if together else 1)
         self.rank = dist.get_rank() if together else 0
         self.buckets = self.make_buckets()
-        device = self.buckets[0].params[0].device
+        self.device = self.buckets[0].params[0].device
         for bucket in self.buckets:
             counts = torch.tensor(bucket.strides) // SCALE_BLOCK
             owners = torch.tensor(bucket.groups).repeat_interleave(counts)
             # the param_group of each block of 4,096 values in this rank's share
-            bucket.group_of_block = owners.view(self.world_size, -1)[self.rank].to(device)
-        self.grad_divisor = torch.full((), float(grad_divisor), device=device)
+            bucket.group_of_block = owners.view(self.world_size, -1)[self.rank].to(self.device)
+        self.grad_divisor = self.scalar(grad_divisor)
         exchange = FP8Exchange if grad_comm == "fp8" else BF16Exchange
         self.exchange = exchange(self.world_size)
 
@@ -1025,6 +1044,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if hasattr(self, "buckets"):
             raise ValueError("buckets are fixed: give all parameters to the constructor")
         super().add_param_group(group)
+
+    def make_buckets(self) -> list[Bucket]:
+        """One for each dtype and `kind` of parameters: (values of a unit, what else is alike)."""
+        alike = defaultdict(list)
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                alike[p.dtype, self.kind(p, g)].append((p, g))
+        buckets = []
+        for (_, (unit, *_)), pairs in alike.items():
+            buckets.append(Bucket(*map(list, zip(*pairs)), unit, self.world_size))
+        return buckets
+
+    def scalar(self, value: float) -> Tensor:
+        """A 0-d fp32 tensor on the device: a number that changes would recompile."""
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def compile(self):
         """Let Inductor fuse updates and casts."""
@@ -1056,16 +1090,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket, in_flight in zip(self.buckets, updates):
             steps = bucket.views(in_flight.wait())
             group = self.param_groups[bucket.groups[0]]
-            shrinkage = torch.full((), group["decay"] * group["lr"] ** 2, device=gradient.device)
+            shrinkage = self.scalar(group["decay"] * group["lr"] ** 2)
             self.subtract(bucket.params, steps, shrinkage)
         return loss
 
-    def moment(self, bucket: Bucket, name: str) -> Tensor:
-        """A state of this rank's share of a bucket, kept under the bucket's first parameter."""
+    def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
+        """A state of this rank's share of a bucket, of the parameters' dtype, or fp32 if it has a
+        shape of its own; kept under the bucket's first parameter."""
         first = bucket.params[0]
         state = self.state[first]
         if name not in state:
-            state[name] = first.new_zeros(bucket.share)
+            dtype = torch.float32 if shape else first.dtype
+            state[name] = first.new_zeros(shape or bucket.share, dtype=dtype)
         return state[name]
 
 
@@ -1077,34 +1113,29 @@ class Muon(ShardedOptimizer):
 
     update = staticmethod(muon_update)
 
-    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.0, **exchange):
-        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay), **exchange)
+    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, decay=0.0, **exchange):
+        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
+        super().__init__(params, defaults, **exchange)
 
-    def make_buckets(self) -> list[Bucket]:
-        by_shape = defaultdict(list)
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.ndim < 2 or (p.ndim > 2 and p.shape[-2:].numel() % SCALE_BLOCK):
-                    raise ValueError(
-                        f"Muon: {tuple(p.shape)} is no matrix, nor a stack of matrices of a "
-                        f"multiple of {SCALE_BLOCK} values; give it to Adam, or its matrices singly"
-                    )
-                by_shape[g, p.shape[-2:], p.dtype].append(p)
-        buckets = []
-        for (g, shape, _), params in by_shape.items():
-            unit = round_up(shape.numel(), SCALE_BLOCK)
-            buckets.append(Bucket(params, [g] * len(params), unit, self.world_size))
-        return buckets
+    def kind(self, p, g):
+        shape = p.shape[-2:]
+        if p.ndim < 2 or (p.ndim > 2 and shape.numel() % SCALE_BLOCK):
+            raise ValueError(
+                f"Muon: {tuple(p.shape)} is no matrix, nor a stack of matrices of a multiple of "
+                f"{SCALE_BLOCK} values; give it to Adam, or its matrices singly"
+            )
+        return round_up(shape.numel(), SCALE_BLOCK), g, shape
 
     def share_update(self, bucket, grad):
         group, shape = self.param_groups[bucket.groups[0]], bucket.params[0].shape[-2:]
-        momentum = torch.full((), group["momentum"], device=grad.device)
-        lr = torch.full((), group["lr"], device=grad.device)
+        momentum, lr = self.scalar(group["momentum"]), self.scalar(group["lr"])
         grad, buffer = (
             flat.view(-1, bucket.unit)[:, : shape.numel()].unflatten(1, shape)
             for flat in (grad, self.moment(bucket, "momentum_buffer"))
         )
-        update = self.update(grad, buffer, momentum, lr, self.grad_divisor).flatten(1)
+        second = self.moment(bucket, "second_moment", len(grad), max(shape))
+        inputs = grad, buffer, second, momentum, lr, group["beta2"], self.grad_divisor
+        update = self.update(*inputs).flatten(1)
         padding = bucket.unit - shape.numel()
         return (F.pad(update, (0, padding)) if padding else update).flatten()
 
@@ -1120,22 +1151,16 @@ class Adam(ShardedOptimizer):
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, decay=decay), **exchange)
 
-    def make_buckets(self) -> list[Bucket]:
-        by_key = defaultdict(list)
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                alike = (p.dtype, tuple(group["betas"]), group["eps"], group["decay"])
-                by_key[id(p) if p.numel() > SCALE_BLOCK else alike].append((p, g))
-        buckets = []
-        for pairs in by_key.values():
-            buckets.append(Bucket(*map(list, zip(*pairs)), SCALE_BLOCK, self.world_size))
-        return buckets
+    def kind(self, p, g):
+        group = self.param_groups[g]
+        alike = tuple(group["betas"]), group["eps"], group["decay"]
+        return SCALE_BLOCK, id(p) if p.numel() > SCALE_BLOCK else alike
 
     def share_update(self, bucket, grad):
         group, state = self.param_groups[bucket.groups[0]], self.state[bucket.params[0]]
         flat = grad, self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
-        step = state.setdefault("step", torch.zeros((), device=grad.device)).add_(1)
-        lrs = [torch.full((), g["lr"], device=grad.device) for g in self.param_groups]
+        step = state.setdefault("step", self.scalar(0)).add_(1)
+        lrs = [self.scalar(g["lr"]) for g in self.param_groups]
         lr = torch.stack(lrs)[bucket.group_of_block][:, None]
         blocks = (t.view(-1, SCALE_BLOCK) for t in flat)
         betas, eps = group["betas"], group["eps"]
@@ -1165,7 +1190,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
     exchange = dict(grad_comm=hp.grad_comm, world_size=world_size)
     adam = Adam([group for group in groups if "betas" in group], eps=hp.adam_eps, **exchange)
     matrices = [group for group in groups if "betas" not in group]
-    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, **exchange)]
+    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)]
 
 
 # ---- 10. Tokens
@@ -1187,8 +1212,7 @@ class TokenStream:
     """Shards, uint16 (count,) each, laid end to end; `total` is the count of tokens."""
 
     def __init__(self, shards: list[np.ndarray]):
-        self.shards, self.ends = shards, np.cumsum([len(s) for s in shards])
-        self.total = int(self.ends[-1])
+        self.shards, self.total = shards, sum(map(len, shards))
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the
@@ -1197,9 +1221,9 @@ class TokenStream:
         if not 0 <= start <= end <= self.total:
             raise IndexError(f"tokens {start} to {end} of {self.total}")
         pieces = []
-        for shard, shard_end in zip(self.shards, self.ends):
-            first = shard_end - len(shard)
-            pieces.append(shard[max(start - first, 0) : max(end - first, 0)])
+        for shard in self.shards:
+            pieces.append(shard[max(start, 0) : max(end, 0)])
+            start, end = start - len(shard), end - len(shard)  # from the next shard's beginning
         return np.concatenate(pieces).astype(np.int32)
 
     def pair(self, start: int, seq_len: int) -> tuple[Tensor, Tensor]:
@@ -1232,8 +1256,9 @@ def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=Fa
             item = TimeoutError(f"nothing came for {LOADER_DEADLINE:.0f} s")
         if isinstance(item, BaseException):
             reason = getattr(item, "strerror", None) or item
-            sentence = "the data loader failed ({}): see whether the disk of --data_dir answers"
-            raise RunEnd(4, sentence.format(reason)) from item
+            raise RunEnd(
+                4, f"the data loader failed ({reason}): see whether the disk of --data_dir answers"
+            ) from item
         yield item
 
 
@@ -1244,8 +1269,8 @@ HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them wo
 
 
 class Trainer:
-    """One rank's model and optimizers, and what is done with them. `forward`, `features` and
-    `losses` are the model's, compiled on a GPU; `window`: 0-d int32, in blocks."""
+    """One rank's model and optimizers, and what is done with them. `forward`, `features`, `pointer`
+    and `losses` are the model's, compiled on a GPU; `window`: 0-d int32, in blocks."""
 
     def __init__(self, hp, model: GPT, optimizers, rank=0, world_size=1):
         self.hp, self.model, self.optimizers = hp, model, optimizers
@@ -1311,24 +1336,23 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
-            for p in sum((group["params"] for group in groups), []):
-                state = optimizer.state[p]
-                if "average" not in state:
-                    state["average"] = p.clone()
-                state["average"].lerp_(p, min(1 / length, 1))
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["name"] in AVERAGED else ():
+                    state = optimizer.state[p]
+                    if "average" not in state:
+                        state["average"] = p.clone()
+                    state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
         """Move the weights towards their average, with the norm that each matrix has, since an
         average of directions is shorter (PR 360 of modded-nanogpt)."""
-        norms = lambda p: torch.linalg.matrix_norm(p, keepdim=True).clamp(min=1e-30)
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 if "average" in state:
-                    before = norms(p)
+                    before = matrix_norms(p)
                     p.lerp_(state["average"], self.hp.average_share)
-                    p.mul_(before / norms(p))
+                    p.mul_(before / matrix_norms(p))
 
     @torch.no_grad()
     def evaluate(self, stream: TokenStream, val_tokens: int, step: int, *each) -> float:
@@ -1419,8 +1443,10 @@ class Outcome:
         end = time.monotonic() + STEP_DEADLINE
         while self.event and not self.event.query():
             if self.world_size > 1 and time.monotonic() > end:
-                late = f"a step took longer than {STEP_DEADLINE:.0f} s"
-                raise RunEnd(4, f"{late}: another rank has died or hangs")
+                raise RunEnd(
+                    4, f"a step took longer than {STEP_DEADLINE:.0f} s: another rank has died or "
+                    "hangs"
+                )
             time.sleep(1e-4)
         loss, stop, *squares = self.values.tolist()
         return loss, stop > 0, squares
@@ -1485,7 +1511,7 @@ FIXED = PLAIN_BATCH + (
 MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
     "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
-    "table_decay muon_lr muon_decay muon_momentum muon_momentum_start "
+    "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")

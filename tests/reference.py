@@ -46,7 +46,7 @@ def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tens
         q, k, v = (seen @ matrix[own].double().T for matrix in attn.qkv)
         q, k = rotated(rms(q) * hp.attn_scale, hp.rope_base), rotated(rms(k), hp.rope_base)
         v = attn.v_scale.double() * v
-        if attn.long:  # channels that stand still come from the token before
+        if attn.window == "L":  # channels that stand still come from the token before
             still = [channel % (width // 2) >= width // 4 for channel in range(width)]
             before = [max(t - 1, 0) for t in range(len(k))]
             k = torch.where(torch.tensor(still), k[before], k)
@@ -113,6 +113,16 @@ def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, chunk
     return torch.stack(found)
 
 
+def normalized(update: Tensor, second: list[float], beta2: float) -> Tensor:
+    """One matrix, each neuron (a row, or a column of a wide matrix) over the root of its mean square's average."""
+    rows = update if update.size(0) >= update.size(1) else update.T
+    for i, row in enumerate(rows):
+        second[i] = beta2 * second[i] + (1 - beta2) * float((row**2).mean())
+    scaled = torch.stack([row / second[i] ** 0.5 for i, row in enumerate(rows)])
+    scaled = scaled * (update.norm() / scaled.norm())
+    return scaled if rows is update else scaled.T
+
+
 def subtracted(weight: Tensor, step: Tensor, shrinkage: float) -> Tensor:
     """weight - step, and where that makes a value smaller by itself, the value's share `shrinkage` off too."""
     pairs = zip(weight.flatten().tolist(), step.flatten().tolist())
@@ -140,15 +150,15 @@ class SlowAdam:
 class SlowMuon:
     """Muon of one matrix likewise, around an orthogonalization that it is given."""
 
-    def __init__(self, weight: Tensor, lr: float, momentum: float, decay: float, orthogonalize):
-        self.lr, self.momentum, self.decay, self.orthogonalize = lr, momentum, decay, orthogonalize
-        self.weight = weight.detach().double()
+    def __init__(self, weight: Tensor, lr: float, momentum: float, beta2: float, decay: float, orthogonalize):
+        self.lr, self.momentum, self.beta2, self.decay, self.orthogonalize = lr, momentum, beta2, decay, orthogonalize
+        self.weight, self.second = weight.detach().double(), [0.0] * max(weight.shape)
         self.average = torch.zeros_like(self.weight)
 
     def step(self, grad: Tensor) -> Tensor:
         self.average = self.momentum * self.average + (1 - self.momentum) * grad
         update = self.orthogonalize(self.momentum * self.average + (1 - self.momentum) * grad)
-        update = update * max(1, grad.size(0) / grad.size(1)) ** 0.5
+        update = normalized(update, self.second, self.beta2) * max(1, grad.size(0) / grad.size(1)) ** 0.5
         self.weight = subtracted(self.weight, (self.lr * update).bfloat16(), self.decay * self.lr**2)
         return self.weight
 

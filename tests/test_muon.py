@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from probe import compiles
-from reference import SlowAdam, SlowMuon, relative_error, subtracted
+from reference import SlowAdam, SlowMuon, normalized, relative_error, subtracted
 from small import documents, plan, small_hp, small_model, trainer
 
 import train_gpt as tg
@@ -96,6 +96,19 @@ def test_the_quintics_bring_singular_values_close_to_one_step_by_step():
     assert spreads == sorted(spreads, reverse=True) and spreads[-1] < 0.2, spreads
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 12), (2, 12, 20), (2, 16, 16), (1, 1, 50)])
+def test_neurons_are_normalized_as_by_loops(shape):
+    ours = torch.zeros(shape[0], max(shape[1:]))
+    theirs = [[0.0] * max(shape[1:]) for _ in range(shape[0])]
+    for step in range(4):
+        update = rand(*shape, seed=step, bf16=False) * torch.logspace(-1, 1, shape[1])[:, None]
+        got = tg.normalize_neurons(update, ours, 0.9)
+        want = torch.stack([normalized(m, second, 0.9) for m, second in zip(update.double(), theirs)])
+        assert relative_error(got, want) < 1e-5 and relative_error(ours, torch.tensor(theirs)) < 1e-5
+        assert torch.allclose(got.norm(dim=(1, 2)), update.norm(dim=(1, 2)), rtol=1e-5)
+    assert not tg.normalize_neurons(torch.zeros(shape), torch.zeros_like(ours), 0.9).any(), "what fills a share up"
+
+
 def test_decay_is_cautious():
     ours = [p.detach() for p in params((7, 9), (3, 5, 4))]
     steps = [rand(*p.shape, seed=i) * 0.1 for i, p in enumerate(ours)]
@@ -111,9 +124,9 @@ def test_decay_is_cautious():
 def test_muon_equals_a_reference(divisor, decay):
     ours = params(*SHAPES)
     before = copy.deepcopy(ours)
-    train(tg.Muon(ours, lr=0.03, momentum=0.9, decay=decay, grad_divisor=divisor), ours, 6)
+    train(tg.Muon(ours, lr=0.03, momentum=0.9, beta2=0.8, decay=decay, grad_divisor=divisor), ours, 6)
     for i, (p, start) in enumerate(zip(ours, before)):
-        slow, plain = (SlowMuon(start, 0.03, 0.9, off, orthogonalized) for off in (decay, 0.0))
+        slow, plain = (SlowMuon(start, 0.03, 0.9, 0.8, off, orthogonalized) for off in (decay, 0.0))
         for step in range(6):
             grad = (rand(*p.shape, seed=1000 * step + i) * 0.1 * (i + 1)).bfloat16().double() / divisor
             want, other = slow.step(grad), plain.step(grad)
@@ -326,7 +339,7 @@ def test_every_parameter_is_in_one_group_and_by_its_rule():
     assert {rule[0] for rule in found.values()} == {rule[0] for rule in KINDS.values()}, "and no kind is empty"
     groups = adam.param_groups + muon.param_groups
     assert all(g["initial_lr"] == g["lr"] for g in groups) and {g["eps"] for g in adam.param_groups} == {1e-10}
-    assert {g["momentum"] for g in muon.param_groups} == {0.95}
+    assert {(g["momentum"], g["beta2"]) for g in muon.param_groups} == {(0.95, 0.9)}
     t = trainer(model, hp)
     t.set_schedules(0)
     assert [float(o.grad_divisor) for o in t.optimizers] == [2.0, 2.0]

@@ -437,10 +437,10 @@ def test_a_module_beside_the_script_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("old, new, line", [
-    ("hidden = F.relu(F.linear(x, self.up.type_as(x))).square()", "hidden = F.gelo(F.linear(x, self.up.type_as(x)))",
-     "AttributeError: hidden = F.gelo(F.linear(x, self.up.type_as(x)))"),
-    ("        return F.linear(hidden, self.down.type_as(x))\n", "        return F.linear(hidden, self.up)\n",
-     "RuntimeError: return F.linear(hidden, self.up)")])
+    ("hidden = F.relu(linear(x, self.up)).square()", "hidden = F.gelo(linear(x, self.up))",
+     "AttributeError: hidden = F.gelo(linear(x, self.up))"),
+    ("        return linear(hidden, self.down)\n", "        return hidden @ self.down\n",
+     "RuntimeError: return hidden @ self.down")])
 def test_a_script_that_fails_is_told_its_line(tmp_path, old, new, line):
     make_corpus(tmp_path / "data")
     script = edited(tmp_path, old, new)

@@ -323,7 +323,7 @@ def test_a_resumed_run_is_no_run_of_a_trial(taken):
 
 
 @pytest.mark.parametrize("old, new, words", [
-    ("F.relu(F.linear", "F.gelo(F.linear", "gelo"),
+    ("F.relu(linear", "F.gelo(linear", "gelo"),
     ("    def forward(self, x):  # (T, D)\n        hidden",
      "    def forward(self, x):\n        raise ValueError('mine')\n        hidden", "raise ValueError('mine')"),
     ("EOT = 50256", "EOT = 50256 / 0", "ZeroDivisionError")])

@@ -395,7 +395,7 @@ class Parts(scaling.Bench):
                     f"and last {known // 2} tokens, to a sequence of {known}. Peak: with weights, rotary tables", rows)
 
     def longest_row(self, length: int, score, chunked, short: Tensor) -> dict:
-        if length > len(self.model.rotary.cos):
+        if length > self.model.rotary.turns.size(1):
             with self.device:
                 self.model.rotary = tg.Rotary(self.hp.head_dim, length, self.hp.rope_base)
         pair = self.tokens(length)

@@ -117,12 +117,12 @@ def head_arms(model: tg.GPT, length: int) -> dict[str, float]:
     """ms of the head with loss, forward+backward, both ways interleaved three times."""
     x = torch.randn(length, model.embed.embedding_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, 50000, (length,), device="cuda")
-    weight, scale = model.lm_head.weight, model.lm_head.scale
+    weight, scale, hp = model.lm_head.weight, model.lm_head.scale, model.hp
 
     def loss(head):
-        logits = model.cap * torch.sigmoid((head(x).float() + model.shift) / model.temp)
+        logits = hp.logit_cap * torch.sigmoid((head(x).float() + hp.logit_shift) / hp.logit_temp)
         hit = targets[:, None] == torch.arange(logits.size(-1), device=x.device)
-        log_total = (logits - model.cap).exp().sum(-1).log() + model.cap
+        log_total = (logits - hp.logit_cap).exp().sum(-1).log() + hp.logit_cap
         return (log_total - torch.where(hit, logits, 0).sum(-1)).mean()
 
     heads = {"function": lambda x: tg.FP8Matmul.apply(x, weight, scale),

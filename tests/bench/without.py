@@ -38,10 +38,10 @@ LINES = dict(  # name: [(what stands there, what does without)]
     block_scale=[("torch.tensor([1.1, 0.0, 0.05])", "torch.tensor([1.0, 0.0, 0.05])")],
     gates=[
         ("        self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))\n", ""),
-        ("        gate = F.linear(x[:, :GATE], self.gate.type_as(x)).sigmoid()\n"
+        ("        gate = linear(x[:, :GATE], self.gate).sigmoid()\n"
          "        y = (gate[..., None] * y).reshape(x.shape)\n", "        y = y.reshape(x.shape)\n")],
-    key_offset=[("        if self.long:\n            k = offset_keys(k)\n", "")],
-    late_input=[("            if i == self.late_layer:\n                seen = norm(x)\n", "")],
+    key_offset=[("        if self.window == \"L\":\n            k = offset_keys(k)\n", "")],
+    late_input=[("            if i == self.hp.late_layer:\n                seen = norm(x)\n", "")],
     mix_head=[("        return norm(x + self.mix_head(x, streams))\n", "        return norm(x)\n")],
     mix_input=[("            if i == len(self.blocks) - 1:\n                x = x + self.mix_input(x, streams)\n", "")],
     mixes=[  # but for the backout, which is older
@@ -51,6 +51,7 @@ LINES = dict(  # name: [(what stands there, what does without)]
         ("            if i == len(self.blocks) - 1:\n                x = x + self.mix_input(x, streams)\n", ""),
         ("                seen = norm(x)\n        return norm(x + self.mix_head(x, streams))\n",
          "                late, seen = x, norm(x)\n        return norm(x - self.backout.type_as(x) * late)\n")],
+    normuon=[("    update = normalize_neurons(update, second_moment, beta2)\n", "")],
     out_init=[("self.out = uniform_matrix(hp.model_dim, hp.model_dim)",
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
     pointer=[
