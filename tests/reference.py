@@ -100,9 +100,10 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
 def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
     """`Pointer` in float64, token by token: what each token of the document so far, in the token's chunk and the one
     before, weighs against e^0 for none; x: (T, D) -> (T,), the share of those that are the target."""
-    query, own, before = (x.double() @ matrix.double().T for matrix in pointer.qkk.chunk(3))
+    matrices = pointer.query, pointer.key, pointer.key_before
+    query, own, before = (x.double() @ matrix.double().T for matrix in matrices)
     keys = rms(torch.stack([own[t] + before[max(t - 1, 0)] for t in range(len(x))]))
-    scores = rms(query) * scale @ keys.T
+    scores = rms(query) * scale * pointer.copy_scale.double() @ keys.T
     found, start = [], 0
     for t, token in enumerate(ids.tolist()):
         start = t if token == EOT else start

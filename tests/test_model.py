@@ -139,7 +139,7 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
 
 @pytest.mark.parametrize("chunk, length", [(64, 512), (512, 512), (10_000, 512), (100, 384), (1, 384)])
 def test_the_pointer_is_the_one_written_out(chunk, length):
-    """With gradients, against float64 token by token; chunks are equal, and a power of two of them."""
+    """With gradients, against float64 token by token; chunks are equal, and an even count of them."""
     hp = small_hp(copy_chunk=chunk, attn_scale=0.5)
     pointer = small_model(hp, awake=True).pointer
     g = torch.Generator().manual_seed(2)
@@ -147,12 +147,39 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     ids = torch.randint(0, 5, (length + 1,), generator=g)
     ids[[0, 1, 190, 191, 333]] = EOT
     ids, targets = ids[:-1].int(), ids[1:]
-    real = {64: 64, 512: 512, 10_000: 512, 100: 96, 1: 3}[chunk]
-    inputs, weight = [x, pointer.qkk], torch.randn(length, generator=g)
+    real = {64: 64, 512: 256, 10_000: 256, 100: 96, 1: 3}[chunk]
+    inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
     for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
         assert want.any() and relative_error(got, want) < 1e-5
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
+
+
+def test_the_pointer_sees_its_document_so_far_and_of_the_one_before_only_its_end():
+    """What its last token's features hold goes into the key of the next document's first token, and no other."""
+    hp = small_hp(train_seq_len=512, layer_pattern="SS-S", window_max=512)
+    model = small_model(hp, awake=True)
+    ids = torch.randint(0, 100, (512,), generator=torch.Generator().manual_seed(3)).int()
+    ids[0] = ids[200] = EOT
+    found = []
+    for changed in (None, 150):
+        if changed:
+            ids[changed] = 101
+        with torch.no_grad():
+            weights, near = model.pointer.weights(model.features(ids, window_tensor(4)), ids)
+        whole = torch.zeros(512, 512)
+        for t, row in enumerate(weights.flatten(0, 1)):
+            first = t // 64 * 64 - 64
+            none, places = max(-first, 0), slice(max(first, 0), first + 128)
+            assert not row[:none].any() and near[t // 64][none:].equal(ids[places])
+            whole[t, places] = row[none:]
+        seen = whole > 0
+        document = (torch.arange(512) >= 200).int()
+        reach = torch.arange(512)[None] >= torch.arange(512)[:, None] // 64 * 64 - 64
+        assert seen.equal((document[:, None] == document[None]).tril() & reach)
+        found.append(whole)
+    later = [w[201:, 201:] / w[201:, 201:].sum(1, keepdim=True) for w in found]
+    assert torch.allclose(*later, atol=1e-6) and not torch.allclose(found[0][201:264], found[1][201:264], atol=1e-6)
 
 
 def test_all_tokens_and_nobodys_row_have_a_probability_of_one():
@@ -306,7 +333,7 @@ def test_a_model_by_itself_trains_on_a_cpu():
 
 def test_what_a_model_starts_with():
     model = small_model(small_hp())
-    starts = dict(smear=0.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
+    starts = dict(smear=0.0, copy_scale=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
     assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
     assert not model.mix_input.skip_weights.any()
     for name, p in model.named_parameters():
@@ -316,7 +343,7 @@ def test_what_a_model_starts_with():
     assert model.embed.weight is model.lm_head.weight and not model.bigrams.weight.any()
     for matrix, std in ((model.embed.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
                         (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8),
-                        (model.pointer.qkk, 0.5 / 8)):
+                        (model.pointer.key, 0.5 / 8)):
         assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.mean().abs() < 0.03 * std
 
 

@@ -58,7 +58,7 @@ LINES = dict(  # name: [(what stands there, what does without)]
         ("        self.pointer = Pointer(hp)\n", ""),
         ("        copied = self.pointer(x, input_ids, targets)\n        return self.losses(x, copied, targets)",
          "        return self.losses(x, 0.0, targets)"),
-        ("        gain = (copied * (copying - own).exp()).log1p()\n", "        gain = 0.0\n"),
+        ("own + copied * shares[:, self.last_row + 1]", "own"),
         ("        self.pointer, self.losses = model.pointer, model.losses\n", "        self.losses = model.losses\n"),
         ("        parts = self.model, self.features, self.pointer, self.losses\n"
          "        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)\n",
