@@ -102,6 +102,24 @@ def test_temperature_0_takes_the_likeliest_token_each_time(lively):
         assert behind(model, hp, ids + new, wrong, new).median() > 1e-3, "this model tells neighbours apart"
 
 
+def test_the_next_token_has_the_probability_that_training_gives_it(lively):
+    """Copied or not: as by the loss with each token as the target."""
+    script = sample.load_script(lively.with_name("train_gpt.py"))
+    hp, model = sample.build(script, torch.load(lively))
+    ids, at = torch.tensor(([50256] + [*range(40, 70)] * 9)[:256], dtype=torch.int32), 200
+    window, tokens = torch.tensor(4, dtype=torch.int32), torch.tensor([*range(256), 50256])
+    with torch.no_grad():
+        x = model.features(ids, window)
+        model.lm_head.weight[257] = x[at]  # so that copying is likely; no token reads this row
+        targets, want = torch.zeros(256, dtype=torch.int64), []
+        for token in tokens:
+            targets[at] = token
+            want.append((-model.losses(x, model.pointer(x, ids, targets), targets)[at]).exp())
+        got = sample.next_logits(model, ids, window, at).exp()
+    assert torch.allclose(got[:257], torch.stack(want), rtol=1e-4, atol=1e-7)
+    assert got[40:70].sum() > 2 * model.logits(x[at : at + 1]).softmax(1)[0, 40:70].sum(), "what was there is copied"
+
+
 def test_a_long_prompt_is_cut_to_the_training_length(lively, monkeypatch):
     script = sample.load_script(lively.with_name("train_gpt.py"))
     hp, model = sample.build(script, torch.load(lively))
