@@ -69,10 +69,12 @@ def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model
     ids = [random_documents(hp.train_seq_len + 1, torch.Generator().manual_seed(i)).cuda() for i in range(2)]
     data = [(t[:-1].int(), t[1:]) for t in ids]
     long = random_documents(hp.val_seq_len, torch.Generator().manual_seed(9)).int().cuda()
+    targets = long.roll(-1).long()
 
     def validate():
         with torch.no_grad():
-            return t.features(long, t.window)
+            x = t.features(long, t.window)
+            return x, t.pointer(x, long, targets)
 
     first = float(t.train_step(0, data))
     model.eval()
@@ -84,13 +86,14 @@ def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model
             loss = float(t.train_step(step, data))
             seen.add(int(t.window))
             model.eval()
-            out = validate()
+            out, found = validate()
             model.train()
     assert seen == set(range(1, 15)) and loss < first - 2, (seen, first, loss)
     model.eval()
     model.use_flex = False
     with torch.no_grad():
         assert relative_error(out, model.features(long, t.window)) < 3e-2
+        assert found.any() and relative_error(found, model.pointer(out, long, targets)) < 3e-2
 
 
 def test_accumulated_sequences_equal_one_batch_of_them():
