@@ -53,11 +53,13 @@ def run(folder, *knobs, ranks=1, code=0, script=SCRIPT):
     return done
 
 
-def edited(folder, old, new):
-    """A copy of the script in `folder`, my.py, in which `new` stands for `old`."""
+def edited(folder, *texts):
+    """A copy of the script in `folder`, my.py, in which of each two `texts` the second stands for the first."""
     source = SCRIPT.read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    (folder / "my.py").write_text(source.replace(old, new), encoding="utf-8")
+    for old, new in zip(texts[::2], texts[1::2], strict=True):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / "my.py").write_text(source, encoding="utf-8")
     return folder / "my.py"
 
 

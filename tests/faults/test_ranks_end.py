@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import SCRIPT, command, environment, events, make_corpus, run_folders
+from tiny import command, edited, environment, events, make_corpus, run_folders
 
 STEP = "        self.set_schedules(step)\n        sequences = "  # within a step, before the first collective
 SYNC = "os.fsync(file.fileno())"  # within a save, on rank 0
@@ -15,22 +15,18 @@ FAILED = "a collective failed: another rank died, hung or never came"
 
 
 class Ranks:
-    """Two ranks without a launcher, which would end the one that is to speak. `changes`: [(old, new)] of the script."""
+    """Two ranks without a launcher, which would end the one that is to speak. `changes`: as for `edited`."""
 
     def __init__(self, folder, *knobs, changes=()):
         make_corpus(folder / "data")
-        source = SCRIPT.read_text(encoding="utf-8")
-        for old, new in (("\nRANK_TIMEOUT = 130\n", "\nRANK_TIMEOUT = 4\n"), *changes):
-            assert source.count(old) == 1
-            source = source.replace(old, new)
-        (folder / "my.py").write_text(source, encoding="utf-8")
+        script = edited(folder, "\nRANK_TIMEOUT = 130\n", "\nRANK_TIMEOUT = 4\n", *changes)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
         self.ranks = []
         for rank in "01":
             surroundings = environment() | place | dict(RANK=rank, LOCAL_RANK=rank)
-            self.ranks.append(subprocess.Popen(command(folder, *knobs, script=folder / "my.py"), cwd=folder,
+            self.ranks.append(subprocess.Popen(command(folder, *knobs, script=script), cwd=folder,
                                                env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                                encoding="utf-8"))
 
@@ -71,7 +67,7 @@ def test_a_rank_that_stops_or_dies_ends_the_other(tmp_path, number, lost):
     ("os._exit(0)", None, None)])
 def test_a_rank_that_fails_hangs_or_leaves_within_a_step(tmp_path, failure, code, words):
     at = f"        if step == 2 and self.rank:\n            {failure}\n{STEP}"
-    ranks = Ranks(tmp_path, *LONG, changes=[(STEP, at)])
+    ranks = Ranks(tmp_path, *LONG, changes=[STEP, at])
     if code:
         codes, *said = ranks.ends(1, 0)
         one_sentence(said[0], 1, words)
@@ -85,7 +81,7 @@ def test_a_rank_that_fails_hangs_or_leaves_within_a_step(tmp_path, failure, code
 def test_a_slow_save_is_no_dead_rank_and_a_stop_within_one_is(tmp_path):
     """A save takes longer than a collective may. Rank 0 stops within the second one."""
     more = f"{SYNC}; time.sleep(6); self.step == 4 and os.kill(os.getpid(), signal.SIGSTOP)"
-    ranks = Ranks(tmp_path, "--checkpoint_every=2", changes=[(SYNC, more)])
+    ranks = Ranks(tmp_path, "--checkpoint_every=2", changes=[SYNC, more])
     codes, said = ranks.ends(1)
     assert codes == [4] and [row["step"] for row in events(run_folders(tmp_path)[0], "checkpoint")] == [2]
     one_sentence(said, 1, FAILED)
