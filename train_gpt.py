@@ -1336,12 +1336,12 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"] if group["name"] in AVERAGED else ():
-                    state = optimizer.state[p]
-                    if "average" not in state:
-                        state["average"] = p.clone()
-                    state["average"].lerp_(p, min(1 / length, 1))
+            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
+            for p in sum((group["params"] for group in groups), []):
+                state = optimizer.state[p]
+                if "average" not in state:
+                    state["average"] = p.clone()
+                state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
