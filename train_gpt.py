@@ -1282,6 +1282,8 @@ class Trainer:
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
 
     def compile(self):
+        # graphs of one function; `subtract` alone needs one for each shape of bucket, and has nine
+        torch._dynamo.config.recompile_limit = 256
         parts = self.model, self.features, self.pointer, self.losses
         self.forward, self.features, self.pointer, self.losses = map(compiled, parts)
         for optimizer in self.optimizers:
