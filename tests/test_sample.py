@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -253,6 +254,33 @@ def test_weights_of_old_scripts(tmp_path, capsys, script):
 
 
 # --- what is refused
+
+
+def test_the_example_for_safetensors(lively, tmp_path, monkeypatch):
+    """Written and read back: the head and its embedding are one, bf16 tables exact, the facts kept."""
+    code = (ROOT / "data" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    saved = torch.load(lively)
+    saved["model"] |= {key: table.bfloat16() for key, table in saved["model"].items() if "value_embeds" in key}
+    torch.save(saved, tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["safe.py", "weights.pt"])
+    names = {}
+    exec(code, names)
+    found, model = names["weights"], saved["model"]
+    assert found.keys() == model.keys() and found["lm_head.weight"] is found["embed.weight"]
+    assert {tensor.dtype for tensor in model.values()} == {torch.float32, torch.bfloat16}
+    assert all(torch.equal(torch.from_numpy(found[key]), tensor.float()) for key, tensor in model.items())
+    raw = (tmp_path / "weights.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, sizes = json.loads(raw[8:start]), {key: tensor.nbytes for key, tensor in model.items()}
+    assert start % 8 == 0 and len(raw) - start == sum(sizes.values()) - sizes["lm_head.weight"]
+    assert json.loads(header.pop("__metadata__")["knobs"]) == {
+        key: list(value) if isinstance(value, tuple) else value for key, value in saved["knobs"].items()}
+    ends = sorted(entry["data_offsets"] for entry in header.values())
+    assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])], "the format allows no gap"
+    untied = model | {"lm_head.weight": model["embed.weight"] + 1}  # as scripts before had it
+    names["write"](dict(model=untied), "untied")
+    assert torch.equal(torch.from_numpy(names["read"]("untied")["lm_head.weight"]), untied["lm_head.weight"])
 
 
 def test_damaged_weights_are_passed_over(logs, capsys):
