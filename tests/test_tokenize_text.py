@@ -106,6 +106,12 @@ def test_embedded_text_is_the_pinned_one(tmp_path, capsys):
         pytest.skip("the pin belongs to numpy 2.4.6")
     assert manifest["source"] == "numpy 2.4.6 docstrings"
     assert (len(tokens["train"]), len(tokens["val"])) == (1_441_023, 79_147)
+    sha256 = lambda raw: hashlib.sha256(raw).hexdigest()
+    raw = {split: (out / f"{split}_000000.bin").read_bytes()[1024:] for split in tokens}
+    for name in "tiny-cpu", "embedded-1xgpu":
+        track = json.loads((SCRIPT.parents[1] / "records" / "tracks" / f"{name}.json").read_text())
+        assert track["train"]["sha256"] == sha256(sha256(raw["train"]).encode()), name
+        assert track["val_sha256"] == sha256(raw["val"][: 2 * track["val_tokens"] + 2]), name
     documents = list(tokenize_text.numpy_docstrings(Path(np.__file__).parent))
     assert sum(map(len, documents)) == 1_518_940 and min(map(len, documents)) > 200
     assert sorted(documents_of(tokens["train"]) + documents_of(tokens["val"])) == sorted(
