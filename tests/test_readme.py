@@ -15,6 +15,8 @@ from conftest import ROOT
 import train_gpt as t
 
 sys.path[:0] = [str(ROOT / "records"), str(ROOT / "data")]
+import runs  # noqa: E402
+
 import records  # noqa: E402
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
@@ -301,6 +303,29 @@ def test_a_wrong_command_is_found(command):
     with pytest.raises((AssertionError, SystemExit, t.Refused, *problems)) as found:
         check_command(command)
     assert not isinstance(found.value, SystemExit) or found.value.code == 2
+
+
+WALK = sorted(commands(section(PAGES["records/README.md"], "From a clone to a first record on FineWeb")))
+
+
+@pytest.mark.parametrize("track, command, count", [
+    ("tiny-cpu", "./run.sh --preset=cpu", 1_441_023), ("embedded-1xgpu", "./run.sh --preset=tiny", 1_441_023),
+    ("fineweb-8xh100", "./run.sh --save=False --seed=1", 8 * 10**8),
+    ("fineweb-1xh100-eighth", "./run.sh --preset=eighth --val_tokens=10485760 --save=False --seed=1", 10**8)])
+def test_a_track_takes_what_its_command_runs(track, command, count):
+    """Validation tokens as the track says, and no more of the `count` training tokens than its epochs have."""
+    assert command in WALK or "fineweb" not in track
+    rules, hp = records.read_tracks()[track], t.parse_overrides(shlex.split(command)[1:])
+    parts = runs.stages_of(dataclasses.asdict(hp))
+    assert hp.val_tokens == rules["val_tokens"] and hp.epochs <= rules["train"]["max_epochs"]
+    assert runs.tokens_before(hp.steps, parts) <= rules["train"]["max_epochs"] * count
+
+
+def test_the_walk_adds_to_tracks_that_are_there():
+    tracks, added = records.read_tracks(), [records.parser().parse_args(shlex.split(line)[1:])
+                                            for line in WALK if line.startswith("./run.sh add")]
+    assert {args.track for args in added} == {"fineweb-1xh100-eighth", "fineweb-8xh100"} <= set(tracks)
+    assert all(args.claim != "record" and len(args.summary) <= 120 and args.name.isalnum() for args in added)
 
 
 # ---- Knobs, paths, links
