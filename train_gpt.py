@@ -10,7 +10,7 @@ measured in records/. The recipe adopts what the NanoGPT speedrun (KellerJordan/
 found from its record 21 (January 2025) to its record 89 (July 2026), wherever plain PyTorch is
 enough.
 
-RECIPE: all that decides a step's loss and time, to be read from top to bottom
+RECIPE: all that decides a step's loss and time, to be read from top to bottom; then stop
      1 hyperparameters   2 schedules                                          what is set
      3 modules   4 GPT   5 loss   6 attention masks   7 FP8                   the model
      8 updates   9 exchange between ranks and optimizers                      the optimizers
@@ -18,9 +18,10 @@ RECIPE: all that decides a step's loss and time, to be read from top to bottom
 HARNESS: what makes a run safe and pleasant
     12 command line   13 data   14 run folder   15 checkpoints   16 the run   17 main
 
-Letters: B = blocks of 128 tokens in a sequence, D = model width, H = heads, K = head width,
-T = tokens of a sequence, V = vocabulary rows, R x C = a matrix, n, N = any count. Names with an @
-are those of the speedrun's contributors who found or brought a technique.
+Letters: B = blocks of 128 tokens in a sequence, C = tokens of the pointer's chunks, D = model
+width, H = heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix,
+n, N = any count. Names with an @ are those of the speedrun's contributors who found or brought a
+technique.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] training sequence, if without stages; empties them
+    train_seq_len: int = 48 * 1024  # [tokens] of a sequence; giving it clears both kinds of stages
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
-    sequences_per_step: int = 8  # [sequences] of a step, over all ranks; likewise
+    sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
+    # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
     batch_stages: str = "8x16384 16x16384 24x16384 32x16384"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
@@ -96,7 +98,7 @@ class Hyperparameters:
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 7  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 7 9"  # [layers] whose outputs, and x0, both `Mix`es weigh
-    copy_chunk: int = 2048  # [tokens] at most, of the equal chunks in which `Pointer` looks back
+    copy_chunk: int = 2048  # [tokens] of the equal chunks in which `Pointer` looks back, or fewer
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -114,7 +116,7 @@ class Hyperparameters:
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
-    scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, pairs, v and smear
+    scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, bigrams, v, smear and pointer
     gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
     skip_lr: float = 0.005  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
     mix_lr: float = 0.001  # [lr] networks of `Mix`
@@ -126,7 +128,7 @@ class Hyperparameters:
     muon_decay: float = 1.2  # [1] as head_decay, for the matrices
     muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
     muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
-    muon_momentum_start: float = 0.85  # [1] momentum at the first step and at the last
+    muon_momentum_start: float = 0.85  # [1] where the warm-up begins and the cool-down ends
     # -- fp8
     fp8: bool = True  # [switch] FP8 output head where the GPU passes a probe; False = bf16
     x_scale: float = 4.48  # [x] of the head's input before its e4m3 cast
@@ -304,10 +306,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def previous(x: Tensor) -> Tensor:
-    """Each row's predecessor; the first row's is itself. x: (T, ...). At the first token of a
-    document it is the last one of another: over that border reach, by one token, embeddings and
-    bigrams, and by what its features hold of its document, offset keys and the pointer's key of
-    that first token. Attention masks do not."""
+    """Each row's predecessor; the first row's is itself. x: (T, ...). That of a document's first
+    token is another document's last one. So a little leaks over that border: by smear and bigrams
+    that token, by offset keys and the pointer's key what its features hold of its document.
+    Attention masks let nothing through."""
     return torch.cat((x[:1], x[:-1]))
 
 
@@ -343,8 +345,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, values, rotary, masks):
         qkv = linear(x, self.qkv.flatten(0, 1))  # x: (T, D)
-        qkv = qkv.view(-1, 3 * self.hp.num_heads, self.hp.head_dim)
-        q, k, v = qkv.chunk(3, dim=1)  # (T, H, K)
+        heads = 3, self.hp.num_heads, self.hp.head_dim
+        q, k, v = qkv.unflatten(1, heads).unbind(1)  # (T, H, K)
         # scaling q: FlexAttention's scale would recompile
         q, k = rotary(norm(q) * self.hp.attn_scale), rotary(norm(k))
         if self.window == "L":
@@ -399,11 +401,11 @@ class Mix(nn.Module):
 
 class Pointer(nn.Module):
     """Copying: the next token may be one that the document already contains (pointer sentinel,
-    arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention with the features at the end.
-    The query is made of what predicts the next token. So the key of token j adds the features at
-    j - 1, which predicted it, and those at j, which say what it is; what is copied is its id. Each
-    chunk of the sequence sees itself and the one before, in T x 2 C scores: for 256K tokens 4.3 GB
-    in fp32, where T x T would be 275 GB."""
+    arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention over the features at the end:
+    a token is copied if what predicted it then resembles what predicts the next one now. So the key
+    of token j adds the features at j - 1, which predicted it, and those at j, which say what it is.
+    Each chunk of the sequence sees itself and the one before, in T x 2 C scores: for 256K tokens
+    4.3 GB in fp32, where T x T would be 275 GB."""
 
     def __init__(self, hp):
         super().__init__()
@@ -417,14 +419,17 @@ class Pointer(nn.Module):
         """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
         chunks, (n, C, 2 C) fp32, which sum to less than 1: a score of 0 more means "copy nothing";
         ids of both chunks, (n, 2 C))."""
-        halvings = ((len(x) - 1) // (2 * self.hp.copy_chunk)).bit_length()
-        n = math.gcd(2 << halvings, len(x))
+        n = 2  # chunks, doubled until they are short enough, as far as the length can be halved
+        while len(x) > n * self.hp.copy_chunk:
+            n *= 2
+        n = math.gcd(n, len(x))
         scale = (self.hp.attn_scale * self.copy_scale).type_as(x)
         q = norm(linear(x, self.query)) * scale  # (T, K)
         k = norm(linear(x, self.key) + previous(linear(x, self.key_before)))
         docs = (input_ids == EOT).cumsum(0)
         parts = q, k, input_ids, docs
         q, *chunks = (t.unflatten(0, (n, -1)) for t in parts)
+        # behind the chunk before, which is a row before; query i is column C + i of both
         k, ids, docs = (torch.cat((previous(t), t), 1) for t in chunks)
         C = q.size(1)
         visible = (docs[:, C:, None] == docs[:, None]).tril(C)
@@ -433,7 +438,7 @@ class Pointer(nn.Module):
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1], ids
 
     def forward(self, x, input_ids, targets):
-        """If a token is copied, the probability that it is the target: x (T, D) -> (T,) fp32."""
+        """Weight of those tokens that are the target: x (T, D) -> (T,) fp32."""
         weights, ids = self.weights(x, input_ids)
         hits = targets.view(len(ids), -1, 1) == ids[:, None]
         return (weights * hits).sum(-1).flatten()
@@ -444,8 +449,8 @@ class Block(nn.Module):
 
     def __init__(self, hp, layer: int):
         super().__init__()
-        attends = hp.layer_pattern[layer] != "-"  # one layer without attention: @YouJiacheng
-        self.attn = CausalSelfAttention(hp, layer) if attends else None
+        # one layer without attention: @YouJiacheng
+        self.attn = CausalSelfAttention(hp, layer) if hp.layer_pattern[layer] != "-" else None
         self.mlp = MLP(hp)
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
@@ -468,11 +473,11 @@ class GPT(nn.Module):
     a share of the token before (`smear`), is added again in every block, and so is a row of
     `bigrams` for the token and the one before it. Attention after `late_layer` reads that layer's
     output (all three: @classiclarryd). Two `Mix`es weigh x0 and the outputs of `mixed_layers` and
-    are added to x: `mix_input` before the last layer, and `mix_head` before head and pointer, which
-    takes half of `late_layer`'s output away at first (backout: @classiclarryd), if it is among
-    them. A `Pointer` copies from the document. Weight tying: head and token embedding are one
-    matrix (arXiv:1608.05859), small at first (@varunneal). vocab_size: its rows V, a multiple of
-    128. Its optimizers: `build_optimizers`, by names and dimensions."""
+    are added to x: `mix_input` before the last layer, `mix_head` before head and pointer. At first
+    `mix_input` adds nothing, and `mix_head` takes half of `late_layer`'s output away (backout:
+    @classiclarryd), if that is among them. A `Pointer` copies from the document. Weight tying: head
+    and token embedding are one matrix (arXiv:1608.05859), small at first (@varunneal). vocab_size:
+    its rows V, a multiple of 128. Its optimizers: `build_optimizers`, by names and dimensions."""
 
     def __init__(self, hp, vocab_size: int):
         super().__init__()
@@ -480,7 +485,8 @@ class GPT(nn.Module):
         self.hp = hp
         self.mixed_layers = sorted(map(int, hp.mixed_layers.split()))
         self.max_window = window_at(hp.steps, hp)
-        self.last_row = EOT if vocab_size > EOT else BYTE_EOT  # EOT; `Pointer` has the next
+        # the highest row of a token, and the one after it stands for "copy", see `losses`
+        self.last_row = EOT if vocab_size > EOT else BYTE_EOT
         self.use_flex = True  # False: dense attention, where FlexAttention has no backward
         self.embed = nn.Embedding(vocab_size, hp.model_dim)
         nn.init.normal_(self.embed.weight, std=0.005)
@@ -591,7 +597,8 @@ def block_table(first_doc, last_doc, window, width: int, axis: str) -> dict:
     token. axis: "kv" lists the key blocks of each query block (to its left), "q" the query blocks
     of each key block. Documents are in order, so the visible blocks are the nearest ones, and
     after the diagonal the full ones (a single document in both) come first: counts give the
-    indices, nothing is sorted and no table is wider than the widest window."""
+    indices, nothing is sorted and no table is wider than the widest window. To the left of block 9
+    `P F F P .`, nearest first (partial, full, invisible), gives full 8, 7 and partial 9, 6."""
     blocks, side = first_doc.size(0), -1 if axis == "kv" else 1
     own = torch.arange(blocks, device=first_doc.device, dtype=torch.int32)[:, None]  # (B, 1)
     distance = torch.arange(width, device=first_doc.device, dtype=torch.int32)  # (width,)
@@ -657,7 +664,7 @@ def create_masks(
     return build(window), build(window // 2)
 
 
-CHUNK = 512  # queries of one dense attention call: its mask is (CHUNK, CHUNK + window), never T x T
+QUERIES = 512  # of one dense attention call: its mask is (512, 512 + window), never T x T
 
 
 def dense_chunks(mask: BlockMask):
@@ -665,14 +672,13 @@ def dense_chunks(mask: BlockMask):
     the key range of the widest window: the current window only masks, so shapes never change."""
     length, (block, _) = mask.seq_lengths[0], mask.BLOCK_SIZE
     reach = (mask.kv_indices.size(-1) - 1) * block
-    device = mask.kv_indices.device
+    places = torch.arange(length, device=mask.kv_indices.device)
     pieces = []
-    for start in range(0, length, CHUNK):
-        first, end = max(0, start - reach), min(start + CHUNK, length)
-        q = torch.arange(start, end, device=device)
-        k = torch.arange(first, end, device=device)
-        visible = mask.mask_mod(0, 0, q[:, None], k)
-        pieces.append((slice(start, end), slice(first, end), visible))
+    for start in range(0, length, QUERIES):
+        rows = slice(start, min(start + QUERIES, length))
+        keys = slice(max(0, start - reach), rows.stop)
+        visible = mask.mask_mod(0, 0, places[rows, None], places[keys])
+        pieces.append((rows, keys, visible))
     return pieces
 
 
@@ -811,7 +817,7 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
     X = X.bfloat16() if G.is_cuda else X.float()
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
-    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # rounded, none may lie above 1
     for a, b, c in QUINTICS[:steps]:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -986,10 +992,11 @@ class FP8Exchange(BF16Exchange):
     quantize, dequantize = staticmethod(quantize_e5m2), staticmethod(dequantize_e5m2)
 
     def accumulate(self, buckets):
-        for bucket in buckets if self.world_size == 1 else ():
-            self.sums[bucket] += self.dequantize(*self.quantize(bucket.pack()))
-            for p in bucket.params:
-                p.grad = None
+        if self.world_size == 1:
+            for bucket in buckets:
+                self.sums[bucket] += self.dequantize(*self.quantize(bucket.pack()))
+                for p in bucket.params:
+                    p.grad = None
 
     def send(self, bucket):
         if self.world_size == 1:
@@ -1010,12 +1017,14 @@ class FP8Exchange(BF16Exchange):
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """What Muon and Adam share. One code path for 1 and N ranks; without a process group the
-    collectives drop out. `grad_divisor`, which may change every step, divides the summed gradient;
-    `grad_comm` is the format in which that travels. world_size: the process group's, unless
-    given to plan for another. Where `squares` is not () but fp32 (2, param_groups), `step` adds the
-    squares of this rank's share of the undivided gradient and of the update to it, by param_group.
-    Raises ValueError for parameters after the constructor's."""
+    """What Muon and Adam share. They add `kind`, which says what goes into one bucket, `update`, a
+    pure function, and `share_update`, which calls it for this rank's share of a bucket. One code
+    path for 1 and N ranks; without a process group the collectives drop out. `grad_divisor`, which
+    may change every step, divides the summed gradient; `grad_comm` is the format in which that
+    travels. world_size: the process group's, unless given to plan for another. For --log_norms
+    `squares` is not () but fp32 (2, param_groups), and `step` adds the squares of this rank's share
+    of the undivided gradient and of the update to it. Raises ValueError for parameters after the
+    constructor's."""
 
     squares = ()
     subtract = staticmethod(subtract)
@@ -1067,7 +1076,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self):
-        """To be called after each backward; `step` calls it once more, for those who do not."""
+        """To be called after each backward; `step` calls it once more, for those who do not. Only
+        the FP8 exchange does something then."""
         self.exchange.accumulate(self.buckets)
 
     @torch.no_grad()
@@ -1076,22 +1086,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
             loss = closure() if closure is not None else None
         self.accumulate()
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
-        updates = []
+        sent = []
         for bucket, in_flight in zip(self.buckets, gradients):
             gradient = self.exchange.receive(in_flight)
             update = self.share_update(bucket, gradient)
-            # what fills a share up is zero in both
+            # only for --log_norms; what fills a share up is zero in both
             for total, values in zip(self.squares, (gradient, update)):
                 blocks = values.view(-1, SCALE_BLOCK).float()
                 total.index_add_(0, bucket.group_of_block, blocks.square().sum(1))
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
-            updates.append(gathered)
-        for bucket, in_flight in zip(self.buckets, updates):
-            steps = bucket.views(in_flight.wait())
+            sent.append(gathered)
+        for bucket, in_flight in zip(self.buckets, sent):
+            updates = bucket.views(in_flight.wait())
             group = self.param_groups[bucket.groups[0]]
             shrinkage = self.scalar(group["decay"] * group["lr"] ** 2)
-            self.subtract(bucket.params, steps, shrinkage)
+            self.subtract(bucket.params, updates, shrinkage)
         return loss
 
     def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
@@ -1142,7 +1152,7 @@ class Muon(ShardedOptimizer):
 
 class Adam(ShardedOptimizer):
     """Adam, sharded over ranks. A tensor of more than 4,096 values has a bucket of its own;
-    smaller ones of equal dtype, betas, eps and decay share one."""
+    smaller ones of equal dtype, betas and eps, and without decay, share one."""
 
     update = staticmethod(adam_update)
 
@@ -1153,7 +1163,8 @@ class Adam(ShardedOptimizer):
 
     def kind(self, p, g):
         group = self.param_groups[g]
-        alike = tuple(group["betas"]), group["eps"], group["decay"]
+        # decay follows the rate, so where there is one its parameters are of one group
+        alike = tuple(group["betas"]), group["eps"], group["decay"] and (g,)
         return SCALE_BLOCK, id(p) if p.numel() > SCALE_BLOCK else alike
 
     def share_update(self, bucket, grad):
@@ -1173,7 +1184,7 @@ def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[Shar
     tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
     kinds = dict(
         embed=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
-        value_embeds=dict(tables), bigrams=dict(tables),
+        value_embeds=dict(tables), bigrams=tables,
         scalars=dict(lr=hp.scalar_lr, **steady), gates=dict(lr=hp.gate_lr, **steady),
         skip_weights=dict(lr=hp.skip_lr, **steady), mixes=dict(lr=hp.mix_lr, **steady),
         matrices=dict(lr=hp.muon_lr, decay=hp.muon_decay),
@@ -1338,12 +1349,12 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
-            for p in sum((group["params"] for group in groups), []):
-                state = optimizer.state[p]
-                if "average" not in state:
-                    state["average"] = p.clone()
-                state["average"].lerp_(p, min(1 / length, 1))
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["name"] in AVERAGED else ():
+                    state = optimizer.state[p]
+                    if "average" not in state:
+                        state["average"] = p.clone()
+                    state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
@@ -1360,10 +1371,10 @@ class Trainer:
     def evaluate(self, stream: TokenStream, val_tokens: int, step: int, *each) -> float:
         """Mean loss in nats over exactly the first val_tokens tokens at the window of `step`, the
         same on any count of ranks: pieces begin at multiples of val_seq_len, are dealt out, and
-        each has its own fp64 sum. each: fp32 zeros (pieces, val_seq_len), if any, that are filled
-        with the loss of each token."""
+        each has its own fp64 sum. each: nothing, or fp32 zeros (pieces, val_seq_len) to fill with
+        the loss of each token."""
         self.window.fill_(window_at(step, self.hp))
-        self.model.eval()
+        self.model.eval()  # all that it does: the head leaves FP8
         length = self.hp.val_seq_len
         pieces, rows = math.ceil(val_tokens / length), math.gcd(length, HEAD_ROWS)
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
@@ -1380,8 +1391,9 @@ class Trainer:
                 sums[piece] += losses.double().sum()
                 for kept in each:
                     kept[piece, part] = losses
-        for values in (sums, *each) if self.world_size > 1 else ():
-            dist.all_reduce(values)
+        if self.world_size > 1:
+            for values in (sums, *each):
+                dist.all_reduce(values)
         self.model.train()
         return float(sums.sum() / val_tokens)
 
@@ -1461,17 +1473,14 @@ def train(trainer: Trainer, stream: TokenStream, run):
     hp, pending = trainer.hp, []
     rank, world_size = trainer.rank, trainer.world_size
     loader = prefetch(stream, hp, rank, world_size, run.step, pin=trainer.cuda)
-    lag = 1 if trainer.cuda else 0  # steps after which a loss is read: so the host launches ahead
     if run.step == 0:
         run.validate()
     for step in range(run.step, hp.steps):
         run.clock.start()
         loss = trainer.train_step(step, next(loader))
         pending.append(Outcome(loss, bool(run.signals), world_size, trainer.optimizers))
-        stop = False
-        if len(pending) > lag:
-            stop = run.report(pending.pop(0))
-
+        # on a GPU the host launches a step before it reads the loss of the one before
+        stop = len(pending) > trainer.cuda and run.report(pending.pop(0))
         done = step + 1
         last = done == hp.steps
         save = hp.checkpoint_every and done % hp.checkpoint_every == 0
@@ -1674,10 +1683,6 @@ def check_batches(hp, world_size: int):
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
     lengths = {stage.seq_len: of_length for stage in stages(hp)}
-    require(
-        len(lengths) <= 8,  # the compiler's limit
-        "--batch_stages must not have more than 8 different lengths: each is a graph of its own"
-    )
     for length, name in (lengths | {hp.val_seq_len: "val_seq_len"}).items():
         low = max(length // BLOCK * BLOCK, BLOCK)
         require(
@@ -2282,7 +2287,7 @@ class Run:
 
     def require_finite(self):
         """Refused 3 on all ranks if a weight of a rank or a state in its share is not finite. A
-        state has the name of the first parameter in its bucket."""
+        moment has the name of the first parameter in its bucket."""
         names = {p: name for name, p in self.trainer.model.named_parameters()}
         tensors = self.trainer.model.state_dict() | {
             f"{type(optimizer).__name__}'s {key} of {names[p]}": tensor

@@ -76,7 +76,7 @@ def test_dense_chunks_equal_the_reference_with_gradients(window):
     mask, _ = tg.create_masks(ids, BLOCK, torch.tensor(window), 5)
     inputs = qkv(length)
     pieces = tg.dense_chunks(mask)
-    assert max(seen.numel() for _, _, seen in pieces) <= tg.CHUNK * (tg.CHUNK + 4 * BLOCK)
+    assert max(seen.numel() for _, _, seen in pieces) <= tg.QUERIES * (tg.QUERIES + 4 * BLOCK)
     out = tg.attend(*inputs, pieces)
     want = attention(*inputs, visible(ids, min(window, 5)))
     assert relative_error(out, want) < 1e-5

@@ -176,6 +176,20 @@ def test_adam_equals_torchs():
         assert relative_error(a - c, b - c) < 4e-3, tuple(a.shape)  # updates are rounded to bf16
 
 
+def test_each_group_decays_by_its_own_rate():
+    """Small parameters share a bucket, and with decay only those of one group."""
+    groups = [dict(params=[torch.nn.Parameter(torch.ones(3))], lr=lr) for lr in (1e-3, 1e-1)]
+    together, apart = (tg.Adam([dict(group) for group in groups], decay=decay) for decay in (0.0, 1.0))
+    assert len(together.buckets) == 1 and len(apart.buckets) == 2
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.ones(3)
+    apart.step()
+    for group in apart.param_groups:
+        for p in group["params"]:  # Adam's first step is the rate
+            assert torch.allclose(p, torch.full((3,), 1 - group["lr"] - group["lr"] ** 2), atol=1e-4)
+
+
 @pytest.mark.parametrize("decay", [0.0, 10.0])
 def test_adam_equals_a_reference_with_cautious_decay(decay):
     ours = params((33, 70), (64, 64), (2, 3, 4), (9,))
