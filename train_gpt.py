@@ -872,7 +872,7 @@ def adam_update(
     eps: float, divisor: Tensor
 ) -> Tensor:
     """Adam (arXiv:1412.6980; small eps: @YouJiacheng) on grad / divisor; decay: `subtract`. grad,
-    exp_avg, exp_avg_sq (changed in place): (n, 4096); step: 0-d, from 1; lr: (n, 1). Returns the
+    exp_avg, exp_avg_sq (changed in place): one shape; lr, step (from 1), divisor: 0-d. Returns the
     bf16 step to subtract."""
     grad = grad.float() / divisor
     m = torch.lerp(exp_avg.float(), grad, 1 - betas[0])
@@ -900,12 +900,12 @@ def round_up(count: int, multiple: int) -> int:
 
 
 class Bucket:
-    """Parameters that travel together: one buffer in which each starts at a multiple of 4,096
-    values, cut into equal shares of whole units (a matrix, or 4,096 values), one a rank. `groups`:
-    the index of each one's param_group."""
+    """Parameters of one param_group, number `group`, that travel together: one buffer in which each
+    starts at a multiple of 4,096 values, cut into equal shares of whole units (a matrix, or 4,096
+    values), one a rank."""
 
-    def __init__(self, params, groups, unit: int, world_size: int):
-        self.params, self.groups, self.unit = params, groups, unit
+    def __init__(self, params, group: int, unit: int, world_size: int):
+        self.params, self.group, self.unit = params, group, unit
         self.strides = [round_up(p.numel(), SCALE_BLOCK) for p in params]
         self.size = round_up(sum(self.strides), unit * world_size)
         self.share = self.size // world_size  # values of one rank
@@ -1036,11 +1036,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank = dist.get_rank() if together else 0
         self.buckets = self.make_buckets()
         self.device = self.buckets[0].params[0].device
-        for bucket in self.buckets:
-            counts = torch.tensor(bucket.strides) // SCALE_BLOCK
-            owners = torch.tensor(bucket.groups).repeat_interleave(counts)
-            # the param_group of each block of 4,096 values in this rank's share
-            bucket.group_of_block = owners.view(self.world_size, -1)[self.rank].to(self.device)
         self.grad_divisor = self.scalar(grad_divisor)
         exchange = FP8Exchange if grad_comm == "fp8" else BF16Exchange
         self.exchange = exchange(self.world_size)
@@ -1055,14 +1050,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     def make_buckets(self) -> list[Bucket]:
-        """One for each dtype and `kind` of parameters: (values of a unit, what else is alike)."""
+        """One for each param_group, dtype and `kind`: (values of a unit, what else is alike)."""
         alike = defaultdict(list)
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                alike[p.dtype, self.kind(p, g)].append((p, g))
+        for group, settings in enumerate(self.param_groups):
+            for p in settings["params"]:
+                alike[group, p.dtype, self.kind(p)].append(p)
         buckets = []
-        for (_, (unit, *_)), pairs in alike.items():
-            buckets.append(Bucket(*map(list, zip(*pairs)), unit, self.world_size))
+        for (group, _, (unit, *_)), params in alike.items():
+            buckets.append(Bucket(params, group, unit, self.world_size))
         return buckets
 
     def scalar(self, value: float) -> Tensor:
@@ -1092,14 +1087,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             update = self.share_update(bucket, gradient)
             # only for --log_norms; what fills a share up is zero in both
             for total, values in zip(self.squares, (gradient, update)):
-                blocks = values.view(-1, SCALE_BLOCK).float()
-                total.index_add_(0, bucket.group_of_block, blocks.square().sum(1))
+                total[bucket.group] += values.float().square().sum()
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             sent.append(gathered)
         for bucket, in_flight in zip(self.buckets, sent):
             updates = bucket.views(in_flight.wait())
-            group = self.param_groups[bucket.groups[0]]
+            group = self.param_groups[bucket.group]
             shrinkage = self.scalar(group["decay"] * group["lr"] ** 2)
             self.subtract(bucket.params, updates, shrinkage)
         return loss
@@ -1127,17 +1121,17 @@ class Muon(ShardedOptimizer):
         defaults = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
         super().__init__(params, defaults, **exchange)
 
-    def kind(self, p, g):
+    def kind(self, p):
         shape = p.shape[-2:]
         if p.ndim < 2 or (p.ndim > 2 and shape.numel() % SCALE_BLOCK):
             raise ValueError(
                 f"Muon: {tuple(p.shape)} is no matrix, nor a stack of matrices of a multiple of "
                 f"{SCALE_BLOCK} values; give it to Adam, or its matrices singly"
             )
-        return round_up(shape.numel(), SCALE_BLOCK), g, shape
+        return round_up(shape.numel(), SCALE_BLOCK), shape
 
     def share_update(self, bucket, grad):
-        group, shape = self.param_groups[bucket.groups[0]], bucket.params[0].shape[-2:]
+        group, shape = self.param_groups[bucket.group], bucket.params[0].shape[-2:]
         momentum, lr = self.scalar(group["momentum"]), self.scalar(group["lr"])
         grad, buffer = (
             flat.view(-1, bucket.unit)[:, : shape.numel()].unflatten(1, shape)
@@ -1151,8 +1145,8 @@ class Muon(ShardedOptimizer):
 
 
 class Adam(ShardedOptimizer):
-    """Adam, sharded over ranks. A tensor of more than 4,096 values has a bucket of its own;
-    smaller ones of equal dtype, betas and eps, and without decay, share one."""
+    """Adam, sharded over ranks. A tensor of more than 4,096 values has a bucket of its own; smaller
+    ones of a group share one."""
 
     update = staticmethod(adam_update)
 
@@ -1161,21 +1155,15 @@ class Adam(ShardedOptimizer):
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, decay=decay), **exchange)
 
-    def kind(self, p, g):
-        group = self.param_groups[g]
-        # decay follows the rate, so where there is one its parameters are of one group
-        alike = tuple(group["betas"]), group["eps"], group["decay"] and (g,)
-        return SCALE_BLOCK, id(p) if p.numel() > SCALE_BLOCK else alike
+    def kind(self, p):
+        return SCALE_BLOCK, id(p) if p.numel() > SCALE_BLOCK else 0
 
     def share_update(self, bucket, grad):
-        group, state = self.param_groups[bucket.groups[0]], self.state[bucket.params[0]]
-        flat = grad, self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
+        group, state = self.param_groups[bucket.group], self.state[bucket.params[0]]
+        m, v = self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
         step = state.setdefault("step", self.scalar(0)).add_(1)
-        lrs = [self.scalar(g["lr"]) for g in self.param_groups]
-        lr = torch.stack(lrs)[bucket.group_of_block][:, None]
-        blocks = (t.view(-1, SCALE_BLOCK) for t in flat)
-        betas, eps = group["betas"], group["eps"]
-        return self.update(*blocks, step, lr, betas, eps, self.grad_divisor).flatten()
+        lr, betas, eps = self.scalar(group["lr"]), group["betas"], group["eps"]
+        return self.update(grad, m, v, step, lr, betas, eps, self.grad_divisor)
 
 
 def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[ShardedOptimizer]:
@@ -1293,7 +1281,7 @@ class Trainer:
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
 
     def compile(self):
-        # graphs of one function; `subtract` alone needs one for each shape of bucket, and has nine
+        # graphs of one function; `subtract` alone needs one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
         parts = self.model, self.features, self.pointer, self.losses
         self.forward, self.features, self.pointer, self.losses = map(compiled, parts)

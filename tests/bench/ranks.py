@@ -179,7 +179,7 @@ def ungrouped(world: int):
             for i, p in enumerate(bucket.params, 1):
                 chunk.append(p)
                 if sum(q.shape[:-2].numel() for q in chunk) >= world or i == len(bucket.params):
-                    buckets.append(tg.Bucket(chunk, bucket.groups[: len(chunk)], bucket.unit, world))
+                    buckets.append(tg.Bucket(chunk, bucket.group, bucket.unit, world))
                     chunk = []
         return buckets
     return make
