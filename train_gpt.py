@@ -748,8 +748,9 @@ class CastedLinear(nn.Linear):
     """nn.Linear that trains in FP8 with static per-tensor scales and evaluates in the dtype of its
     input. x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale`
     and `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
-    products are divided by them again. FP8 needs CUDA, training mode, `use_fp8` (see
-    `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the input's
+    products are divided by them again. All three lie in `scale`, which stays fp32 whatever the
+    module is cast to, and follows the input to its device. FP8 needs CUDA, training mode, `use_fp8`
+    (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the input's
     dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize. Raises TypeError where a bool stands for
     x_scale."""
 
@@ -761,9 +762,10 @@ class CastedLinear(nn.Linear):
         if isinstance(x_scale, bool):
             raise TypeError("CastedLinear: x_scale is a number: pass bias=True by keyword")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        scale = torch.tensor([x_scale, w_scale, grad_scale], dtype=torch.float32, device=device)
-        # not saved: weights load into nn.Linear and back, strictly
-        self.register_buffer("scale", scale, persistent=False)
+        # no buffer, since casts of a model reach those, and fp16 would make inf of 2^19; nor saved:
+        # weights load into nn.Linear and back, strictly
+        scales = [x_scale, w_scale, grad_scale]
+        self.scale = torch.tensor(scales, dtype=torch.float32, device=device)
         self.use_fp8 = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -774,7 +776,7 @@ class CastedLinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         pad = -rows.size(0) % 16
         padded = F.pad(rows, (0, 0, 0, pad)) if pad else rows
-        y = FP8Matmul.apply(padded, self.weight, self.scale.float())  # fp32 in a bf16 model too
+        y = FP8Matmul.apply(padded, self.weight, self.scale.to(x.device))
         y = y[: rows.size(0)].type_as(x)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias

@@ -1,5 +1,7 @@
 """CastedLinear without a GPU: torch multiplies FP8 on the CPU too, so the numerics of both passes can be seen there."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,7 +133,7 @@ def test_where_fp8_is_off_it_is_plain_linear(why):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_the_scale_buffer_is_what_is_used(index):
+def test_the_scale_tensor_is_what_is_used(index):
     layer, x, grad = make((32,))
     assert layer.scale.tolist() == [2.0, 512.0, 2.0**10] and layer.scale.dtype == torch.float32
     before = layer(x), *torch.autograd.grad(layer(x), (x, layer.weight), grad)
@@ -150,7 +152,26 @@ def test_the_default_scales_and_where_they_live():
     assert layer.weight.dtype == torch.bfloat16 and layer.weight.is_meta and layer.scale.is_meta and layer.bias is None
     assert tg.CastedLinear(32, 16).scale.tolist() == [2.0, 512.0, 524288.0]
     assert tg.CastedLinear(32, 16, 4.0, 8.0, 16.0).scale.tolist() == [4.0, 8.0, 16.0]
-    assert list(tg.CastedLinear(32, 16).state_dict()) == ["weight"] and "scale" in dict(layer.named_buffers())
+    assert list(tg.CastedLinear(32, 16).state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("cast", [
+    lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to(torch.float16),
+    lambda m: m.to("cpu", torch.bfloat16), lambda m: m.type(torch.half), lambda m: copy.deepcopy(m).half()])
+def test_scales_keep_fp32_under_any_cast_of_the_model(cast):
+    """2^19 is infinite in fp16, and both FP8 gradients were zero."""
+    layer = cast(torch.nn.Sequential(tg.CastedLinear(64, 64, 4.48, 280.0)))[0]
+    assert torch.equal(layer.scale, torch.tensor([4.48, 280.0, 2.0**19])) and layer.weight.dtype != torch.float32
+    assert layer(torch.zeros(2, 64)).dtype == torch.float32
+
+
+def test_scales_go_where_the_input_is_and_copies_have_their_own():
+    layer, x, grad = make((32,))
+    layer.half()
+    other = copy.deepcopy(layer)
+    other.scale[2] = 0.0
+    assert layer.scale.tolist() == [2.0, 512.0, 2.0**10]
+    assert all(part.any() for part in torch.autograd.grad(layer(x), (x, layer.weight), grad))
 
 
 @pytest.mark.parametrize("bias", [False, True])
