@@ -1863,7 +1863,7 @@ LINES = {
     "attention: {attention}\ndata: {data[encoding]}, {data[val_tokens]} validation tokens "
     "{data[val_sha256]:.12}, {corpus.train.total} training tokens",
     "step": "step:{step}/{total} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s}",
+    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s:.0f}",
     "val": "step:{step}/{total} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
     "step_avg:{step_avg:.2f}ms",
     "warning": "warning: {text}",
@@ -1979,10 +1979,23 @@ CHECKPOINT_KEYS = set(
 )
 
 
+@contextlib.contextmanager
+def unusable(what):
+    """Turn what is wrong with a checkpoint into Refused 5; want of memory is not."""
+    try:
+        yield
+    except Exception as error:
+        if verdict(error)[0] == 6:
+            raise
+        raise Refused(
+            5, f"{what} is not usable ({error!r:.100}): name another file, or leave out --resume"
+        ) from error
+
+
 def load_file(path: Path) -> dict:
     """A checkpoint, of plain tensors, on the CPU. Refused 5 if it is missing, damaged or another
     file."""
-    try:
+    with unusable(path):
         with zipfile.ZipFile(path) as archive:  # torch.load accepts flipped bits; it has checksums
             require(not archive.testzip(), "a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -1992,10 +2005,6 @@ def load_file(path: Path) -> dict:
             "it holds numbers that are not finite"
         )
         return saved
-    except Exception as error:
-        raise Refused(
-            5, f"{path} is not usable ({error!r:.100}): name another file, or leave out --resume"
-        ) from error
 
 
 def identity(facts: dict) -> dict:
@@ -2176,13 +2185,14 @@ class Run:
         code, path = answer
         require(code is None, path, code)
         saved = load_file(Path(path))
-        other = changes(saved, self.facts)
-        step, ranks = saved["step"], len(saved["optimizers"])
-        # past the end, or in another stage
-        moved = step > hp.steps or saved["tokens"] != tokens_before(step, hp)
-        fixed = [
-            flag(k, saved["knobs"][k]) for k in FIXED + ["steps"] * moved if k in other
-        ]
+        with unusable(path):
+            other = changes(saved, self.facts)
+            step, ranks = saved["step"], len(saved["optimizers"])
+            # past the end, or in another stage
+            moved = step > hp.steps or saved["tokens"] != tokens_before(step, hp)
+            fixed = [
+                flag(k, saved["knobs"][k]) for k in FIXED + ["steps"] * moved if k in other
+            ]
         fixed += [f"{ranks} ranks"] * (ranks != self.world_size)
         require(
             not fixed, f"{path} was written with {' '.join(fixed)}: give the same to resume it"
@@ -2193,20 +2203,19 @@ class Run:
 
     def restore(self, saved: dict):
         """Go on where a checkpoint was written."""
-        try:
-            self.trainer.model.load_state_dict(saved["model"])
-            for optimizer, state in zip(self.trainer.optimizers, saved["optimizers"][self.rank]):
-                groups = optimizer.param_groups  # rates are the knobs', not the file's
+        with unusable(f"--resume={self.hp.resume} holds weights of another script or encoding: it"):
+            for optimizer, state in zip(
+                self.trainer.optimizers, saved["optimizers"][self.rank], strict=True
+            ):
+                optimizer.step()  # of no gradient: it makes the moments that the file must have
+                groups, made = optimizer.param_groups, optimizer.state
                 optimizer.load_state_dict(state)
-                optimizer.param_groups = groups
-                for values in optimizer.state.values():  # torch leaves `step` on the CPU
-                    values.update({k: v.to(self.trainer.device) for k, v in values.items()})
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise Refused(
-                5, "--resume names weights of another script or encoding: give them their own"
-            ) from error
+                optimizer.param_groups = groups  # rates are the knobs', not the file's
+                for p, values in made.items():
+                    for name, value in values.items():
+                        found = optimizer.state[p]
+                        found[name] = value.copy_(found[name].view_as(value))
+            self.trainer.model.load_state_dict(saved["model"])
         self.step, self.clock.train_ms = saved["step"], saved["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
 
@@ -2261,7 +2270,7 @@ class Run:
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
         self.log.emit(
             "step", facts, kept, total=hp.steps, step_avg=ms / step,
-            tokens_per_s=round(self.tokens / ms * 1e3)
+            tokens_per_s=self.tokens / ms * 1e3
         )
         if step == 10 < hp.steps:
             self.log.say(
@@ -2403,7 +2412,7 @@ class Run:
 # ---- 17. main
 
 
-def verdict(error: BaseException, source: bytes):
+def verdict(error: BaseException):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     if isinstance(error, RunEnd):
         return error.code, str(error)
@@ -2421,15 +2430,14 @@ def verdict(error: BaseException, source: bytes):
         )
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == __file__:
-            number = frame.lineno
-    line = source.splitlines()[number - 1].decode().strip()
-    return 1, f"the script failed in line {number}, {type(error).__name__}: {line}"
+            place = f"{frame.lineno}, {type(error).__name__}: {frame.line}"
+    return 1, f"the script failed in line {place}"
 
 
-def end(error: BaseException, run, source: bytes):
+def end(error: BaseException, run):
     """Close the run, say why, with the number of the rank if there are several, and exit with the
     code."""
-    code, reason = verdict(error, source)
+    code, reason = verdict(error)
     if run:
         with contextlib.suppress(Refused):  # a full disk may refuse this too
             run.close(code, reason)
@@ -2461,7 +2469,7 @@ def train_once(argv: list[str], source: bytes, notes=()) -> Run:
         run.close(0, "complete")
         return run
     except BaseException as error:
-        end(error, run, source)
+        end(error, run)
 
 
 def main(argv: list[str] | None = None):
@@ -2480,7 +2488,7 @@ def main(argv: list[str] | None = None):
                 "another script calls main(), and the run folder would keep this one: cp "
                 "train_gpt.py my.py, edit the copy, and run that"
             )
-            end(Refused(2, sentence), None, source)
+            end(Refused(2, sentence), None)
         notes.append("other code called this script: what ran may not be the script kept here")
     if "--help" in argv or "-h" in argv:
         return say(help_text())

@@ -40,6 +40,11 @@ def reason(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
+def no_memory(error):
+    """Whether memory ran out: torch says so of a CPU's in a RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def load(path):
     """What a run saved: {model: {name: tensor}, knobs, encoding, vocab_size}. Unusable if it cannot be read."""
     try:
@@ -53,6 +58,8 @@ def load(path):
             raise ValueError(f"encoding {saved['encoding']!r} is none of {', '.join(DEFAULT_TOKENS)}")
         return saved
     except Exception as error:  # every kind of damage raises another
+        if no_memory(error):
+            raise
         raise Unusable(f"{path} is missing, damaged or no weights ({reason(error)})") from None
 
 
@@ -87,9 +94,9 @@ def fitting(path):
     """Turns what goes wrong between weights and script into Unusable."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a name that is not there, a shape that differs, whatever the script raises
+        if no_memory(error):
+            raise
         raise Unusable(f"{path} does not fit the train_gpt.py beside it ({reason(error)}); put the script there that "
                        "trained it") from error
 
@@ -199,7 +206,9 @@ def main(argv=None):
         code, message = 5, problem
     except Problem as problem:
         code, message = 2, problem
-    except (MemoryError, torch.OutOfMemoryError):
+    except Exception as error:
+        if not no_memory(error):
+            raise
         code, message = 6, "memory ran out; a shorter --prompt needs less, or CUDA_VISIBLE_DEVICES= takes the CPU"
     print(f"no sample: {message}.", file=sys.stderr)
     return code

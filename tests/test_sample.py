@@ -343,11 +343,15 @@ def test_no_vocabulary(logs, capsys):
     assert "--encoding" not in sentence
 
 
-def test_memory(logs, capsys, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("place", ["torch.load", "build", "generate"])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_memory(logs, capsys, monkeypatch, place, error):
+    def full(*_, **__):
+        raise error
 
-    monkeypatch.setattr(sample, "generate", full)
+    owner = sample.torch if place == "torch.load" else sample
+    monkeypatch.setattr(owner, place.removeprefix("torch."), full)
     assert "memory ran out" in refusal(capsys, 6)
 
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from tiny import command, edited, environment, events, make_corpus, run_folders
+from tiny import command, cut_off, edited, environment, events, make_corpus, run_folders
 
 import train_gpt as t
 
@@ -48,6 +48,11 @@ def with_one_more(name, make):
     return type("MLP", (t_mlp,), dict(__init__=__init__))
 
 
+def state(optimizer):
+    """The first state of what a checkpoint holds of an optimizer."""
+    return next(iter(optimizer["state"].values()))
+
+
 def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
     main(here, "--checkpoint_every=1")
     saved = next(here.glob("logs/*/checkpoints/step_000001.pt"))
@@ -60,13 +65,43 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
     for change in (lambda model, adam, muon: model.pop("embed.weight"),
                    lambda model, adam, muon: adam["param_groups"].pop(),
                    lambda model, adam, muon: adam["param_groups"][0]["params"].append(99),
-                   lambda model, adam, muon: muon["param_groups"].append(muon["param_groups"][0])):
+                   lambda model, adam, muon: muon["param_groups"].append(muon["param_groups"][0]),
+                   lambda model, adam, muon: state(adam).update(exp_avg=state(adam)["exp_avg"][4096:]),
+                   lambda model, adam, muon: state(muon).update(second_moment=state(muon)["second_moment"][:, :1]),
+                   lambda model, adam, muon: state(adam).update(step=torch.zeros(2)),
+                   lambda model, adam, muon: state(adam).update(exp_avg=0.5),
+                   lambda model, adam, muon: state(muon).pop("momentum_buffer"),
+                   lambda model, adam, muon: adam["state"].clear()):
         other = copy.deepcopy(whole)
         change(other["model"], *other["optimizers"][0])
         torch.save(other, here / "other.pt")
         assert "weights of another script" in ended(capsys, here, "--resume=other.pt", code=5)
         assert events(run_folders(here)[-1], "end")[0]["code"] == 5
+    torch.save(whole | dict(optimizers=[whole["optimizers"][0][:1]]), here / "other.pt")
+    assert "--resume=other.pt holds weights of another" in ended(capsys, here, "--resume=other.pt", code=5)
     main(here, f"--resume={saved}")
+
+
+@pytest.mark.parametrize("change", [
+    dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")])
+def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys, change):
+    main(here, "--checkpoint_every=1", "--save=False", "--steps=1")
+    torch.save(torch.load(next(here.glob("logs/*/checkpoints/*.pt"))) | change, here / "other.pt")
+    assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("owner, name", [(torch, "load"), (t.Muon, "load_state_dict")])
+def test_want_of_memory_is_no_damage_to_a_checkpoint(here, capsys, monkeypatch, error, owner, name):
+    """Else `latest` would go on from an older one."""
+    main(here, "--checkpoint_every=1", "--save=False")
+    cut_off(run_folders(here)[0])
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    assert "out of memory" in ended(capsys, here, "--resume=latest", code=6)
 
 
 @pytest.mark.parametrize("error, code, words", [
