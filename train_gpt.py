@@ -2401,11 +2401,11 @@ class Run:
         )
         with self.handlers:
             self.log.emit("end", facts)
-            sample = f"\n  ./run.sh sample --weights={self.log.folder}/weights.pt"
+            weights = f"--weights={self.log.folder}/weights.pt --data_dir={self.hp.data_dir}"
             self.log.say(
                 f"kept in {self.log.folder}; once complete:\n  ./run.sh plot {self.log.folder} "
                 f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER"
-                + sample * self.hp.save
+                + f"\n  ./run.sh sample {weights}" * self.hp.save
             )
 
 
@@ -2414,13 +2414,13 @@ class Run:
 
 def verdict(error: BaseException):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
-    if isinstance(error, RunEnd):
-        return error.code, str(error)
-    text = repr(error)
+    text = f"{error!r} {error.__cause__!r}"  # a loader's end has its thread's for a cause
     if re.search("MemoryError|allocate memory|not enough memory|bad_alloc", text):
         return 6, (
             "out of memory: --preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
         )
+    if isinstance(error, RunEnd):
+        return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
     if re.search("^Dist.*Error|gloo|NCCL|pair closure|by peer|Timed out waiting", text):

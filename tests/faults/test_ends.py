@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -163,8 +164,21 @@ def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[-4:] == [
         f"kept in {folder}; once complete:", f"  ./run.sh plot {folder} --out curve.png",
-        f"  ./run.sh compare {folder} ANOTHER", f"  ./run.sh sample --weights={folder}/weights.pt"]
+        f"  ./run.sh compare {folder} ANOTHER",
+        f"  ./run.sh sample --weights={folder}/weights.pt --data_dir={here / 'data'}"]
     assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
+
+
+def test_want_of_memory_in_the_loaders_thread(here, capsys, monkeypatch):
+    real = t.TokenStream.pair
+
+    def fail(*place):
+        if threading.current_thread() is threading.main_thread():  # which validates
+            return real(*place)
+        raise MemoryError
+
+    monkeypatch.setattr(t.TokenStream, "pair", fail)
+    assert "out of memory" in ended(capsys, here, code=6)
 
 
 class Bomb:
