@@ -1981,11 +1981,11 @@ CHECKPOINT_KEYS = set(
 
 @contextlib.contextmanager
 def unusable(what):
-    """Turn what is wrong with a checkpoint into Refused 5; want of memory is not."""
+    """Turn what is wrong with a checkpoint into Refused 5; a lost rank or want of memory is not."""
     try:
         yield
     except Exception as error:
-        if verdict(error)[0] == 6:
+        if verdict(error)[0] in (4, 6):
             raise
         raise Refused(
             5, f"{what} is not usable ({error!r:.100}): name another file, or leave out --resume"

@@ -83,26 +83,26 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
     main(here, f"--resume={saved}")
 
 
-@pytest.mark.parametrize("change", [
-    dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")])
-def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys, change):
+def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys):
     main(here, "--checkpoint_every=1", "--save=False", "--steps=1")
-    torch.save(torch.load(next(here.glob("logs/*/checkpoints/*.pt"))) | change, here / "other.pt")
-    assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
+    saved = torch.load(next(here.glob("logs/*/checkpoints/*.pt")))
+    for change in (dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")):
+        torch.save(saved | change, here / "other.pt")
+        assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-@pytest.mark.parametrize("owner, name", [(torch, "load"), (t.Muon, "load_state_dict")])
-def test_want_of_memory_is_no_damage_to_a_checkpoint(here, capsys, monkeypatch, error, owner, name):
+def test_want_of_memory_is_no_damage_to_a_checkpoint(here, capsys, monkeypatch):
     """Else `latest` would go on from an older one."""
     main(here, "--checkpoint_every=1", "--save=False")
     cut_off(run_folders(here)[0])
 
-    def fail(*_, **__):
-        raise error
+    for owner, name, error in ((t.Muon, "load_state_dict", MemoryError()),
+                               (torch, "load", RuntimeError("DefaultCPUAllocator: can't allocate memory"))):
+        def fail(*_, error=error, **__):
+            raise error
 
-    monkeypatch.setattr(owner, name, fail)
-    assert "out of memory" in ended(capsys, here, "--resume=latest", code=6)
+        monkeypatch.setattr(owner, name, fail)
+        assert "out of memory" in ended(capsys, here, "--resume=latest", code=6)
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -167,6 +167,13 @@ def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
         f"  ./run.sh compare {folder} ANOTHER",
         f"  ./run.sh sample --weights={folder}/weights.pt --data_dir={here / 'data'}"]
     assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
+
+
+def test_a_rank_that_is_lost_while_a_checkpoint_loads_is_no_damage_to_it():
+    for error, kind in ((RuntimeError("[gloo/transport] Connection closed by peer"), RuntimeError), (
+            KeyError("exp_avg"), t.Refused)):
+        with pytest.raises(kind), t.unusable("it"):
+            raise error
 
 
 def test_want_of_memory_in_the_loaders_thread(here, capsys, monkeypatch):
