@@ -162,7 +162,7 @@ def test_scales_keep_fp32_under_any_cast_of_the_model(cast):
     """2^19 is infinite in fp16, and both FP8 gradients were zero."""
     layer = cast(torch.nn.Sequential(tg.CastedLinear(64, 64, 4.48, 280.0)))[0]
     assert torch.equal(layer.scale, torch.tensor([4.48, 280.0, 2.0**19])) and layer.weight.dtype != torch.float32
-    assert layer(torch.zeros(2, 64)).dtype == torch.float32
+    assert layer(torch.zeros(2, 64)).dtype == layer.scale.dtype == torch.float32
 
 
 def test_scales_go_where_the_input_is_and_copies_have_their_own():
