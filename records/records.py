@@ -21,13 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sets
 import trials
-from decide import MARGIN, Undecided, p_below, welch
+from decide import MARGIN, Estimate, Undecided, p_below, welch
 from runs import (
     CLAIMS,
     LIMITS,
@@ -74,10 +75,10 @@ from sets import (
 
 def same(found, wanted, digits: float = 1e-9) -> bool:
     """Equal; floats to `digits`, since a sum may be taken in another order."""
-    if isinstance(found, list) and isinstance(wanted, list):
+    kinds = {type(found), type(wanted)}
+    if kinds == {list}:
         return len(found) == len(wanted) and all(same(f, w, digits) for f, w in zip(found, wanted))
-    numbers = isinstance(found, (int, float)) and isinstance(wanted, (int, float))
-    return math.isclose(found, wanted, rel_tol=digits, abs_tol=1e-12) if numbers else found == wanted
+    return math.isclose(found, wanted, rel_tol=digits, abs_tol=1e-12) if kinds <= {int, float} else found == wanted
 
 def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
     """The part of meta.json's result that needs no distribution. The gain stands where both sets ran interleaved."""
@@ -87,32 +88,25 @@ def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
                 train_time_ms_median=middle, train_time_ms_sd=sd(times(runs)),
                 gain_ms=statistics.median(times(baseline)) - middle if in_turns(runs, baseline) else None)
 
+def gain(runs: list[Run], baseline: list[Run]) -> Estimate | None:
+    """Of time over a baseline that ran interleaved, in ms, by Welch's t."""
+    return welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
+
 def tested_result(runs: list[Run], baseline: list[Run], track: dict) -> dict:
-    """The part that needs scipy: p of the mean loss against the target, and the gain's 95 % interval (Welch), in ms."""
-    target = track["target_loss"]
-    gain = welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
-    p = None if target is None else p_below(losses(runs), target)
-    return dict(p=p, gain_ci_ms=list(gain[1:3]) if gain else None)
+    """The part that needs scipy: p of the mean loss against the target, and the gain's 95 % interval."""
+    target, found = track["target_loss"], gain(runs, baseline)
+    return dict(p=None if target is None else p_below(losses(runs), target),
+                gain_ci_ms=[found.low, found.high] if found else None)
 
 def changed_knobs(run: Run) -> dict:
     return {k: v for k, v in run.start["changed"].items() if k != "seed"}
 
-def defaults(script: bytes) -> dict:
-    """The knobs' defaults that the script writes as literals."""
-    return {name: value for name, value in script_knobs(script).items() if value is not UNREAD}
-
-def all_runs(record: Record) -> list[Run]:
-    return [run for runs in record.sets.values() for run in runs]
-
-def whole(record: Record) -> bool:
-    return all(run.complete for run in all_runs(record))
-
 def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
     """Everything but the duplicates, which need the other records. Undecided if scipy is missing, at the end."""
     meta, name = record.meta, record.folder.name
-    if not record.sets["runs"] or meta["track"] not in tracks:
+    if not record.runs or meta["track"] not in tracks:
         yield from differing(name, [("track", "the name of a track", meta["track"] in tracks, True),
-                                    ("schema", "a list of runs", bool(record.sets["runs"]), True)])
+                                    ("schema", "a list of runs", bool(record.runs), True)])
         return
     for label, runs in record.sets.items():
         for run, entry in zip(runs, entries(meta)[label]):
@@ -121,93 +115,119 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
             yield from differing(run.name, [("headline", f"{k} in its logs", v, entry[k]) for k, v in own.items()])
         yield from check_pauses(runs)
         seeds, recipes = [run.seed for run in runs], {run.recipe for run in runs}
-        shared = label != "runs" and record.sets["runs"][0].recipe in recipes
+        shared = label != "runs" and record.runs[0].recipe in recipes
         yield from differing(f"{name}/{label}", [
             ("knobs", "the number of recipes (script and knobs, seed aside)", len(recipes), len(runs[:1])),
             ("knobs", "having the recipe of runs/", shared, False),
             ("seeds", "the list of seeds that come twice", sorted({s for s in seeds if seeds.count(s) > 1}), [])])
-    yield from check_meta(record)
-    yield from check_parent(record)
-    yield from check_track(record, tracks[meta["track"]])
-    yield from check_readme(record)
+    track = tracks[meta["track"]]
+    for rows in (rows_of_meta(record), rows_of_recipes(record), rows_of_track(record, track), rows_of_readme(record)):
+        yield from differing(name, rows)
     yield from check_left_out(record)
-    yield from check_tests(record, tracks[meta["track"]])
+    yield from differing(name, rows_of_tests(record, track) if record.whole else ())
 
-def check_meta(record: Record) -> Iterator[Problem]:
+# What follows yields rows (code, what, found, wanted) of a record.
+
+def rows_of_meta(record: Record) -> Iterator[tuple]:
     """meta.json against the script and the runs."""
-    meta, first, every = record.meta, record.sets["runs"][0], all_runs(record)
-    public = {k: v for k, v in meta["data"].items() if k != "public"}
-    rows = [("script", "SHA-256 of train_gpt.py", hashlib.sha256(record.script).hexdigest(), meta["script_sha256"]),
-            ("schema", "name in meta.json", meta["name"], record.folder.name),
-            ("schema", "date in meta.json", meta["date"], meta["name"][:10]),
-            ("schema", f"a date from {max(run.name for run in every)[:8]}, its last run, on",
-             meta["date"].replace("-", "") >= max(run.name for run in every)[:8], True),
-            ("schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True),
-            ("headline", "changed", meta["changed"], changed_knobs(first))]
-    for run in every:
-        rows += [("data", f"data of {run.name}", run.start["data"], public),
-                 ("headline", f"world_size of {run.name}", run.start["world_size"], meta["world_size"]),
-                 ("headline", f"hardware of {run.name}", run.hardware(), meta["hardware"]),
-                 ("headline", f"software of {run.name}", run.software(), meta["software"])]
-    known, names = defaults(record.script), script_knobs(record.script).keys()
-    rows += [("knobs", f"knobs that {r.name} or train_gpt.py alone has", sorted(r.start["knobs"].keys() ^ names), [])
-             for r in every if r.script_sha256 == meta["script_sha256"]]
+    meta, every = record.meta, record.every
+    day, last = meta["date"].replace("-", ""), max(run.name for run in every)[:8]
     left = {row["run_id"] for row in meta["left_out"]}
-    rows.append(("left-out", "the list of runs in it and left out", [r.name for r in every if r.name in left], []))
-    rows.append(("knobs", "a knob of train_gpt.py whose default can be read", bool(known), True))
-    rows += [("knobs", f"{k} in changed, since the script's default is {known[k]}", "missing", v)
-             for k, v in json.loads(first.recipe[1]).items() if known.get(k, v) != v and k not in meta["changed"]]
-    rows += [("script", f"script of {r.name}", r.script_sha256, meta["script_sha256"]) for r in record.sets["runs"]]
+    yield "schema", "name in meta.json", meta["name"], record.folder.name
+    yield "schema", "date in meta.json", meta["date"], meta["name"][:10]
+    yield "schema", f"a date from {last}, its last run, on", day >= last, True
+    yield "schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True
+    yield "headline", "changed", meta["changed"], changed_knobs(record.runs[0])
+    yield "left-out", "the list of runs in it and left out", [r.name for r in every if r.name in left], []
+    public = {k: v for k, v in meta["data"].items() if k != "public"}
+    for run in every:
+        for key, value in run.facts().items():
+            code, wanted = ("data", public) if key == "data" else ("headline", meta[key])
+            yield code, f"{key} of {run.name}", value, wanted
+    if record.whole:
+        for key, wanted in plain_result(record.runs, record.baseline).items():
+            found = meta["result"][key]
+            yield "headline", f"result.{key}", found, found if same(found, wanted) else wanted
+
+def rows_of_recipes(record: Record) -> Iterator[tuple]:
+    """Scripts and knobs, as meta.json, the script and the parent say: this is an older record of the track, with the
+    script and the knobs of the baseline."""
+    meta, first, sha = record.meta, record.runs[0], record.meta["script_sha256"]
+    yield "script", "SHA-256 of train_gpt.py", hashlib.sha256(record.script).hexdigest(), sha
+    knobs = script_knobs(record.script)
+    known = {name: default for name, default in knobs.items() if default is not UNREAD}
+    yield "knobs", "a knob of train_gpt.py whose default can be read", bool(known), True
+    for name, value in first.knobs.items():
+        if known.get(name, value) != value and name not in meta["changed"]:
+            yield "knobs", f"{name} in changed, since the script's default is {known[name]}", "missing", value
+    for run in record.every:
+        if run.script_sha256 == sha:
+            odd = sorted(run.start["knobs"].keys() ^ knobs.keys())
+            yield "knobs", f"knobs that {run.name} or train_gpt.py alone has", odd, []
+    wanted = {"runs": (sha, first.knobs)}
     for arm in meta["arms"]:
-        knobs, script = json.loads(first.recipe[1]) | arm["changed"], arm["patch_sha256"] or meta["script_sha256"]
-        for run in record.sets[f"arms/{arm['name']}"]:
-            rows += [("script", f"script of {run.name}", run.script_sha256, script),
-                     ("knobs", f"knobs of {run.name}", json.loads(run.recipe[1]), knobs)]
-    if whole(record):
-        result, wanted = meta["result"], plain_result(record.sets["runs"], record.sets["baseline"])
-        rows += [("headline", f"result.{k}", result[k], v) for k, v in wanted.items() if not same(result[k], v)]
-    yield from differing(record.folder.name, rows)
+        wanted[f"arms/{arm['name']}"] = arm["patch_sha256"] or sha, first.knobs | arm["changed"]
+    if meta["parent"] or record.baseline or meta["claim"] == "record":
+        path = RECORDS / str(meta["parent"])
+        parent = read_record(path) if path.is_dir() and path.name != meta["name"] else None
+        older = parent and parent.meta["track"] == meta["track"] and parent.meta["date"] <= meta["date"]
+        yield "script", f"the parent {meta['parent']}, as an older record of this track,", bool(older), True
+        if parent:
+            wanted["baseline"] = parent.meta["script_sha256"], parent.runs[0].knobs if parent.runs else None
+    for label, (script, knobs) in wanted.items():
+        for run in record.sets[label]:
+            yield "script", f"script of {label}/{run.name}", run.script_sha256, script
+            if label != "runs":  # these have one recipe, as said above
+                yield "knobs", f"knobs of {label}/{run.name}", run.knobs, knobs
 
-def check_parent(record: Record) -> Iterator[Problem]:
-    """A parent is an older record of this track; the baseline has its script and its knobs."""
-    meta, baseline = record.meta, record.sets["baseline"]
-    if not (meta["parent"] or baseline or meta["claim"] == "record"):
-        return
-    path = RECORDS / str(meta["parent"])
-    parent = read_record(path) if path.is_dir() and path.name != meta["name"] else None
-    found = parent and parent.meta
-    rows = [("script", f"the parent {meta['parent']}, as an older record of this track,",
-             bool(found and found["track"] == meta["track"] and found["date"] <= meta["date"]), True)]
-    if found:
-        rows += [("script", f"script of baseline {r.name}", r.script_sha256, found["script_sha256"]) for r in baseline]
-        knobs = json.loads(parent.sets["runs"][0].recipe[1]) if parent.sets["runs"] else None
-        rows += [("knobs", f"knobs of {r.name}, the parent's,", json.loads(r.recipe[1]), knobs) for r in baseline]
-    yield from differing(record.folder.name, rows)
-
-def check_track(record: Record, track: dict) -> Iterator[Problem]:
-    data, hardware = record.meta["data"], record.meta["hardware"]
-    stream, runs, most = train_sha256(data), all_runs(record), track["train"]["max_epochs"]
-    read, held = max(run.end.get("tokens", 0) for run in runs), sum(f["tokens"] for f in data["train"])
+def rows_of_track(record: Record, track: dict) -> Iterator[tuple]:
+    data, gpu, count = record.meta["data"], record.meta["hardware"]["gpu"], record.meta["hardware"]["count"]
+    yield "data", "val_sha256", data["val_sha256"], track["val_sha256"] or data["val_sha256"]
+    yield "data", "val_tokens", data["val_tokens"], track["val_tokens"]
+    stream = train_sha256(data)
+    yield "data", "SHA-256 over the training shards", stream, track["train"]["sha256"] or stream
+    allowed, most = track["hardware"]["gpu"], track["train"]["max_epochs"]
+    fits = bool(re.fullmatch(allowed, gpu or "")) if allowed else gpu is None
+    yield "track", f"'{gpu}' as a GPU of the form {allowed}", fits, True
+    yield "track", "the number of GPUs", count, track["hardware"]["count"]
+    read, held = max(run.end.get("tokens", 0) for run in record.every), sum(f["tokens"] for f in data["train"])
     epochs = read / max(held, 1)
-    allowed = track["hardware"]["gpu"]
-    rows = [("data", "val_sha256", data["val_sha256"], track["val_sha256"] or data["val_sha256"]),
-            ("data", "val_tokens", data["val_tokens"], track["val_tokens"]),
-            ("data", "SHA-256 over the training shards", stream, track["train"]["sha256"] or stream),
-            ("track", f"'{hardware['gpu']}' as a GPU of the form {allowed}",
-             bool(re.fullmatch(allowed, hardware["gpu"] or "")) if allowed else hardware["gpu"] is None, True),
-            ("track", "the number of GPUs", hardware["count"], track["hardware"]["count"]),
-            ("track", f"reading {epochs:.3f} epochs where {most} are allowed", epochs <= most, True),
-            ("track", "the list of resumed runs", [run.name for run in runs if run.resumed], [])]
+    yield "track", f"reading {epochs:.3f} epochs where {most} are allowed", epochs <= most, True
+    yield "track", "the list of resumed runs", [run.name for run in record.every if run.resumed], []
     text = record.script.decode("utf-8", "replace").lower()  # os.environ spells such flags in capitals
-    rows += [("forbidden", f"'{word}' in train_gpt.py", word in text, False) for word in track["forbidden_text"]]
-    yield from differing(record.folder.name, rows)
+    for word in track["forbidden_text"]:
+        yield "forbidden", f"'{word}' in train_gpt.py", word in text, False
+
+def rows_of_readme(record: Record) -> Iterator[tuple]:
+    text, wanted = record.readme, tables(record.meta)
+    for mark in TABLE:
+        yield "readme", f"the count of '{mark}'", text.count(mark), 1
+    if wanted not in text:
+        lines = zip_longest(text[text.find(TABLE[0]) :].split("\n"), wanted.split("\n"))
+        yield "readme", "its generated table", *next(pair for pair in lines if pair[0] != pair[1])
+    if not record.meta["data"]["public"]:
+        yield "readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE
+
+def rows_of_tests(record: Record, track: dict) -> Iterator[tuple]:
+    """p, target and gain: what needs scipy, and what the claim asserts."""
+    result, n = record.meta["result"], len(record.runs)
+    for key, wanted in tested_result(record.runs, record.baseline, track).items():
+        yield "headline", f"result.{key}", result[key], result[key] if same(result[key], wanted, 1e-6) else wanted
+    if record.meta["claim"] != "record":
+        return
+    time, p = gain(record.runs, record.baseline), result["p"]
+    faster = time and time.gap > 0 and time.p < 0.01 and (result["gain_ms"] or 0) > 0
+    yield "gain", f"faster than an interleaved baseline, at p < 0.01 (p is {time and time.p})", bool(faster), True
+    below = n >= track["min_runs"] and p is not None and p < track["p"]
+    yield ("target", f"a mean below {track['target_loss']}, the track's target, at p < {track['p']} with n >= "
+           f"{track['min_runs']} (it is {result['val_loss_mean']:.6f}, p = {p}, n = {n})", below, True)
 
 def check_left_out(record: Record) -> Iterator[Problem]:
     """Complete runs in `logs/` of this script and these knobs. Runs of a later day cannot have been left out."""
-    known = {run.name for run in all_runs(record)} | {r["run_id"] for r in record.meta["left_out"]}
-    recipe, last = record.sets["runs"][0].recipe, record.meta["date"].replace("-", "")
+    known = {run.name for run in record.every} | {row["run_id"] for row in record.meta["left_out"]}
+    last = record.meta["date"].replace("-", "")
     for run in complete_runs():
-        if run.name not in known and run.name[:8] <= last and run.recipe == recipe:
+        if run.name not in known and run.name[:8] <= last and run.recipe == record.runs[0].recipe:
             yield "left-out", (f"{record.folder.name}: logs/{run.name} (seed {run.seed}, loss {run.val_loss:.6f}) has "
                                "this script and these knobs, and is neither in it nor left out with a reason")
 
@@ -215,23 +235,6 @@ def check_left_out(record: Record) -> Iterator[Problem]:
 def complete_runs() -> list[Run]:
     """Those of `logs/`, read once for all records."""
     return sets.complete_runs(LOGS.glob("*"))
-
-def check_tests(record: Record, track: dict) -> Iterator[Problem]:
-    """p, target and gain: what needs scipy, and what the claim asserts."""
-    if not whole(record):
-        return
-    runs, baseline, meta, result = record.sets["runs"], record.sets["baseline"], record.meta, record.meta["result"]
-    rows = [("headline", f"result.{k}", result[k], v) for k, v in tested_result(runs, baseline, track).items()
-            if not same(result[k], v, 1e-6)]
-    if meta["claim"] == "record":
-        time = welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
-        rows.append(("gain", f"faster than an interleaved baseline, at p < 0.01 (p is {time and time[3]})",
-                     bool(time and time[0] > 0 and time[3] < 0.01 and (result["gain_ms"] or 0) > 0), True))
-        fine = len(runs) >= track["min_runs"] and result["p"] is not None and result["p"] < track["p"]
-        rows.append(("target", f"a mean below {track['target_loss']}, the track's target, at p < {track['p']} with "
-                     f"n >= {track['min_runs']} (it is {result['val_loss_mean']:.6f}, p = {result['p']}, n = "
-                     f"{len(runs)})", fine, True))
-    yield from differing(record.folder.name, rows)
 
 NEAR = 2e-3  # nats: no two seeds came as near at every point, by a factor of ten
 
@@ -256,17 +259,11 @@ def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
 def alike(a: list[tuple], b: list[tuple]) -> bool:
     return len(a) == len(b) and all(x[0] == y[0] and abs(x[1] - y[1]) < NEAR for x, y in zip(a, b))
 
-def check_readme(record: Record) -> Iterator[Problem]:
-    text, wanted = record.readme, tables(record.meta)
-    found = text[max(text.find(TABLE[0]), 0) : text.find(TABLE[1]) + len(TABLE[1])]
-    gap = next(((a, b) for a, b in zip(found.split("\n"), wanted.split("\n")) if a != b), (len(found), len(wanted)))
-    rows = [("readme", "its generated table", *gap)] if found != wanted else []
-    rows += [("readme", f"the count of '{mark}'", text.count(mark), 1) for mark in TABLE]
-    if not record.meta["data"]["public"]:
-        rows.append(("readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE))
-    yield from differing(record.folder.name, rows)
-
 # ---- verify
+
+def report(problems: list[tuple[str, str, str]]) -> None:
+    for name, code, sentence in problems:
+        print(f"FAIL {safe(name, 80)} {code}: {safe(sentence)}")
 
 def verify(names: list[str]) -> int:
     """Recompute everything from raw logs, and print a line a problem. Names limit what is reported, not what is read.
@@ -283,43 +280,42 @@ def verify(names: list[str]) -> int:
         except Undecided as undecided:
             missing = str(undecided) if not names or folder.name in names else missing
     problems += check_duplicates(read)
+    if names:
+        problems = [row for row in problems if row[0] in names]
     failed = {name for name, *_ in problems}
     if not names and not problems:
         text = decode(read_bytes(ROOT / "README.md", LIMITS["README.md"]), "README.md", "utf-8")
         if listing(None, read) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS):
             problems.append(("README.md", "readme", "its list of records is not what list --write writes"))
-    problems = [row for row in problems if not names or row[0] in names]
-    for name, code, sentence in problems:
-        print(f"FAIL {safe(name, 80)} {code}: {safe(sentence)}")
+    report(problems)
     if missing:
         print(missing)
-    print(f"{len(names or folders())} records, {len(failed & {*names} if names else failed)} failed")
+    print(f"{len(names or folders())} records, {len(failed)} failed")
     return 1 if problems else 3 if missing else 0
 
 # ---- add
 
-def find_run(name: str) -> Run:
-    return read_run(Path(name) if (Path(name) / "metrics.jsonl").exists() else LOGS / name)
 
-def arm_meta(name: str, runs: list[Run], first: Run) -> dict:
-    knobs, own = json.loads(first.recipe[1]), json.loads(runs[0].recipe[1])
-    patch = None if runs[0].script_sha256 == first.script_sha256 else runs[0].script_sha256
-    changed = {k: v for k, v in own.items() if k not in knobs or knobs[k] != v}
-    return dict(name=name, changed=changed, patch_sha256=patch, runs=[run.meta() for run in runs])
-
-def make_meta(args, name: str, runs: list[Run], baseline: list[Run], arms: dict[str, list[Run]], track: dict) -> dict:
-    first = runs[0]
-    result = plain_result(runs, baseline) | tested_result(runs, baseline, track)
-    order = ("n val_loss_mean val_loss_sd p train_time_ms_median train_time_ms_sd gain_ms gain_ci_ms").split()
+def make_meta(args, name: str, sets: dict[str, list[Run]], track: dict) -> dict:
+    """meta.json of a record of these sets, by the folders that they get."""
+    runs, baseline, first = sets["runs"], sets["baseline"], sets["runs"][0]
+    left, arms, result = [], [], plain_result(runs, baseline) | tested_result(runs, baseline, track)
+    for run, _, reason in (text.partition("=") for text in args.leave_out):
+        left.append(dict(run_id=Path(run).name, reason=reason))
+    for label, own in sets.items():
+        if label.startswith("arms/"):
+            sha, knobs = own[0].script_sha256, own[0].knobs
+            arms.append(dict(
+                name=label.removeprefix("arms/"), patch_sha256=None if sha == first.script_sha256 else sha,
+                changed={k: v for k, v in knobs.items() if k not in first.knobs or first.knobs[k] != v},
+                runs=[run.meta() for run in own]))
+    facts = first.facts()
     return dict(
         format=1, name=name, track=args.track, claim=args.claim, date=name[:10], author=args.author, parent=args.parent,
         summary=args.summary, script_sha256=first.script_sha256, changed=changed_knobs(first),
-        data=dict(first.start["data"], public=not args.private), hardware=first.hardware(), software=first.software(),
-        world_size=first.start["world_size"], runs=[run.meta() for run in runs],
-        baseline=[run.meta() for run in baseline],
-        arms=[arm_meta(arm, own, first) for arm, own in arms.items()],
-        left_out=[dict(run_id=Path(t.partition("=")[0]).name, reason=t.partition("=")[2]) for t in args.leave_out],
-        result={key: result[key] for key in order})
+        **facts | dict(data=dict(facts["data"], public=not args.private)), runs=[run.meta() for run in runs],
+        baseline=[run.meta() for run in baseline], arms=arms, left_out=left,
+        result={key: result[key] for key in META["result"]})
 
 def add(args) -> int:
     """Pack run folders into a record: built aside, checked as `verify` would, and only then put in place."""
@@ -331,34 +327,38 @@ def add(args) -> int:
     args.parent = find_record(args.parent).name if args.parent else None
     if args.track not in tracks:
         raise Bad("track", f"there is no track {safe(args.track, 40)}: there are {', '.join(tracks)}")
-    runs, baseline = ([find_run(run) for run in given] for given in (args.runs, args.baseline))
-    split = [(first.partition("="), rest) for first, *rest in args.arm]
-    arms = {arm: [find_run(run) for run in [run, *rest]] for (arm, _, run), rest in split}
-    if len(arms) < len(split) or any("=" not in text for text in args.leave_out):
+    given = dict(runs=args.runs, baseline=args.baseline)
+    for first, *rest in args.arm:
+        arm, _, run = first.partition("=")
+        given[f"arms/{arm}"] = [run, *rest]
+    if len(given) < 2 + len(args.arm) or any("=" not in text for text in args.leave_out):
         raise Bad("schema", "--arm takes NAME=RUN..., each name once, and --leave-out takes RUN=REASON")
-    broken = [p for run in [*runs, *baseline, *sum(arms.values(), [])] for p in check_run(run)]
-    if runs[0].script is None:
-        broken.append(("script", f"{runs[0].name} holds no train_gpt.py, and a record needs the script that ran"))
+    found = lambda run: Path(run) if (Path(run) / "metrics.jsonl").exists() else LOGS / run
+    sets = {label: [read_run(found(run)) for run in own] for label, own in given.items()}
+    broken = [(name, *problem) for own in sets.values() for run in own for problem in check_run(run)]
+    first = sets["runs"][0]
+    if first.script is None:
+        broken.append((name, "script", f"{first.name} holds no train_gpt.py, and a record needs the script that ran"))
     if broken:
-        print(*(f"FAIL {name} {code}: {safe(text)}" for code, text in broken), "nothing was added", sep="\n")
+        report(broken)
+        print("nothing was added")
         return 1
-    meta = make_meta(args, name, runs, baseline, arms, tracks[args.track])
+    meta = make_meta(args, name, sets, tracks[args.track])
     fit(meta, META, "meta.json")  # before files are written under names that it gives
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=RECORDS)) / name
     try:
-        for label, own in dict(runs=runs, baseline=baseline, **{f"arms/{a}": own for a, own in arms.items()}).items():
-            for run, file in ((run, file) for run in own for file in RUN_FILES):
-                (part / label / run.name).mkdir(parents=True, exist_ok=True)
+        for label, run in ((label, run) for label, own in sets.items() for run in own):
+            (part / label / run.name).mkdir(parents=True, exist_ok=True)
+            for file in RUN_FILES:
                 (part / label / run.name / file).write_bytes(read_bytes(run.folder / file, LIMITS[file]))
-        (part / "train_gpt.py").write_bytes(runs[0].script)
+        (part / "train_gpt.py").write_bytes(first.script)
         (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         (part / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
         record, others = read_record(part), [read_record(folder) for folder in folders()]
-        doubled = check_duplicates([*others, record])
-        problems = [*check_record(record, tracks), *(problem for where, *problem in doubled if where == name)]
-        for code, sentence in problems:
-            print(f"FAIL {name} {code}: {safe(sentence)}")
+        problems = [(name, *problem) for problem in check_record(record, tracks)]
+        problems += [problem for problem in check_duplicates([*others, record]) if problem[0] == name]
         if problems:
+            report(problems)
             print("nothing was added")
             return 1
         part.rename(RECORDS / name)

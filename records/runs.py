@@ -17,7 +17,6 @@ import re
 import stat
 import statistics
 import time
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,8 +87,6 @@ def strict_json(text: str, what: str):
 
 MISSING = object()  # among the alternatives of a key: it may be absent
 
-def may_lack(spec) -> bool:
-    return isinstance(spec, tuple) and MISSING in spec
 
 def misfit(value, spec, where: str) -> str | None:
     """Why `value` does not have the shape `spec`: a type, a pattern, a constant, a tuple of alternatives, [items], or a
@@ -101,15 +98,15 @@ def misfit(value, spec, where: str) -> str | None:
         if not isinstance(value, dict):
             return f"{where} is not an object"
         keys = dict.fromkeys(value, spec[...]) if ... in spec else spec
-        keys = {k: s for k, s in keys.items() if k in value or not may_lack(s)}
-        odd = sorted(keys.keys() ^ value.keys())
+        missing = [k for k, s in keys.items() if k not in value and not (isinstance(s, tuple) and MISSING in s)]
+        odd = sorted([*missing, *(value.keys() - keys.keys())])
         if odd:
             return f"{where}: the key {safe(odd[0])[:40]} is {'missing' if odd[0] in keys else 'unknown'}"
-        return next(filter(None, (misfit(value[k], s, f"{where}.{safe(k)[:40]}") for k, s in keys.items())), None)
+        return first_misfit((value[k], s, f"{where}.{safe(k)[:40]}") for k, s in keys.items() if k in value)
     if isinstance(spec, list):
         if not isinstance(value, list):
             return f"{where} is not a list"
-        return next(filter(None, (misfit(v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
+        return first_misfit((v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(spec, re.Pattern):
         fine, name = isinstance(value, str) and is_real(spec.fullmatch(value)), f"of the form {spec.pattern}"
         name += ", with a day of the calendar" * ("day" in spec.groupindex)
@@ -119,6 +116,9 @@ def misfit(value, spec, where: str) -> str | None:
     else:
         fine, name = type(value) is type(spec) and value == spec, f"{spec!r}"
     return None if fine else f"{where} is {safe(repr(value))[:60]}, and not {name}"
+
+def first_misfit(parts) -> str | None:
+    return next(filter(None, (misfit(*part) for part in parts)), None)
 
 def is_real(found: re.Match | None) -> bool:
     """Did a pattern match, with a `day` in it, if it names one, that the calendar has?"""
@@ -140,49 +140,48 @@ def fit(value, spec, where: str) -> None:
 
 UNREAD = object()  # the default of a knob that is no literal
 SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+        ast.Pow: math.pow}  # of floats, which overflows at once where a stranger has written 9**9**9
 
 def literal(node: ast.expr):
     """The value of a literal, sums of numbers such as 48 * 1024 or 2.0**9 included, tuples as lists. ValueError for all
-    else, and for numbers that a knob cannot have: a stranger may have written 9**9**9."""
+    else, and for numbers that a knob cannot have."""
     if isinstance(node, (ast.Tuple, ast.List)):
         return [literal(item) for item in node.elts]
     if isinstance(node, ast.BinOp) and type(node.op) in SUMS:
-        left, right = number(node.left), number(node.right)
-        if isinstance(node.op, ast.Pow) and abs(right) > 64:
+        sides = literal(node.left), literal(node.right)
+        if not {*map(type, sides)} <= {int, float}:
             raise ValueError
-        value = SUMS[type(node.op)](left, right)
+        value = SUMS[type(node.op)](*sides)
     else:
         value = ast.literal_eval(node)
     if isinstance(value, (int, float)) and not abs(value) < 2**63:
         raise ValueError
     return value
 
-def number(node: ast.expr) -> int | float:
-    value = literal(node)
-    if type(value) not in (int, float):
-        raise ValueError
-    return value
-
 def default_of(node: ast.expr | None):
     """What `= node` gives a field: a literal, or that in `knob(literal, ...)`; else UNREAD."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob" and node.args:
-        node = node.args[0]
+    match node:
+        case ast.Call(func=ast.Name(id="knob"), args=[first, *_]):
+            node = first
     try:
         return UNREAD if node is None else literal(node)
     except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
         return UNREAD
 
+def defined_in(script: bytes) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """What a script defines at its top, by name, the last of a name."""
+    own = (node for node in ast.parse(script).body if isinstance(node, (ast.ClassDef, ast.FunctionDef)))
+    return {node.name: node for node in own}
+
 def script_knobs(script: bytes) -> dict:
     """The knobs of a script by name, with their defaults: the fields of its class Hyperparameters, `name: type = 1` or
     `name: type = knob(1, ...)`. Empty if there is none, or if this is no Python."""
     try:
-        classes = [node for node in ast.parse(script).body if isinstance(node, ast.ClassDef)]
+        fields = defined_in(script).get("Hyperparameters", ast.Module([])).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    own = [node.body for node in classes if node.name == "Hyperparameters"][-1:]
-    fields = [node for body in own for node in body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: default_of(node.value) for node in fields if isinstance(node.target, ast.Name)}
+    return {field.target.id: default_of(field.value) for field in fields
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}
 
 # ---- Formats, all closed: an unknown key is refused
 
@@ -312,17 +311,23 @@ class Run:
         return stages_of(self.start["knobs"])
 
     @cached_property
+    def knobs(self) -> dict:
+        """Those that say what is computed, by name, without the seed; of a public run its steps."""
+        own = sorted(self.start.get("knobs", {}).items())
+        return {k: v for k, v in own if k not in (*PLACES, "seed")} or dict(steps=self.total)
+
+    @cached_property
     def recipe(self) -> tuple:
         """What runs that differ by their seed alone share: script and knobs."""
-        knobs = {k: v for k, v in self.start.get("knobs", {}).items() if k not in (*PLACES, "seed")}
-        return self.script_sha256, json.dumps(knobs or dict(steps=self.total), sort_keys=True)
+        return self.script_sha256, json.dumps(self.knobs)
 
-    def hardware(self) -> dict:
-        keys = dict(gpu="gpu", count="gpu_count", memory_mib="gpu_memory_mib", driver="driver")
-        return {key: self.start[name] for key, name in keys.items()}
-
-    def software(self) -> dict:
-        return {key: self.start[key] for key in SOFTWARE}
+    def facts(self) -> dict:
+        """What all runs of a record share, under meta.json's names."""
+        start = self.start
+        hardware = dict(gpu=start["gpu"], count=start["gpu_count"], memory_mib=start["gpu_memory_mib"],
+                        driver=start["driver"])
+        return dict(data=start["data"], hardware=hardware, software={key: start[key] for key in SOFTWARE},
+                    world_size=start["world_size"])
 
     def meta(self) -> dict:
         """Its entry in a record's meta.json."""
@@ -345,8 +350,8 @@ def read_run(folder: Path) -> Run:
         kind = row.get("event") if isinstance(row, dict) else None
         if not isinstance(kind, str) or kind not in EVENTS[version] or (kind == "start") != (i == 1):
             raise Bad("schema", f"metrics.jsonl line {i} is the event {safe(kind)[:40]}, out of place or unknown")
-        fit({k: v for k, v in row.items() if k != "event"}, EVENTS[version][kind], f"metrics.jsonl line {i}")
-    start, points = events[0], {kind: [row for row in events if row["event"] == kind] for kind in ("step", "val")}
+        fit(row, EVENTS[version][kind] | dict(event=kind), f"metrics.jsonl line {i}")
+    start = events[0]
     for key in "steps sequences_per_step train_seq_len val_tokens epochs val_every checkpoint_every".split():
         if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (not key.endswith("_every")):
             raise Bad("schema", f"metrics.jsonl: the knob {key} is missing, or not a count")
@@ -356,14 +361,13 @@ def read_run(folder: Path) -> Run:
     stages_of(start["knobs"])
     if start["run_id"] != folder.name:
         raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
-    own = folder / "train_gpt.py"
-    number = lambda loss: None if loss is None else float(loss)
-    curves = [[(r["step"], r["tokens"], number(r[loss]), r["train_ms"]) for r in points[kind]]
-              for kind, loss in (("val", "val_loss"), ("step", "train_loss"))]
+    vals, steps = ([(row["step"], row["tokens"], row[loss] and float(row[loss]), row["train_ms"]) for row in events
+                    if row["event"] == kind] for kind, loss in (("val", "val_loss"), ("step", "train_loss")))
     end = next((row for row in events if row["event"] == "end"), {})
+    own = folder / "train_gpt.py"
     script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
-    return Run(folder.name, folder, script, start["script_sha256"], start["knobs"]["steps"], *curves, start, end,
-               events, start["gpu"], start["gpu_count"], end.get("peak_train_mib"))
+    return Run(folder.name, folder, script, start["script_sha256"], n, vals, steps, start, end, events, start["gpu"],
+               start["gpu_count"], end.get("peak_train_mib"))
 
 def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
@@ -514,9 +518,8 @@ def rows_of_stages(run: Run) -> Iterator[tuple]:
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and the GPUs, then the steps
 
 RULE = "=" * 100
-STEP = re.compile(r"step:(\d{1,9})/(\d{1,9}) (.+)", re.ASCII)  # then words, most of them key:value
-TIME = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(m?s)", re.ASCII)
-NUMBER = re.compile(r"\d{1,9}\.\d{1,20}|nan|inf", re.ASCII)
+STEP = re.compile(r"step:(\d{1,9})/(\d{1,9})(?: .*)? train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)(?: .*)?", re.ASCII)
+LOSS_WORD = re.compile(r"(?<= )(val|train)_loss:(\d{1,9}\.\d{1,20}|nan|inf)(?= )", re.ASCII)
 
 def read_speedrun(path: Path) -> Run:
     """A log of one run. Most of 2024 have a rule above the source as well. Lines of the source may look like steps:
@@ -529,22 +532,17 @@ def read_speedrun(path: Path) -> Run:
     source, rest = "\n".join(lines[start : rules[0]]).encode(), lines[rules[0] :]
     if b"import" not in source:
         raise Bad("schema", f"{safe(path.name)} has no source above its versions: what ran is not known")
-    points, curves = [], {"val_loss": [], "train_loss": []}
+    points, curves = [], dict(val=[], train=[])
     for found in filter(None, map(STEP.fullmatch, rest)):
-        words = dict(word.split(":", 1) for word in found[3].split() if ":" in word)
-        spent = TIME.fullmatch(words.get("train_time", ""))
-        if spent is None:
-            continue
         points.append((int(found[1]), int(found[2])))
-        for key, curve in curves.items():
-            if NUMBER.fullmatch(words.get(key, "")):
-                ms = float(spent[1]) * (1 if spent[2] == "ms" else 1e3)
-                curve.append((points[-1][0], None, float(words[key]), ms))
+        ms = float(found[3]) * (1 if found[4] == "ms" else 1e3)
+        for kind, loss in LOSS_WORD.findall(found[0] + " "):
+            curves[kind].append((points[-1][0], None, float(loss), ms))
     for before, after in zip(points, points[1:]):
         if after < before or after[1] != before[1]:
             a, b = (f"step:{step}/{total}" for step, total in (before, after))
             raise Bad("schema", f"{safe(path.name)} holds several runs, as {b} comes after {a}: give each a log")
-    if not curves["val_loss"] or points[0][1] == 0:
+    if not curves["val"] or points[0][1] == 0:
         raise Bad("schema", f"{safe(path.name)} has no validation loss with its train_time behind the source")
     text = "\n".join(rest)
     peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", text, re.A | re.M)
@@ -562,7 +560,17 @@ FILES = re.compile(rf"train_gpt[.]py|meta[.]json|README[.]md|[A-Za-z0-9_-]{{1,40
                    rf"{SETS}/{ID.pattern}/(log[.]txt|metrics[.]jsonl)")
 FOLDERS = re.compile(rf"arms|{SETS}(/{ID.pattern})?")
 
-Record = namedtuple("Record", "folder meta script readme sets")  # sets: runs of runs, baseline, arms/<name>
+class Record(NamedTuple):
+    folder: Path
+    meta: dict
+    script: bytes
+    readme: str
+    sets: dict[str, list[Run]]  # runs, baseline, arms/<name>
+
+    runs = property(lambda self: self.sets["runs"])
+    baseline = property(lambda self: self.sets["baseline"])
+    every = property(lambda self: sum(self.sets.values(), []))
+    whole = property(lambda self: all(run.complete for run in self.every))
 
 def entries(meta: dict) -> dict[str, list[dict]]:
     """What meta.json says of the runs, by the folder they lie in."""

@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
@@ -192,21 +193,22 @@ def public_logs(paths: list[Path]) -> list[Run]:
                 print(f"skipped: {bad}")
     return list(found.values())
 
+NAMED = re.compile("([^/,=]*)=(.+)", re.S)
+
 def load(text: str | Path) -> Set:
     """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe; behind a
     name of the user's, NAME=, scripts may differ."""
-    found, script, track, (own, named, rest) = [], None, None, str(text).partition("=")
-    named, text = (own, rest) if rest and not {*"/,"} & {*own} and not os.path.exists(text) else ("", str(text))
+    text, found, script, track = str(text), [], None, None
+    match = NAMED.fullmatch(text)
+    named, text = match.groups() if match and not os.path.exists(text) else ("", text)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
         if (path / "meta.json").exists():
             record = read_record(path)
-            found, script, track = found + record.sets["runs"], record.script, record.meta["track"]
-            continue
-        found += runs_at(path)
-        if (path / "train_gpt.py").exists():
-            script = read_bytes(path / "train_gpt.py", SPEEDRUN_LOG)
+            found, script, track = found + record.runs, record.script, record.meta["track"]
+        else:
+            found += runs_at(path)
     once = {run.digest or id(run): run for run in found}
     if len(once) < len(found):
         print(f"note: {safe(text, 200)} holds {len(found) - len(once)} logs twice, which count once")
@@ -215,13 +217,12 @@ def load(text: str | Path) -> Set:
     lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in found if not run.complete)
     recipes = {run.recipe for run in runs}
     if len(recipes) != 1 and not (named and len({knobs for _, knobs in recipes}) == 1):
-        for sha, knobs in sorted(recipes):
-            own = [run for run in runs if run.recipe == (sha, knobs)]
-            print(f"script {sha[:12]}, {differing_knobs(own[0], runs)}:", *(safe(r.name) for r in own))
+        for recipe in sorted(recipes):
+            own = [run for run in runs if run.recipe == recipe]
+            print(f"script {recipe[0][:12]}, {differing_knobs(own[0], runs)}:", *(safe(run.name) for run in own))
         advice = ": name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
-        advice = advice if recipes else ""
         raise Bad("knobs", f"{safe(text, 200)} holds {len(runs)} complete runs, {len(found)} in all, of {len(recipes)} "
-                           f"recipes (script and knobs){advice}{lacking}")
+                           f"recipes (script and knobs){advice if recipes else ''}{lacking}")
     for what in ("name", "seed"):
         values = [getattr(run, what) for run in runs if run.start]
         if len(set(values)) < len(values):
@@ -232,10 +233,10 @@ def load(text: str | Path) -> Set:
         raise Bad(*problem)
     if len(recipes) > 1:
         print(f"note: {safe(named, 40)} joins runs of {len(recipes)} scripts, by your word that they are one")
-    names = [Path(name).name for name in text.split(",")]
-    label = safe(names[0], 40) + (f" and {len(names) - 1} more" if names[1:] else "")
+    first, *more = (Path(name).name for name in text.split(","))
+    label = f"{safe(first, 40)} and {len(more)} more" if more else safe(first, 40)
     if home := home_of(path):
-        label = label if names[1:] else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
+        label = label if more else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
         kept = read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)
         script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
     return Set(safe(named, 40) or label, runs, runs[0].script or script, track, bool(named))
@@ -270,18 +271,14 @@ def how_it_ended(run: Run) -> str:
     how = "was stopped" if run.end["status"] == "stopped" else "failed"
     return f"{how} at step {run.end['steps']} of {run.total} ({safe(run.end['reason'], 200)})"
 
-def knobs_of(run: Run) -> dict:
-    return json.loads(run.recipe[1])
-
 def differing_knobs(run: Run, others: list[Run]) -> str:
     """Its knobs that not all of the others have alike."""
-    all_knobs, own = [knobs_of(other) for other in others], knobs_of(run)
-    moved = [name for name in own if any(name in knobs and knobs[name] != own[name] for knobs in all_knobs)]
-    return " ".join(f"{name}={safe(own[name])}" for name in moved)
+    moved = {k: v for k, v in run.knobs.items() if any(other.knobs.get(k, v) != v for other in others)}
+    return " ".join(f"{name}={safe(value)}" for name, value in moved.items())
 
 def changes(a: Run, b: Run) -> str:
     """What of the knobs changed, and what one script alone has."""
-    old, new = knobs_of(a), knobs_of(b)
+    old, new = a.knobs, b.knobs
     moved = [f"{k} {old[k]} -> {new[k]}" for k in sorted(old.keys() & new.keys()) if old[k] != new[k]]
     alone = [f"{side} alone has {', '.join(f'{k}={knobs[k]}' for k in sorted(knobs.keys() - other.keys()))}"
              for side, knobs, other in (("A", old, new), ("B", new, old)) if knobs.keys() - other.keys()]
@@ -303,13 +300,12 @@ def in_turns(a: list[Run], b: list[Run]) -> bool:
     """Did these runs alternate, one at a time, on one kind of machine? Run ids begin with the start time."""
     if not all(run.start for run in a + b):
         return False
-    ordered = sorted(a + b, key=lambda run: run.name)
-    alike = {json.dumps([run.hardware(), run.software()], sort_keys=True) for run in a + b}
-    neighbours = list(zip(ordered, ordered[1:]))
+    neighbours = [*pairwise(sorted(a + b, key=lambda run: run.name))]
     pauses = [moment(y.name) - moment(x.name) - x.end.get("wall_s", math.inf) for x, y in neighbours]
     apart = all(-2 < pause < PAUSE for pause in pauses)  # ids are good to a second
+    kinds = [[run.facts()[key] for key in ("hardware", "software")] for run in a + b]
     switches = sum((x in a) != (y in a) for x, y in neighbours)
-    return apart and len(alike) == 1 and switches >= max(2, min(len(a), len(b)))
+    return apart and kinds.count(kinds[0]) == len(kinds) and switches >= max(2, min(len(a), len(b)))
 
 def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
     """How long B takes beside A; `equal`: in what sense their losses are, or nothing."""

@@ -35,7 +35,6 @@ from sets import (
     describe,
     diff,
     find_record,
-    knobs_of,
     library_notes,
     losses,
     runs_in,
@@ -229,7 +228,7 @@ def rerun(args, verify: Callable) -> int:
     inside = abs(new.val_loss - mean) <= half
     what = f"3 sd of run {taken[seed].name}" if seed in taken else f"the 95 % prediction interval of {len(runs)} runs"
     print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
-    other = "" if new.hardware() == runs[0].hardware() else " (other hardware: not to be compared)"
+    other = "" if new.facts()["hardware"] == runs[0].facts()["hardware"] else " (other hardware: not to be compared)"
     pace = new.train_ms / statistics.median(times(runs))
     print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median{other}; "
           f"kept in {kept.relative_to(ROOT)}")
@@ -285,7 +284,7 @@ class Arm:
         """Those of `logged` that this arm would only repeat: of its script, knobs, data, machine, versions."""
         found, other = {}, defaultdict(list)
         for run in logged if now else ():
-            if run.script_sha256 != self.sha or run.seed not in seeds or knobs_of(run) != now["knobs"]:
+            if run.script_sha256 != self.sha or run.seed not in seeds or run.knobs != now["knobs"]:
                 continue
             differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
             if run.resumed or library_notes([run]):
