@@ -5,6 +5,8 @@ with the same random numbers and read the same tokens in the same order, so most
 t decides. Which of the two it is follows from the seeds alone, before any loss is known.
 """
 
+import bisect
+import contextlib
 import hashlib
 import json
 import math
@@ -113,32 +115,28 @@ class Duel:
     def power(self, n: int) -> float:
         """How likely n runs of each show a difference, if the one seen and its scatter are the true ones: by pairs if
         these will decide then."""
-        stats, runs = distributions(), zip(*self.pairs) if len(self.pairs) > 1 else (self.a, self.b)
-        a, b = ([run.val_loss for run in own] for own in runs)
-        gap, gaps = abs(statistics.fmean(b) - statistics.fmean(a)), [y - x for x, y in zip(a, b)]
-        parts = [statistics.variance(x) / n for x in ([gaps] if len(self.pairs) > 1 else (a, b))]
+        stats, samples = distributions(), [[run.val_loss for run in runs] for runs in (self.a, self.b)]
+        if len(self.pairs) > 1:
+            samples = [[y.val_loss - x.val_loss for x, y in self.pairs]]
+        gap, *other = (statistics.fmean(sample) for sample in samples)
+        parts = [statistics.variance(sample) / n for sample in samples]
         if not sum(parts):
             return 1.0
         df = (n - 1) * sum(parts) ** 2 / sum(part**2 for part in parts)
-        return float(stats.nct.sf(stats.t.ppf((1 + LEVEL) / 2, df), df, gap / math.sqrt(sum(parts))))
+        return float(stats.nct.sf(stats.t.ppf((1 + LEVEL) / 2, df), df, abs(gap - sum(other)) / math.sqrt(sum(parts))))
 
     def needed(self, chance: float) -> int | None:
         """The least n, above that of today, whose power is `chance`. None above MOST_RUNS."""
-        low, high = self.n, self.n + 1
-        while high <= MOST_RUNS and self.power(high) < chance:
-            low, high = high, 2 * high
-        while high <= MOST_RUNS and high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.power(middle) >= chance else (middle, high)
-        return high if high <= MOST_RUNS else None
+        more = range(self.n + 1, MOST_RUNS + 1)
+        found = bisect.bisect_left(more, chance, key=self.power)
+        return more[found] if found < len(more) else None
 
     def runs_still_needed(self) -> str:
         """A sentence with the counts of runs at which this difference, if it is the true one, would likely be told."""
+        a, b = map(statistics.fmean, self.values(lambda run: run.val_loss))
         counts = [(name, self.needed(chance)) for chance, name in CHANCES]
-        a, b = self.values(lambda run: run.val_loss)
         shown = " and ".join(f"{f'n = {n}' if n else f'over {MOST_RUNS} runs'} for {name}" for name, n in counts)
-        gap = f"{statistics.fmean(b) - statistics.fmean(a):+.4f}"
-        return f"if {gap} is the true difference, telling it takes {shown}"
+        return f"if {b - a:+.4f} is the true difference, telling it takes {shown}"
 
 # ---- Looking again
 
@@ -198,15 +196,14 @@ def look(file: Path, duel: Duel) -> Looks:
         return Looks([(duel.n, row["runs"])], 1)
     row |= dict(a=key(duel.a[0]), b=key(duel.b[0]))
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            found = json.loads(line)
-            rows.append({name: found[name] for name in row})
-        except (ValueError, TypeError, KeyError):  # half a line, of a full disk
-            continue
-    if row not in rows:
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-        rows.append(row)
+    with open(file, "a+", encoding="utf-8") as log:
+        log.seek(0)
+        for line in log:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line, of a full disk
+                found = json.loads(line)
+                rows.append({name: found[name] for name in row})
+        if row not in rows:
+            log.write(json.dumps(row) + "\n")
+            rows.append(row)
     both, met = {row["a"], row["b"]}, {other["b"] for other in rows if other["a"] == row["a"]}
     return Looks([(other["n"], other["runs"]) for other in rows if {other["a"], other["b"]} == both], len(met))

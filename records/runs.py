@@ -78,10 +78,8 @@ def strict_json(text: str, what: str):
         if not math.isfinite(float(digits)):
             raise Bad("nan", f"{what} writes {digits[:20]} as a number")
         return float(digits)
-    def constant(name):
-        raise Bad("nan", f"{what} writes {name} as a number")
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise Bad("schema", f"{what} is not JSON ({safe(error)[:80]})") from None
 
@@ -140,6 +138,7 @@ def fit(value, spec, where: str) -> None:
 
 UNREAD = object()  # the default of a knob that is no literal
 SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
         ast.Pow: math.pow}  # of floats, which overflows at once where a stranger has written 9**9**9
 
 def literal(node: ast.expr):
@@ -227,11 +226,11 @@ TRACK = dict(target_loss=(float, None), p=float, min_runs=int, val_sha256=(SHA, 
              train=dict(max_epochs=int, sha256=(SHA, None)), hardware=dict(gpu=TEXT, count=int), clock=str,
              forbidden_text=[str], resumed=False)
 
-def read_tracks(records: Path = RECORDS) -> dict[str, dict]:
-    tracks = {path.stem: strict_json(decode(read_bytes(path, KIB * 16), path.name), path.name)
-              for path in sorted((records / "tracks").glob("*.json"))}
-    for name, track in tracks.items():
-        fit(track, TRACK, f"tracks/{name}.json")
+def read_tracks() -> dict[str, dict]:
+    tracks = {}
+    for path in sorted((RECORDS / "tracks").glob("*.json")):
+        tracks[path.stem] = strict_json(decode(read_bytes(path, KIB * 16), path.name), path.name)
+        fit(tracks[path.stem], TRACK, f"tracks/{path.name}")
     return tracks
 
 # ---- Stages: the tokens of every step, from the knobs alone
@@ -445,75 +444,96 @@ def says(argument: str, knobs: dict) -> bool:
 
 def check_run(run: Run) -> Iterator[Problem]:
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
-    start, knobs, end, n, data = run.start, run.start["knobs"], run.end, run.total, run.start["data"]
-    read, stream = tokens_before(n, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
-    every = math.ceil(n / 48)
-    score, save, room = knobs["val_every"] or n, knobs["checkpoint_every"], start["gpu_memory_mib"] or 0
-    losses = [p[2] or 0 for p in run.vals + run.steps] + [
-        float(loss) for row in run.events for loss in row.get("sources", {}).values()]
-    saved = [row["step"] for row in run.events if row["event"] == "checkpoint"]
-    watch = knobs["log_norms"] if type(knobs.get("log_norms")) is int else 0
-    normed = {*range(watch, n + 1, watch)} if watch > 0 else set()
-    expected = sorted({1, n, *range(every, n, every), *normed}), sorted({0, n, *range(score, n, score)})
-    order, utc = [r["step"] for r in run.events if "step" in r], re.sub("[-:Z]", "", start["utc"]).replace("T", "-")
-    rows = [("truncated", "the end", end and (end["status"], end["code"], end["steps"]), ("complete", 0, n)),
-            ("truncated", "the list of ends", [r["event"] for r in run.events if r["event"] == "end"], ["end"]),
-            ("truncated", "the last event", run.events[-1]["event"], "end"),
-            ("truncated", "the order of steps", order, sorted(order)),
-            ("path", f"a run id within a minute of utc {start['utc']}", abs(moment(utc) - moment(run.name)) < 60, True),
-            ("data", "gpu_count", start["gpu_count"], start["world_size"] if start["gpu_count"] else 0),
-            ("knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []),
-            ("seeds", "the knob seed", knobs.get("seed"), run.seed),
-            ("tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True),
-            ("data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]),
-            ("schema", "torch, by its package,", start["torch"].partition("+")[0],
-             start["packages"].get("torch", start["torch"]).partition("+")[0]),
-            ("track", f"memory that a GPU of {room} MiB does not have",
-             {k: v for k, v in end.items() if k.endswith("_mib") and not 0 <= (v or 0) <= room}, {}),
-            ("nan", "losses below 0 or not finite", [loss for loss in losses if not 0 <= loss < math.inf], [])]
-    rows += [("knobs", f"{k} in changed", v, knobs.get(k)) for k, v in start["changed"].items()]
-    for row in run.events:
-        done = row.get("step", row.get("steps"))
-        if "tokens" in row:
-            rows.append(("tokens", f"tokens after step {done}", row["tokens"], tokens_before(done, run.stages)))
-        if row["event"] == "step" and "log_norms" in knobs:
-            rows.append(("truncated", f"whether step {done} has norms", "norms" in row, done in normed))
-        if "val_tokens" in row:
-            rows.append(("data", f"val_tokens of step {done}", row["val_tokens"], data["val_tokens"]))
-    if end:
-        rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] > 1e-6 else None
-        scored = [row["val_loss"] for row in run.events if row["event"] == "val"]
-        due = scored[-1:] if start["format"] == 1 or end["status"] == "complete" else []
-        rows += [("tokens", "tokens_per_s", end["tokens_per_s"], rate),
-                 ("headline", "the end's loss", end["val_loss"], due[0] if due else None)]
-    if run.script is not None:
-        rows.append(("script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256))
-    if not run.resumed:
-        rows += [("truncated", f"the list of '{kind}' events", [p[0] for p in points], wanted)
-                 for kind, points, wanted in zip(("step", "val"), (run.steps, run.vals), expected)]
-        rows.append(("truncated", "the list of 'checkpoint' events", saved,
-                     [*range(save or n + 1, n + 1, save or 1)[: len(saved) + 1]]))
-    rows += rows_of_stages(run)
-    yield from differing(run.name, rows)
+    for rows in rows_of_start(run), rows_of_schedule(run), rows_of_events(run), rows_of_end(run):
+        yield from differing(run.name, rows)
     yield from check_clock(run)
 
-def rows_of_stages(run: Run) -> Iterator[tuple]:
-    """(code, what, found, wanted) of the stages and rates that the events name."""
-    start, steps, ranks = run.start, [row for row in run.events if row["event"] == "step"], run.start["world_size"]
+# What follows yields rows (code, what, found, wanted) of a run.
+
+def rows_of_start(run: Run) -> Iterator[tuple]:
+    """The start event against itself, and against the script."""
+    start, knobs, data, ranks = run.start, run.start["knobs"], run.start["data"], run.start["world_size"]
+    if run.script is not None:
+        yield "script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256
+    began = moment(re.sub("[-:Z]", "", start["utc"]).replace("T", "-"))
+    yield "path", f"a run id within a minute of utc {start['utc']}", abs(began - moment(run.name)) < 60, True
+    yield "data", "gpu_count", start["gpu_count"], ranks if start["gpu_count"] else 0
+    yield "data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]
+    yield "seeds", "the knob seed", knobs.get("seed"), run.seed
+    yield "knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []
+    for name, value in start["changed"].items():
+        yield "knobs", f"{name} in changed", value, knobs.get(name)
+    version = lambda text: text.partition("+")[0]
+    installed = start["packages"].get("torch", start["torch"])
+    yield "schema", "torch, by its package,", version(start["torch"]), version(installed)
+    read, stream = tokens_before(run.total, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
+    yield "tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True
     if start["format"] == 1:
-        yield "tokens", "ranks x accumulation", ranks * start["grad_accum"], start["knobs"]["sequences_per_step"]
+        yield "tokens", "ranks x accumulation", ranks * start["grad_accum"], knobs["sequences_per_step"]
         return
     yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
     for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
         yield "tokens", f"stage {i}", {key: found[key] for key in Stage._fields}, stage._asdict()
     yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
            [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
-    for row in steps:
-        stage = stage_at(row["step"] - 1, run.stages)
-        yield ("tokens", f"sequences and length of step {row['step']}", (row["sequences"], row["seq_len"]),
-               (stage.sequences, stage.seq_len))
-        below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
-        yield "schema", f"what is below 0 at step {row['step']}", below, {}
+
+def multiples(count: int, most: int) -> range:
+    """Of `count`, up to `most`; none of 0."""
+    return range(count, most + 1, count) if count > 0 else range(0)
+
+def rows_of_schedule(run: Run) -> Iterator[tuple]:
+    """The events there are against those that the knobs imply."""
+    n, knobs, ends = run.total, run.start["knobs"], [i for i, r in enumerate(run.events, 1) if r["event"] == "end"]
+    yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
+    yield "truncated", "the list of lines with an end", ends, [len(run.events)]
+    order = [row["step"] for row in run.events if "step" in row]
+    yield "truncated", "the order of steps", order, sorted(order)
+    if run.resumed:
+        return
+    saved = [row["step"] for row in run.events if row["event"] == "checkpoint"]
+    steps = {1, n, *multiples(math.ceil(n / 48), n), *normed_steps(run)}
+    for kind, found, due in (("step", [p[0] for p in run.steps], sorted(steps)),
+                             ("val", [p[0] for p in run.vals], sorted({0, n, *multiples(knobs["val_every"], n)})),
+                             ("checkpoint", saved, [*multiples(knobs["checkpoint_every"], n)[: len(saved) + 1]])):
+        yield "truncated", f"the list of '{kind}' events", found, due
+
+def normed_steps(run: Run) -> range:
+    """After which norms are written."""
+    every = run.start["knobs"].get("log_norms")
+    return multiples(every if type(every) is int else 0, run.total)
+
+def rows_of_events(run: Run) -> Iterator[tuple]:
+    """Each event against the knobs."""
+    start, normed = run.start, normed_steps(run)
+    losses = [p[2] or 0 for p in run.vals + run.steps]
+    losses += [float(loss) for row in run.events for loss in row.get("sources", {}).values()]
+    yield "nan", "losses below 0 or not finite", [loss for loss in losses if not 0 <= loss < math.inf], []
+    for row in run.events:
+        done = row.get("step", row.get("steps"))
+        if "tokens" in row:
+            yield "tokens", f"tokens after step {done}", row["tokens"], tokens_before(done, run.stages)
+        if "val_tokens" in row:
+            yield "data", f"val_tokens of step {done}", row["val_tokens"], start["data"]["val_tokens"]
+        if row["event"] == "step" and "log_norms" in start["knobs"]:
+            yield "truncated", f"whether step {done} has norms", "norms" in row, done in normed
+        if row["event"] == "step" and start["format"] == 2:
+            stage, found = stage_at(done - 1, run.stages), (row["sequences"], row["seq_len"])
+            yield "tokens", f"sequences and length of step {done}", found, (stage.sequences, stage.seq_len)
+            below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
+            yield "schema", f"what is below 0 at step {done}", below, {}
+
+def rows_of_end(run: Run) -> Iterator[tuple]:
+    """The end's own figures, if it has come."""
+    end, room = run.end, run.start["gpu_memory_mib"] or 0
+    if not end:
+        return
+    taken = {k: v for k, v in end.items() if k.endswith("_mib") and not 0 <= (v or 0) <= room}
+    yield "track", f"memory that a GPU of {room} MiB does not have", taken, {}
+    rate = round(end["tokens"] / end["train_ms"] * 1e3) if end["train_ms"] > 1e-6 else None
+    yield "tokens", "tokens_per_s", end["tokens_per_s"], rate
+    scored = [row["val_loss"] for row in run.events if row["event"] == "val"] or [None]
+    due = scored[-1] if run.start["format"] == 1 or end["status"] == "complete" else None
+    yield "headline", "the end's loss", end["val_loss"], due
 
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and the GPUs, then the steps
 
@@ -581,15 +601,14 @@ def read_record(folder: Path) -> Record:
     if folder.is_symlink() or not folder.is_dir() or not NAME.fullmatch(folder.name):
         raise Bad("path", f"{safe(folder.name)} is no folder named like YYYY-MM-DD_ShortName")
     sizes = {}
-    for root, folders, files in os.walk(folder):
-        for path in (Path(root) / name for name in folders + files):
-            inside, found = path.relative_to(folder).as_posix(), path.lstat()
-            kind = stat.S_ISREG if FILES.fullmatch(inside) else stat.S_ISDIR if FOLDERS.fullmatch(inside) else None
-            if kind is None or not kind(found.st_mode):
-                raise Bad("path", f"{safe(inside)} is a link, or has no place in a record")
-            sizes[inside] = found.st_size if kind is stat.S_ISREG else 0
+    for path in folder.rglob("*"):
+        inside, found = path.relative_to(folder).as_posix(), path.lstat()
+        if stat.S_ISREG(found.st_mode) and FILES.fullmatch(inside):
+            sizes[inside] = found.st_size
+        elif not (stat.S_ISDIR(found.st_mode) and FOLDERS.fullmatch(inside)):
+            raise Bad("path", f"{safe(inside)} is a link, or has no place in a record")
     pictures = sum(size for name, size in sizes.items() if name.endswith(".png"))
-    most = ARMS_BYTES if "arms" in sizes else RECORD_BYTES
+    most = ARMS_BYTES if (folder / "arms").exists() else RECORD_BYTES
     for what, size, limit in (("the record", sum(sizes.values()), most), ("its pictures", pictures, PICTURES)):
         if size > limit:
             raise Bad("size", f"{what}: {size} bytes, and {limit} are allowed")

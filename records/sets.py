@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -10,7 +9,7 @@ import os
 import re
 import statistics
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
@@ -87,10 +86,10 @@ def listing(only: str | None, records: list[Record]) -> str:
         out += ["", f"{title}. {safe(track['clock'])}"]
         out += [] if own else ["No record yet."]
         machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
-        for kind in sorted({machine(meta) for meta in own}):
+        own.sort(key=lambda meta: (machine(meta), rank(track, meta)))
+        for kind, ranked in groupby(own, machine):
             title = f"{kind[0]} x {safe(kind[1], 60)}" if timed else "CPU"
             out += ["", f"| {title} | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
-            ranked = sorted((m for m in own if machine(m) == kind), key=functools.partial(rank, track))
             out += [row(meta, timed) for meta in ranked]
     out += ["", f"No record yet: {'; '.join(empty)}."] if empty else []
     return "\n".join([*out, LIST_MARKS[1]])
@@ -249,8 +248,9 @@ def home_of(path: Path) -> Path | None:
 def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[str]:
     texts = [script.decode("utf-8", "replace").split("\n") for script in (a, b)]
     lines = [safe(line) for line in difflib.unified_diff(*texts, *names, lineterm="", n=2)]
-    more = [f"... and {len(lines) - limit} lines more"] if len(lines) > limit else []
-    return lines[:limit] + more or ["scripts: the same"]
+    if len(lines) > limit:
+        lines[limit:] = [f"... and {len(lines) - limit} lines more"]
+    return lines or ["scripts: the same"]
 
 def machine(run: Run) -> str:
     return f"{run.gpu_count} x {safe(run.gpu, 60)}" if run.gpu else "CPU" if run.start else "GPU unknown"
@@ -391,19 +391,23 @@ def library_notes(runs: list[Run]) -> list[str]:
     return sorted({row["text"] for run in runs for row in run.events if row["event"] == "warning"
                    and "not be the script kept" in row["text"]})
 
-def compare(args) -> int:
-    a, b = load(args.a), load(args.b)
-    name_by_difference([a, b])
-    bare = next((s for s in (a, b) if s.script is None), None)
+def print_comparison(a: Set, b: Set, margin: float, more: list[str] | tuple = (), **how) -> int:
+    """The diff of the scripts, `more` lines, and what compare_sets says; its exit code."""
+    bare = [s.label for s in (a, b) if s.script is None]
     if a.runs[0].script_sha256 == b.runs[0].script_sha256:
         scripts = ["scripts: the same"]
     elif bare:
-        scripts = [f"scripts: not the same, and that of {bare.label} is not kept: no diff"]
+        scripts = [f"scripts: not the same, and that of {bare[0]} is not kept: no diff"]
     else:
         scripts = diff(a.script, b.script, (a.label, b.label))
-    lines, code = compare_sets(a, b, args.margin, target=args.target)
-    print(*scripts, *lines, sep="\n")
+    lines, code = compare_sets(a, b, margin, **how)
+    print(*scripts, *more, *lines, sep="\n")
     return code
+
+def compare(args) -> int:
+    a, b = load(args.a), load(args.b)
+    name_by_difference([a, b])
+    return print_comparison(a, b, args.margin, target=args.target)
 
 AXES = dict(time=(3, 1e3, "training time, s"), tokens=(1, 1e6, "tokens, millions"), steps=(0, 1, "steps"))
 

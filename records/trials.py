@@ -3,7 +3,6 @@
 Both start what `./run.sh script --knob=value` would start.
 """
 
-import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -24,19 +23,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from decide import LEVEL, Undecided, distributions, prediction, rule
-from runs import LIMITS, PLACES, RECORDS, Bad, Run, read_bytes, read_record, read_run, safe, script_knobs
+from runs import LIMITS, PLACES, RECORDS, Bad, Run, defined_in, read_bytes, read_record, read_run, safe, script_knobs
 from seeds import MARK
 from sets import (
     LOGS,
     ROOT,
     Set,
-    compare_sets,
     complete_runs,
     describe,
     diff,
     find_record,
     library_notes,
     losses,
+    print_comparison,
     runs_in,
     times,
 )
@@ -106,10 +105,14 @@ class Training:
             timer.cancel()
             self.kill()
 
+    def new_runs(self, sha: str) -> list[Run]:
+        """What it has logged of this script."""
+        return [run for run in runs_in(set(LOGS.glob("*")) - self.began) if run.script_sha256 == sha]
+
     def failure(self, name: str, sha: str) -> Exception:
         """Why it ended without an answer or a complete run. Prints its last lines, which tell a fault of the script."""
-        code, new = self.process.wait(), runs_in(set(LOGS.glob("*")) - self.began)
-        ends = [run.end for run in new if run.script_sha256 == sha and run.end.get("status", "complete") != "complete"]
+        code = self.process.wait()
+        ends = [run.end for run in self.new_runs(sha) if run.end.get("status", "complete") != "complete"]
         stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
         if stopped or self.halted or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
             return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
@@ -128,10 +131,10 @@ def launch(script: Path, knobs: list[str], seed: int, title: str, python: str = 
     except BaseException:
         training.stop()
         raise
-    code, sha = training.process.wait(), hashlib.sha256(script.read_bytes()).hexdigest()
-    new = complete_runs(set(LOGS.glob("*")) - training.began)
-    new = [run for run in new if (run.script_sha256, run.seed) == (sha, seed)]
-    if code or not new:
+    sha = hashlib.sha256(script.read_bytes()).hexdigest()
+    failed = training.process.wait()
+    new = [run for run in training.new_runs(sha) if run.complete and run.seed == seed]
+    if failed or not new:
         raise training.failure(script.name, sha)
     return new[-1]
 
@@ -242,22 +245,20 @@ class Arm:
     """One side of a trial: a script as it is now, with knobs. Its runs share a process, and so their compiled code,
     where a run is of one rank; else each is started by itself."""
 
-    def __init__(self, frozen: tuple[Path, bytes], label: str, knobs: list[str], nproc: int):
-        self.label, self.knobs, self.surroundings = label, knobs, dict(NPROC=str(nproc))
-        self.script, self.source = frozen
-        self.sha, self.training = hashlib.sha256(self.source).hexdigest(), None
-        self.known = names_in(self.source) >= KEPT
-        self.kept, self.nproc, self.prefix = self.known and nproc == 1, nproc, ""
-
-    def arguments(self) -> list[str]:
-        """With the one by which a run keeps no weights, and is not sampled, for a script that has that knob."""
-        given = any(knob.startswith("--save=") for knob in self.knobs)
-        return [*self.knobs, *(["--save=False"] if "save" in script_knobs(self.source) and not given else [])]
+    def __init__(self, script: Path, label: str, knobs: list[str], nproc: int):
+        self.script, self.source, self.label, self.nproc = script, script.read_bytes(), label, nproc
+        self.sha = hashlib.sha256(self.source).hexdigest()
+        self.known = defined_in(self.source).keys() >= KEPT
+        self.kept = self.known and nproc == 1
+        self.surroundings, self.prefix, self.training = dict(NPROC=str(nproc)), "", None
+        # a run of a trial keeps no weights, and is not sampled, where its script can be told
+        keeps = "save" in script_knobs(self.source) and not any(knob.startswith("--save=") for knob in knobs)
+        self.arguments = [*knobs, "--save=False"] if keeps else knobs
 
     def ask(self, words: str) -> dict:
         if self.training is None:
             surroundings = self.surroundings | dict(TRIAL_SCRIPT=str(self.script), NPROC="1")
-            self.training = Training(RECORDS / "seeds.py", self.arguments(), prefix=self.prefix, **surroundings)
+            self.training = Training(RECORDS / "seeds.py", self.arguments, prefix=self.prefix, **surroundings)
         answer = self.training.ask(words)
         if answer is None:
             raise self.training.failure(self.script.name, self.sha)
@@ -265,7 +266,7 @@ class Arm:
 
     def train(self, seed: int, title: str) -> Run:
         if not self.kept:
-            return launch(self.script, self.arguments(), seed, title, **self.surroundings)
+            return launch(self.script, self.arguments, seed, title, **self.surroundings)
         print(title, flush=True)
         return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
 
@@ -302,11 +303,8 @@ class Arm:
             self.training.stop()
         self.training = None
 
-def names_in(source: bytes) -> set[str]:
-    """What a script defines at its top."""
-    return {node.name for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
-def freeze(name: str) -> tuple[Path, bytes]:
+def freeze(name: str) -> Path:
     """A copy of the script as it is now: it may be edited while the trial runs."""
     path = Path(name).resolve()
     if path.suffix != ".py":
@@ -322,7 +320,7 @@ def freeze(name: str) -> tuple[Path, bytes]:
     copy = ROOT / ".cache" / "trial" / hashlib.sha256(source).hexdigest()[:12] / path.name
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(source)
-    return copy, source
+    return copy
 
 def knobs_of_arms(args, knobs: list[str]) -> list[list[str]]:
     for knob in knobs:
@@ -337,13 +335,15 @@ def knobs_of_arms(args, knobs: list[str]) -> list[list[str]]:
     common = [k for k in knobs if not re.match(r"--[ab]\.", k)]
     return [common + [f"--{k[4:]}" for k in knobs if k.startswith(f"--{arm}.")] for arm in "ab"]
 
-def labels(typed: list[str], own: list[list[str]], one_script: bool) -> list[str]:
+def labels(typed: list[str], own: list[list[str]]) -> list[str]:
     """What to call the arms: by their scripts, and where that is one by the knobs that differ."""
+    names = [safe(name, 60) for name in typed]
     only = [" ".join(k[2:] for k in own[i] if k not in own[1 - i]) for i in (0, 1)]
-    if one_script and typed[0] == typed[1]:
-        return [only[i] or safe(typed[i], 60) for i in (0, 1)] if only[0] != only[1] else [
-            f"{safe(typed[i], 60)} ({'AB'[i]})" for i in (0, 1)]
-    return [f"{safe(typed[i], 60)} {only[i]}".strip() for i in (0, 1)]
+    if typed[0] != typed[1]:
+        return [f"{name} {knobs}".strip() for name, knobs in zip(names, only)]
+    if only[0] == only[1]:
+        return [f"{name} ({arm})" for name, arm in zip(names, "AB")]
+    return [knobs or name for name, knobs in zip(names, only)]
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, without asking torch, which takes seconds."""
@@ -363,15 +363,12 @@ def in_turn(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> None:
         done[arm, seed] = arms[arm].train(seed, f"run {count} of {total}: {arms[arm].label}, seed {seed}{left}")
         spent.append(time.monotonic() - began)
 
-def side_by_side(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> None:
+def side_by_side(arms: list[Arm], todo: list[tuple], done: dict) -> None:
     """The same with a thread and a GPU for each arm."""
-    def work(arm: int) -> None:
-        own = [key for key in todo if key[0] == arm]
-        for i, key in enumerate(own):
-            done[key] = arms[arm].train(key[1], f"run {i + 1} of {len(own)}: {arms[arm].label}, seed {key[1]}")
+    parts = [[key for key in todo if key[0] == arm] for arm in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         try:
-            for ended in as_completed([pool.submit(work, arm) for arm in (0, 1)]):
+            for ended in as_completed([pool.submit(in_turn, arms, own, done, len(own)) for own in parts]):
                 ended.result()
         except BaseException:  # the other arm's thread reads on until its training has ended
             for arm in arms:
@@ -395,13 +392,12 @@ def trial(args, knobs: list[str]) -> int:
     """Both arms with the same seeds, on this machine and data; what logs/ already holds is not run again."""
     distributions()  # before hours of training, not after
     own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
-    frozen = [freeze(name) for name in typed]
-    one_script = frozen[0][1] == frozen[1][1]
-    floor = one_script and sorted(own[0]) == sorted(own[1])
+    scripts = [freeze(name) for name in typed]
     nproc, gpus = os.environ.get("NPROC") or "1", visible_gpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
         raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
-    arms = [Arm(*row, int(nproc)) for row in zip(frozen, labels(typed, own, one_script), own)]
+    arms = [Arm(*row, int(nproc)) for row in zip(scripts, labels(typed, own), own)]
+    floor = arms[0].sha == arms[1].sha and sorted(own[0]) == sorted(own[1])
     # B A A B: an error in B shows first, and a drift of the machine hits both alike
     turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
     plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
@@ -421,7 +417,9 @@ def trial(args, knobs: list[str]) -> int:
         reused, todo = len(done), [key for key in plan if key not in done]
         if todo and together:
             print(f"side by side on 2 of {len(gpus)} GPUs; CUDA_VISIBLE_DEVICES={gpus[0]} would have them take turns")
-        (side_by_side if together else in_turn)(arms, todo, done, len(plan))
+            side_by_side(arms, todo, done)
+        else:
+            in_turn(arms, todo, done, len(plan))
     except KeyboardInterrupt:
         raise Undecided("stopped: finished runs are kept, and the same command goes on") from None
     finally:
@@ -432,10 +430,8 @@ def trial(args, knobs: list[str]) -> int:
     if floor and args.runs > 1:
         print(describe(a), describe(b), noise_floor(a, b), sep="\n")
         return 0
-    lines, code = compare_sets(a, b, args.margin, fresh=not reused)
     again = " ".join(",".join(run.name for run in own) for own in runs)
-    print(*diff(a.script, b.script, (a.label, b.label)), f"again: ./run.sh compare {again}", *lines, sep="\n")
-    return code
+    return print_comparison(a, b, args.margin, [f"again: ./run.sh compare {again}"], fresh=not reused)
 
 def noise_floor(a: Set, b: Set) -> str:
     """How far one recipe differs from itself, by the t of two sets of n runs."""

@@ -123,10 +123,10 @@ class Stand:
 
     def ask(self, arm, words):
         if words == "context":
-            own = {"head_lr": 0.0001} if "--head_lr=0.0001" in arm.knobs else {}
+            own = {"head_lr": 0.0001} if "--head_lr=0.0001" in arm.arguments else {}
             return {**self.start, "knobs": self.start["knobs"] | own, **self.now}
-        self.trained.append((arm.label, int(words.split()[1]), *arm.arguments()))
-        folder = self.ready[f"{'cold' if '--head_lr=0.0001' in arm.knobs else 'base'}{words.split()[1]}"]
+        self.trained.append((arm.label, int(words.split()[1]), *arm.arguments))
+        folder = self.ready[f"{'cold' if '--head_lr=0.0001' in arm.arguments else 'base'}{words.split()[1]}"]
         shutil.copytree(folder, self.box.logs / folder.name)
         return dict(run_id=folder.name)
 
@@ -287,7 +287,7 @@ def test_where_one_arm_fails_the_other_is_told_to_end(box):
     arms = [SimpleNamespace(label="a", train=slow, training=SimpleNamespace(halt=told.set)),
             SimpleNamespace(label="b", train=broken, training=None)]
     with pytest.raises(box.runs.Bad, match="it failed"):
-        box.trials.side_by_side(arms, [(arm, seed) for seed in (1, 2) for arm in (0, 1)], {}, 4)
+        box.trials.side_by_side(arms, [(arm, seed) for seed in (1, 2) for arm in (0, 1)], {})
     assert told.is_set() and trained == [1]
 
 
