@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -23,6 +24,9 @@ import pytest
 from tiny import environment, make_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "records"))
+import runs  # noqa: E402
+
 KNOBS = ("--train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 --steps=20 "
          "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 "
          "--mixed_layers=0 --bigram_rows=256 --bigram_dim=16 --window_min=128 --window_max=128").split()
@@ -120,21 +124,16 @@ class Checkout:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), newline="\n")
 
     def reseal(self, record, **claims):
-        """Compute all that meta.json and README.md say anew, then put `claims` over it."""
+        """Compute all that meta.json and README.md say anew, if all runs are complete, then put `claims` over it."""
         meta, sets = json.loads((record / "meta.json").read_text()), {}
-        meta["script_sha256"] = hashlib.sha256((record / "train_gpt.py").read_bytes()).hexdigest()
-        for label, listed in self.runs.entries(meta).items():
-            with contextlib.suppress(self.runs.Bad):
+        args = SimpleNamespace(**meta, private=not meta["data"]["public"], leave_out=[])
+        with contextlib.suppress(self.runs.Bad):
+            for label, listed in self.runs.entries(meta).items():
                 sets[label] = [self.runs.read_run(record / label / entry["run_id"]) for entry in listed]
-                for entry, run in zip(listed, sets[label]):
-                    entry.update(run.meta())
-        if "runs" in sets:
-            meta["result"] |= self.records.plain_result(sets["runs"], sets["baseline"])
-            track = self.runs.read_tracks()[meta["track"]]
-            meta["result"] |= self.records.tested_result(sets["runs"], sets["baseline"], track)
-        for key, value in claims.items():
-            meta[key] = meta[key] | value if key == "result" else value
-        self.write(record, meta)
+            if all(run.complete for runs in sets.values() for run in runs):
+                track = self.runs.read_tracks()[meta["track"]]
+                meta = self.records.make_meta(args, meta["name"], sets, track)
+        self.write(record, overlay(meta, claims))
 
     def write(self, record, meta):
         (record / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -192,52 +191,38 @@ def retime(rows, pace):
     rate(rows)
 
 
-def convert(rows, version):
-    """Make these the events of the same run, of one stage, in a format."""
-    start, end, knobs = rows[0], at(rows, "end"), rows[0]["knobs"]
-    if start["format"] == version:
-        return
-    start["format"] = version
-    batch = dict(sequences=knobs["sequences_per_step"], seq_len=knobs["train_seq_len"])
-    rates = dict(lr=1.0, momentum=0.95, window=1, **batch)
-    if version == 1:
-        del start["stages"]
-        start["grad_accum"] = batch["sequences"] // start["world_size"]
-        end["mfu"] = end["mfu_with_attention"] = None
-    else:
-        start["stages"] = [dict(first=0, lr=1.0, doc_cap=0, **batch)]
-        del start["grad_accum"], end["mfu_with_attention"]
-    for row in (row for row in rows if row["event"] == "step"):
-        for key in rates:
+def in_format_1(rows):
+    """Make these events of format 2, of one stage, those of the same run in format 1."""
+    start, knobs = rows[0], rows[0]["knobs"]
+    del start["stages"]
+    start |= dict(format=1, grad_accum=knobs["sequences_per_step"] // start["world_size"])
+    at(rows, "end").update(mfu=None, mfu_with_attention=None)
+    for row in rows:
+        for key in ("lr", "momentum", "window", "sequences", "seq_len"):
             row.pop(key, None)
-        row |= rates if version == 2 else {}
 
 
-def in_stages(rows, stages, **knobs):
-    """Make these the events, in format 2, of a run in `stages`: of (first step, sequences, tokens of one, lr)."""
-    convert(rows, 2)
-    start, parts = rows[0], [dict(zip(("first", "sequences", "seq_len", "lr"), stage)) for stage in stages]
-    start["stages"] = parts
+def in_stages(rows, **knobs):
+    """Make these, of format 2, the events of a run in the stages that these knobs say."""
+    start = rows[0]
     for key in ("knobs", "changed"):
         start[key] |= knobs
     start["argv"] += [f"--{key}={value}" for key, value in knobs.items()]
-    size = [0]  # tokens of every step, the first at 1
-    for step in range(at(rows, "end")["steps"]):
-        size.append(next(p["sequences"] * p["seq_len"] for p in parts[::-1] if p["first"] <= step))
+    stages = runs.stages_of(start["knobs"])
+    start["stages"] = [stage._asdict() for stage in stages]
     for row in (row for row in rows if "tokens" in row):
         done = row.get("step", row.get("steps"))
-        row["tokens"] = sum(size[: done + 1])
+        row["tokens"] = runs.tokens_before(done, stages)
         if row["event"] == "step":
-            own = next(part for part in parts[::-1] if part["first"] < done)
-            row |= {key: own[key] for key in ("lr", "sequences", "seq_len")}
+            stage = runs.stage_at(done - 1, stages)
+            row |= dict(lr=stage.lr, sequences=stage.sequences, seq_len=stage.seq_len)
     rate(rows)
 
 
-def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, version=None, **knobs):
+def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, **knobs):
     """A run that never took place, with no contradiction in it: another's, renamed, reseeded, retimed, its losses
-    shifted, in the format `version`. Nothing in its files can betray it."""
+    shifted. Nothing in its files can betray it."""
     rows, (run_id, utc) = checkout.events(source), later(source.name, seconds)
-    convert(rows, version or rows[0]["format"])
     start = rows[0]
     start |= dict(run_id=run_id, utc=utc, seed=seed)
     moved = knobs | dict(seed=seed)
@@ -286,10 +271,14 @@ def build(root):
     done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
                          "--arm", f"cold={cold[0]}", cold[1])
     assert done.code == 0, done
-    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 4e-3 * i, 2, mlp_ratio=3)
+    fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 4e-3 * i, mlp_ratio=3)
             for i in (1, 2, 3)]
-    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 4e-3 * i + 1e-3, 1)
+    slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 4e-3 * i + 1e-3)
             for i in (1, 2, 3)]
+    for folder in slow:
+        rows = checkout.events(folder)
+        in_format_1(rows)
+        checkout.rewrite(folder, rows)
     done = checkout.main("add", *fast, "--name", "Fast", "--claim", "record", "--summary", "a faster toy", *common,
                          "--parent", checkout.record("Toy").name, "--baseline", *slow)
     assert done.code == 0, done
@@ -297,10 +286,11 @@ def build(root):
 
 
 def overlay(value, change):
-    """`change` put over the keys of `value`, or of the first of a list."""
+    """`change` put over `value`, key by key and deeper; over that of a list, over its first. Knobs are put whole."""
     if isinstance(value, list):
-        return [value[0] | change, *value[1:]]
-    return value | change if isinstance(value, dict) and set(change) != {"steps"} else change
+        return [overlay(value[0], change), *value[1:]]
+    return value | {key: overlay(value[key], new) if isinstance(new, dict) and key != "changed" else new
+                    for key, new in change.items()}
 
 
 def made(tmp_path_factory):
@@ -388,6 +378,12 @@ class Box(Checkout):
         lines = done.out.splitlines()
         assert done.code == 1 and done.err == "" and lines.pop().endswith(" failed"), done
         return [line.partition(" ")[2].partition(" ")[2].split(": ", 1) for line in lines]
+
+    def expect(self, code, *words):
+        """The problems of verify, of which one has this code and, in its sentence, these words."""
+        found = self.problems()
+        assert any(own == code and all(str(word) in sentence for word in words) for own, sentence in found), found
+        return found
 
 
 def without(folder, *packages):
