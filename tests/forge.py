@@ -51,18 +51,13 @@ class Done(NamedTuple):
 
 def load(folder):
     """The modules of a records/ folder, their paths its own; the import system forgets them again."""
-    names, kept, bare = ("decide", "runs", "seeds", "sets", "trials", "records"), sys.path[:], sys.dont_write_bytecode
-    loaded = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # those of another folder
-    sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = False  # compiled once, and copied with the checkout
-    try:
+    names, patch = ("decide", "runs", "seeds", "sets", "trials", "records"), mock.patch.object
+    bytecode = patch(sys, "dont_write_bytecode", False)  # compiled once, and copied with the checkout
+    with patch(sys, "path", [str(folder), *sys.path]), bytecode, mock.patch.dict(sys.modules):
+        for name in names:
+            sys.modules.pop(name, None)  # of another folder
         importlib.invalidate_caches()
         return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path[:], sys.dont_write_bytecode = kept, bare
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(loaded)
 
 
 class Checkout:
@@ -75,19 +70,16 @@ class Checkout:
 
     def main(self, *argv, answer=""):
         """`python records/records.py argv` in this process."""
-        out, err, stdin, where = io.StringIO(), io.StringIO(), sys.stdin, Path.cwd()
-        handler = signal.getsignal(signal.SIGTERM)
+        out, err, where, handler = io.StringIO(), io.StringIO(), Path.cwd(), signal.getsignal(signal.SIGTERM)
         self.records.complete_runs.cache_clear()
+        os.chdir(self.root)
         try:
-            sys.stdin = io.StringIO(answer)
-            os.chdir(self.root)
-            env = mock.patch.dict(os.environ, self.environment)
-            with env, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with (mock.patch.dict(os.environ, self.environment), mock.patch.object(sys, "stdin", io.StringIO(answer)),
+                  contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
                 code = self.records.main([*map(str, argv)])
         except SystemExit as error:  # argparse
             code = error.code
         finally:
-            sys.stdin = stdin
             os.chdir(where)
             signal.signal(signal.SIGTERM, handler)
         return Done(code, out.getvalue(), err.getvalue())
@@ -101,6 +93,11 @@ class Checkout:
     def shell(self, *argv):
         """`./run.sh argv`, which must do well."""
         subprocess.run(["./run.sh", *argv], cwd=self.root, check=True, capture_output=True, env=self.environment)
+
+    def add(self, name, folders, claim, *argv):
+        done = self.main("add", *folders, "--name", name, "--claim", claim, "--summary", "a toy", "--track", TRACK,
+                         "--author", "a tester", *argv)
+        assert done.code == 0, done
 
     def tree(self):
         """Every file but compiled ones, with its bytes."""
@@ -122,6 +119,19 @@ class Checkout:
     def rewrite(self, folder, rows):
         """Make `rows` the events of a run."""
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), newline="\n")
+
+    def change(self, folder, change):
+        """Have change(events) made in a run; returns what `change` does."""
+        rows = self.events(folder)
+        answer = change(rows)
+        self.rewrite(folder, rows)
+        return answer
+
+    def rescript(self, folder, text):
+        """Have a run made by its script with `text` at the end, which lies beside it."""
+        script = (folder / "train_gpt.py").read_bytes() + text.encode()
+        (folder / "train_gpt.py").write_bytes(script)
+        self.change(folder, lambda rows: rows[0].update(script_sha256=hashlib.sha256(script).hexdigest()))
 
     def reseal(self, record, **claims):
         """Compute all that meta.json and README.md say anew, if all runs are complete, then put `claims` over it."""
@@ -243,21 +253,11 @@ def clone(checkout, source, folder, seconds, seed, pace=1.0, by=0.0, **knobs):
 
 def build(root):
     """The checkout: runs by trial and run.sh, a record of them, and a faster one whose runs are all clones."""
-    for folder in ("data", "records"):
-        (root / folder).mkdir(parents=True)
-        for path in (ROOT / folder).glob("*.py"):
-            shutil.copy(path, root / folder)
-    for name in ("train_gpt.py", "run.sh", "requirements.txt", "requirements.lock"):
-        shutil.copy(ROOT / name, root)
-    shutil.copytree(ROOT / "records" / "tracks", root / "records" / "tracks")
-    data = make_corpus(root / "data" / "embedded", train=(4000, 3000))
-    content = {path: path.read_bytes()[1024:] for path in sorted(data.glob("*.bin"))}
-    shards = [hashlib.sha256(body).hexdigest() for path, body in content.items() if "train" in path.name]
-    val = hashlib.sha256(content[data / "val_000000.bin"][: 2 * 601]).hexdigest()
-    track = json.loads((ROOT / "records" / "tracks" / "tiny-cpu.json").read_text())
-    track |= dict(target_loss=TARGET, min_runs=3, val_sha256=val, val_tokens=600,
-                  train=dict(max_epochs=1, sha256=hashlib.sha256("".join(shards).encode()).hexdigest()))
-    (root / "records" / "tracks" / f"{TRACK}.json").write_text(json.dumps(track))
+    for pattern in ("data/*.py", "records/*.py", "records/tracks/*.json", "train_gpt.py", "run.sh", "requirements.*"):
+        for path in ROOT.glob(pattern):
+            (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.relative_to(ROOT))
+    make_corpus(root / "data" / "embedded", train=(4000, 3000))
     (root / "python").write_text(PYTHON)
     (root / "python").chmod(0o755)
     checkout = Checkout(root)
@@ -267,21 +267,19 @@ def build(root):
     (root / "trial.txt").write_text(done.out)
     checkout.shell(*KNOBS, "--save=False", "--seed=3")
     base, cold = checkout.arms()
-    common = ["--track", TRACK, "--author", "a tester"]
-    done = checkout.main("add", *base, "--name", "Toy", "--claim", "reference", "--summary", "a toy", *common,
-                         "--arm", f"cold={cold[0]}", cold[1])
-    assert done.code == 0, done
+    data, tracks = checkout.events(base[0])[0]["data"], root / "records" / "tracks"
+    track = json.loads((tracks / "tiny-cpu.json").read_text())
+    track |= dict(target_loss=TARGET, min_runs=3, val_sha256=data["val_sha256"], val_tokens=600,
+                  train=dict(max_epochs=1, sha256=runs.train_sha256(data)))
+    (tracks / f"{TRACK}.json").write_text(json.dumps(track))
+    checkout.add("Toy", base, "reference", "--arm", f"cold={cold[0]}", cold[1])
     fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 4e-3 * i, mlp_ratio=3)
             for i in (1, 2, 3)]
     slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 4e-3 * i + 1e-3)
             for i in (1, 2, 3)]
     for folder in slow:
-        rows = checkout.events(folder)
-        in_format_1(rows)
-        checkout.rewrite(folder, rows)
-    done = checkout.main("add", *fast, "--name", "Fast", "--claim", "record", "--summary", "a faster toy", *common,
-                         "--parent", checkout.record("Toy").name, "--baseline", *slow)
-    assert done.code == 0, done
+        checkout.change(folder, in_format_1)
+    checkout.add("Fast", fast, "record", "--parent", checkout.record("Toy").name, "--baseline", *slow)
     assert checkout.main("list", "--write").code == 0
 
 
@@ -324,11 +322,7 @@ class Box(Checkout):
         return sorted((self.victim / label).iterdir())[i]
 
     def edit(self, change, i=1, label="runs"):
-        """Have change(events) made in run `i` of a set; returns what `change` does."""
-        rows = self.events(self.run(i, label))
-        answer = change(rows)
-        self.rewrite(self.run(i, label), rows)
-        return answer
+        return self.change(self.run(i, label), change)
 
     def edit_all(self, change, *labels):
         for label in labels or self.runs.entries(self.meta()):

@@ -165,32 +165,30 @@ def test_absurd_numbers_in_a_log_are_refused_or_borne(box, old, new):
 
 
 def test_import_groups_logs_by_the_hash_of_their_source(box):
-    logs, sha = box.root / "logs of others", hashlib.sha256(SOURCE.encode()).hexdigest()[:12]
+    logs, changed = box.root / "logs of others", SOURCE + "# other\n"
     write_set(logs / "a", PUBLISHED[:3])
     write_log(logs / "a" / "b" / "crlf.txt", steps_of(3.28), newline="\r\n")
     write_log(logs / "c" / "again.txt", steps_of(3.28))  # that log without the carriage returns
-    write_log(logs / "c" / "died.txt", steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n"
-              .replace("1770/", "1771/"))
-    write_log(logs / "c" / "other.log", steps_of(3.27), SOURCE + "# other\n")
+    write_log(logs / "c" / "died.txt", steps_of(3.28) + "step:1771/1770 train_time:9ms step_avg:nanms\n")
+    write_log(logs / "c" / "other.log", steps_of(3.27), changed)
     (logs / "c" / "not\x1b[31m.txt").write_text("hello")
     (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
     done = box.main("import", logs, "--target=3.28")
-    other = hashlib.sha256(f"{SOURCE}# other\n".encode()).hexdigest()[:12]
     skipped = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
     assert done.code == 0 and len(skipped) == 3 and "\x1b" not in done.out
     assert all(word in done.out for word in ("again.txt is ", "link.txt is a link", "31m.txt has no"))
-    assert f"peers/{sha}: 5 logs, 4 complete\n" in done.out and f"peers/{other}: 1 logs" in done.out
+    names = [hashlib.sha256(source.encode()).hexdigest()[:12] for source in (SOURCE, changed)]
     p = box.decide.p_below([*PUBLISHED[:3], 3.28], 3.28)
-    assert f"n = 4) (p of a mean below 3.28: {p:.2g}); 1770 steps" in done.out and f"  {other}: loss 3.27" in done.out
-    for folder, count, source in ((sha, 5, SOURCE), (other, 1, f"{SOURCE}# other\n")):
-        folder = box.root / "peers" / folder
-        origins = dict(line.split("\t") for line in (folder / "origins.tsv").read_text().splitlines())
-        assert {path.name for path in folder.glob("*.txt")} == set(origins) and len(origins) == count
-        assert (folder / "train_gpt.py").read_text() == source and all(str(logs) in path for path in origins.values())
-    assert "/peers/" in (forge.ROOT / ".gitignore").read_text().splitlines()
+    assert f"peers/{names[0]}: 5 logs, 4 complete\n" in done.out and f"peers/{names[1]}: 1 logs" in done.out
+    assert f"n = 4) (p of a mean below 3.28: {p:.2g}); 1770 steps" in done.out and f"{names[1]}: loss 3.27" in done.out
     again = box.main("import", logs / "a")
-    assert again.code == 0 and len((box.root / "peers" / sha / "origins.tsv").read_text().splitlines()) == 5
-    assert box.main("compare", sha, other).code == 3  # there is one run of the other source
+    for name, count, source in zip(names, (5, 1), (SOURCE, changed)):
+        folder = box.root / "peers" / name
+        origins = dict(line.split("\t") for line in (folder / "origins.tsv").read_text().splitlines())
+        assert {path.name for path in folder.glob("*.txt")} == origins.keys() and len(origins) == count
+        assert (folder / "train_gpt.py").read_text() == source and all(str(logs) in path for path in origins.values())
+    assert again.code == 0 and "/peers/" in (forge.ROOT / ".gitignore").read_text().splitlines()
+    assert box.main("compare", *names).code == 3  # there is one run of the other source
     assert box.main("import", logs / "c" / "not\x1b[31m.txt").code == 2
 
 
