@@ -205,42 +205,32 @@ def run_in_two_records(box):
 # ---- Times and tokens
 
 
+def shave(rows, ms, place):
+    """Take so much from the training time of all events from a place on."""
+    for row in (row for row in rows[place:] if "train_ms" in row):
+        row["train_ms"] -= ms
+    forge.rate(rows)
+
+
 @forgery
 def time_between_the_marks(box):
-    def shave(rows):
-        for row in rows[rows.index(at(rows, "step", 5)) :]:
-            if "train_ms" in row:
-                row["train_ms"] -= 5
-        forge.rate(rows)
-        before, after = at(rows, "step", 4), at(rows, "step", 5)
-        return after["train_ms"] - before["train_ms"], (after["wall_s"] - before["wall_s"]) * 1e3
-    grew, wall = box.edit(shave)
-    return "clock", f"{grew:.3f} ms", f"{wall:.3f} ms"
+    box.edit(lambda rows: shave(rows, 5, rows.index(at(rows, "step", 5))))
+    return "clock", "at the 'step'", "training time grew by", "and the wall by"
 
 
 def a_little_time_at_every_step(box):  # as much as the tolerance of 1 ms + 0.1 % hides
-    def shave(rows):
-        for i, row in enumerate(rows):
-            if "train_ms" in row:
-                row["train_ms"] -= 0.9 * sum(r["event"] == "step" for r in rows[: i + 1])
-        forge.rate(rows)
-    box.edit(shave)
+    box.edit(lambda rows: [shave(rows, 0.9, i) for i, row in enumerate(rows) if row["event"] == "step"])
 
 
 @forgery
 def clock_stopped_where_nothing_is_validated(box):
     def stop(rows):
-        place = rows.index(at(rows, "step", 5))
-        moment = {key: rows[place][key] for key in ("train_ms", "wall_s")}
-        for row in rows[place + 1 :]:
-            if "train_ms" in row:
-                row["train_ms"] -= 5
-        forge.rate(rows)
-        marks = [dict(event="clock", mark=mark, **moment) for mark in ("stop", "start")]
-        marks[1]["wall_s"] += 5e-3
-        rows[place + 1 : place + 1] = marks
+        place = rows.index(at(rows, "step", 5)) + 1
+        stopped = dict(event="clock", mark="stop", **{key: rows[place - 1][key] for key in ("train_ms", "wall_s")})
+        shave(rows, 5, place)
+        rows[place:place] = stopped, stopped | dict(mark="start", wall_s=stopped["wall_s"] + 5e-3)
     box.edit(stop)
-    return "clock", "start"
+    return "clock", "nothing was validated or saved"
 
 
 @forgery
