@@ -66,6 +66,7 @@ from sets import (
     in_turns,
     listing,
     losses,
+    parent_of,
     tables,
     times,
     write_list,
@@ -168,8 +169,7 @@ def rows_of_recipes(record: Record) -> Iterator[tuple]:
     for arm in meta["arms"]:
         wanted[f"arms/{arm['name']}"] = arm["patch_sha256"] or sha, first.knobs | arm["changed"]
     if meta["parent"] or record.baseline or meta["claim"] == "record":
-        path = RECORDS / str(meta["parent"])
-        parent = read_record(path) if path.is_dir() and path.name != meta["name"] else None
+        parent = parent_of(record)
         older = parent and parent.meta["track"] == meta["track"] and parent.meta["date"] <= meta["date"]
         yield "script", f"the parent {meta['parent']}, as an older record of this track,", bool(older), True
         if parent:
@@ -242,19 +242,19 @@ def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
     """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, noise aside,
     unless the seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
     seen, curves = {}, []
-    for record in records:
-        for label, run in ((label, run) for label, runs in record.sets.items() for run in runs):
-            place, points = f"{record.folder.name}/{label}/", run.vals + run.steps
-            curve, doubles = [(p[0], p[2] or 0) for p in reversed(points)], []  # late points differ most
-            for what, key in ("run id", run.name), ("curve of training times", tuple(p[3] for p in points)):
-                doubles.append((what, seen.setdefault((what, key), place + run.name)))
-            doubles += [("curve of losses", where + name) for where, name, seed, other in curves
-                        if (seed != run.seed or where == place) and alike(curve, other)]
-            curves.append((place, run.name, run.seed, curve))
-            for what, other in doubles:
-                if other != place + run.name:
-                    sentence = f"{place}{run.name}: its {what} is that of {other}, not its own"
-                    yield record.folder.name, "duplicate", sentence
+    runs = [(f"{record.folder.name}/{label}/", run) for record in records for label, runs in record.sets.items()
+            for run in runs]
+    for place, run in runs:
+        points, own = run.vals + run.steps, place + run.name
+        doubles = [("run id", seen.setdefault(run.name, own)),
+                   ("curve of training times", seen.setdefault(tuple(p[3] for p in points), own))]
+        curve = [(p[0], p[2] or 0) for p in reversed(points)]  # late points differ most
+        doubles += [("curve of losses", where + other.name) for where, other, curve_there in curves
+                    if (other.seed != run.seed or where == place) and alike(curve, curve_there)]
+        curves.append((place, run, curve))
+        for what, other in doubles:
+            if other != own:
+                yield place.partition("/")[0], "duplicate", f"{own}: its {what} is that of {other}, not its own"
 
 def alike(a: list[tuple], b: list[tuple]) -> bool:
     return len(a) == len(b) and all(x[0] == y[0] and abs(x[1] - y[1]) < NEAR for x, y in zip(a, b))
@@ -381,43 +381,44 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def command(name, text, *arguments):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for names, options in arguments:
-            sub.add_argument(*names.split(), **options)
-    several, need = dict(nargs="+", action="extend", default=[]), dict(required=True)
-    switch = lambda text: dict(action="store_true", help=text)
+        for argument, options in arguments:
+            sub.add_argument(argument, **options)
+    arg = lambda name, **options: (name, options)
+    switch = lambda name, text: arg(name, action="store_true", help=text)
+    several = lambda name, **options: arg(name, nargs="+", action="extend", default=[], **options)
     a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas; "
                  "NAME=A,B joins runs of several scripts under a name of yours")
-    command("list", "records by track, best first", ("track", dict(nargs="?")),
-            ("--write", switch("put the tables between the marks of README.md")))
-    command("verify", "recompute everything from raw logs; a line a problem", ("names", dict(nargs="*")))
+    margin = arg("--margin", type=float, default=MARGIN, help="losses count as equal where the interval of their "
+                 f"difference holds 0 and lies within this; {MARGIN} nats by default")
+    target = arg("--target", type=float, help="print p of a mean loss below it; default: that of a record's track")
+    command("list", "records by track, best first", arg("track", nargs="?"),
+            switch("--write", "put the tables between the marks of README.md"))
+    command("verify", "recompute everything from raw logs; a line a problem", arg("names", nargs="*"))
     command("add", "pack run folders into a record, if verify would pass it",
-            ("runs", dict(nargs="+", help="folders of logs/, or their names")),
-            ("--name", need | dict(help="1 to 40 letters and digits; today's date comes before it")), ("--track", need),
-            ("--claim", need | dict(choices=CLAIMS)), ("--author", need),
-            ("--summary", need | dict(help="at most 120 characters")),
-            ("--parent", dict(help="the record that this one starts from")),
-            ("--baseline", several | dict(metavar="RUN", help="runs of the parent's script, in turns with these")),
-            ("--arm", dict(nargs="+", action="append", default=[], metavar="NAME=RUN", help="runs with other knobs")),
-            ("--leave-out", several | dict(metavar="RUN=REASON", help="runs of this script and knobs, and why")),
-            ("--private", switch("the text cannot be passed on")))
-    command("rerun", "run a record's own script again, and compare", ("name", {}),
-            ("--yes", switch("do not ask")),
-            ("--data", dict(help="folder with the record's shards; default: looked for in data/")),
-            ("--nproc", dict(type=int, default=0, help="ranks; default: as recorded")),
-            ("--seed", dict(type=int, help="a recorded one, to compare with that run; default: the next unused")))
-    margin = ("--margin", dict(type=float, default=MARGIN, help="losses count as equal where the interval of their "
-                               f"difference holds 0 and lies within this; {MARGIN} nats by default"))
-    target = ("--target", dict(type=float, help="print p of a mean loss below it; default: that of a record's track"))
-    command("compare", "two sets of runs", ("a", a_set), ("b", a_set), margin, target)
-    command("plot", "losses of training and validation", ("sets", a_set | dict(nargs="+")),
-            ("--x", dict(choices=sets.AXES, default="time", help="against what, time by default")),
-            ("--mark", several | dict(metavar="NAME=X,LOSS", help="points of which no log is here")),
-            ("--out", dict(default="plot.png", help="the picture, plot.png by default")))
-    command("import", "sort logs of the public speedrun into peers/", ("paths", dict(nargs="+")), target)
+            arg("runs", nargs="+", help="folders of logs/, or their names"),
+            arg("--name", required=True, help="1 to 40 letters and digits; today's date comes before it"),
+            arg("--track", required=True), arg("--claim", required=True, choices=CLAIMS),
+            arg("--author", required=True),
+            arg("--summary", required=True, help="at most 120 characters"),
+            arg("--parent", help="the record that this one starts from"),
+            several("--baseline", metavar="RUN", help="runs of the parent's script, in turns with these"),
+            arg("--arm", nargs="+", action="append", default=[], metavar="NAME=RUN", help="runs with other knobs"),
+            several("--leave-out", metavar="RUN=REASON", help="runs of this script and knobs, and why"),
+            switch("--private", "the text cannot be passed on"))
+    command("rerun", "run a record's own script again, and compare", arg("name"), switch("--yes", "do not ask"),
+            arg("--data", help="folder with the record's shards; default: looked for in data/"),
+            arg("--nproc", type=int, default=0, help="ranks; default: as recorded"),
+            arg("--seed", type=int, help="a recorded one, to compare with that run; default: the next unused"))
+    command("compare", "two sets of runs", arg("a", **a_set), arg("b", **a_set), margin, target)
+    command("plot", "losses of training and validation", arg("sets", nargs="+", **a_set),
+            arg("--x", choices=sets.AXES, default="time", help="against what, time by default"),
+            several("--mark", metavar="NAME=X,LOSS", help="points of which no log is here"),
+            arg("--out", default="plot.png", help="the picture, plot.png by default"))
+    command("import", "sort logs of the public speedrun into peers/", arg("paths", nargs="+"), target)
     command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
-            ("a", dict(help="a script")), ("b", dict(help="a script")),
-            ("--runs", dict(type=int, default=3, help="of each arm, 3 by default")), margin,
-            ("--first-seed", dict(type=int, default=1, help="seeds go on from this one; 1 by default")))
+            arg("a", help="a script"), arg("b", help="a script"),
+            arg("--runs", type=int, default=3, help="of each arm, 3 by default"), margin,
+            arg("--first-seed", type=int, default=1, help="seeds go on from this one; 1 by default"))
     return top
 
 def main(argv: list[str]) -> int:

@@ -64,6 +64,11 @@ def find_record(name: str) -> Path:
         raise Bad("path", f"there is no record, run or log {safe(name, 80)}; the records are {names or 'none'}")
     return found[0]
 
+def parent_of(record: Record) -> Record | None:
+    """The record that it names as such, if that is here and another."""
+    path = RECORDS / str(record.meta["parent"])
+    return read_record(path) if path.is_dir() and path.name != record.folder.name else None
+
 # ---- Tables
 
 def show(value, spec: str) -> str:

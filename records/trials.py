@@ -35,6 +35,7 @@ from sets import (
     find_record,
     library_notes,
     losses,
+    parent_of,
     print_comparison,
     runs_in,
     times,
@@ -197,8 +198,7 @@ def rerun(args, verify: Callable) -> int:
     meta, runs = record.meta, record.sets["runs"]
     (mean, half), sd = prediction(losses(runs)), statistics.stdev(losses(runs))
     nproc, python = args.nproc or meta["world_size"], os.environ.get("PYTHON") or sys.executable
-    if meta["parent"] and (RECORDS / meta["parent"]).is_dir():
-        parent = read_record(RECORDS / meta["parent"])
+    if parent := parent_of(record):
         print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
     else:
         print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")

@@ -78,6 +78,15 @@ EVENTS = dict(
     memory_without_a_gpu=(lambda rows: at(rows, "end").update(peak_val_mib=9), "track", "'peak_val_mib': 9"),
     checkpoint_that_was_not_due=(lambda rows: rows.insert(5, dict(event="checkpoint", step=2, bytes=1, ms=1.0)),
                                  "truncated", "'checkpoint' events is [2]"),
+    argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments", "--steps=21"),
+    other_count_of_tokens_to_validate=(lambda rows: rows[0]["knobs"].update(val_tokens=300), "data", "knob val_tokens"),
+    norms_that_were_not_due=(lambda rows: at(rows, "step", 10).update(norms={}), "truncated", "step 10 has norms"),
+    second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "lines with an end is [6, "),
+    step_out_of_order=(lambda rows: rows.insert(-1, dict(event="warning", text="", step=3)), "truncated", "20, 3]"),
+    clock_that_starts_late=(lambda rows: next(row for row in rows if "train_ms" in row).update(train_ms=5.0), "clock",
+                            "starts at 5.0 ms"),
+    mark_that_comes_twice=(lambda rows: rows.insert(rows.index(at(rows, "clock")), at(rows, "clock")), "clock",
+                           "the mark 'stop' comes twice"),
     day_that_no_month_has=(lambda rows: rows[0].update(utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
     hour_that_no_day_has=(lambda rows: rows[0].update(run_id="20260101-250000-abcdef"), "schema", "20260101-250000"),
     format_of_the_future=(lambda rows: rows[0].update(format=3), "schema", "the format 3", "1 and 2"),
@@ -110,6 +119,7 @@ META = dict(
     other_hardware=(dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1")), "headline", GPU, "None"),
     private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2", "**Data: private.**"),
     arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001", "0.5"),
+    another_name=(dict(name="2026-11-26_Another"), "schema", "name in meta.json is 2026-11-26_Another"),
     unknown_track=(dict(track="nowhere"), "track", "False", "True"),
     long_summary=(dict(summary="s" * 121), "schema", "120 characters"),
     date_of_another_day=(dict(date="2020-01-01"), "schema", "2020-01-01"),
@@ -121,6 +131,9 @@ DATA = dict(
     more_epochs_than_allowed=(lambda rows: [rows[0]["knobs"].update(epochs=3), *(
         shard.update(tokens=1000) for shard in rows[0]["data"]["train"])], "track", "2.560 epochs", "1 are allowed"),
     other_validation_stream=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
+    fewer_tokens_for_all=(lambda rows: rows[0]["data"].update(val_tokens=300), "data", "is 300", "be 600"),
+    gpus_without_ranks=(lambda rows: rows[0].update(gpu_count=2), "data", "gpu_count is 2", "be 1"),
+    gpus_on_a_track_for_cpus=(lambda rows: rows[0].update(gpu_count=1), "track", "the number of GPUs is 1", "be 0"),
     other_training_shard=(lambda rows: rows[0]["data"]["train"][0].update(sha256="a" * 64), "data",
                           "SHA-256 over the training shards"),
 )
@@ -174,6 +187,13 @@ forgeries(clone, dict(curve_twice=((1, 0), "duplicate", "curve of training times
 def knob_that_the_script_does_not_have(box):
     box.edit_all(lambda rows: rows[0]["knobs"].update(luck=1))
     return "knobs", "train_gpt.py alone has is ['luck']"
+
+
+@forgery
+def arm_that_is_none(box):
+    box.edit_all(lambda rows: [rows[0][key].update(head_lr=float(default_of("head_lr"))) for key in (
+        "knobs", "changed")], "arms/cold")
+    return "knobs", "having the recipe of runs/"
 
 
 @forgery
