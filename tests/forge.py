@@ -131,7 +131,7 @@ class Checkout:
         """Have a run made by its script with `text` at the end, which lies beside it."""
         script = (folder / "train_gpt.py").read_bytes() + text.encode()
         (folder / "train_gpt.py").write_bytes(script)
-        self.change(folder, lambda rows: rows[0].update(script_sha256=hashlib.sha256(script).hexdigest()))
+        self.change(folder, put("start", script_sha256=hashlib.sha256(script).hexdigest()))
 
     def reseal(self, record, **claims):
         """Compute all that meta.json and README.md say anew, if all runs are complete, then put `claims` over it."""
@@ -160,9 +160,15 @@ def later(run_id, seconds):
     return f"{when:%Y%m%d-%H%M%S}-{digits}", f"{when:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def at(rows, kind, step=None):
-    """The event of this kind at this step; with no step the last of its kind."""
-    return [row for row in rows if row["event"] == kind and step in (None, row.get("step"))][-1]
+def at(rows, where):
+    """The event of a kind, at a step if `where` is such as "step 10"; the last of these."""
+    kind, _, step = where.partition(" ")
+    return [row for row in rows if row["event"] == kind and step in ("", str(row.get("step")))][-1]
+
+
+def put(where, **change):
+    """An edit of events: lays `change` over that one."""
+    return lambda rows: at(rows, where).update(overlay(at(rows, where), change))
 
 
 def lower(rows, by=0.125):
@@ -284,11 +290,11 @@ def build(root):
 
 
 def overlay(value, change):
-    """`change` put over `value`, key by key and deeper; over that of a list, over its first. Knobs are put whole."""
+    """`change` put over `value`, key by key and deeper; over its first, if a list; an empty object replaces all."""
     if isinstance(value, list):
         return [overlay(value[0], change), *value[1:]]
-    return value | {key: overlay(value[key], new) if isinstance(new, dict) and key != "changed" else new
-                    for key, new in change.items()}
+    deeper = {key: overlay(value[key], new) for key, new in change.items() if new and isinstance(new, dict)}
+    return value | change | deeper
 
 
 def made(tmp_path_factory):
@@ -335,7 +341,7 @@ class Box(Checkout):
     def extend_script(self, text, *labels):
         """Have the runs, of all sets or of some, made by a script that ends in `text`."""
         script = (self.victim / "train_gpt.py").read_bytes() + text.encode()
-        self.edit_all(lambda rows: rows[0].update(script_sha256=hashlib.sha256(script).hexdigest()), *labels)
+        self.edit_all(put("start", script_sha256=hashlib.sha256(script).hexdigest()), *labels)
         return script
 
     def replace(self, path, old, new):

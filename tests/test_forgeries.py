@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forge
 import pytest
-from forge import at, default_of, in_format_1, in_stages, lower, swap
+from forge import at, default_of, in_format_1, in_stages, lower, put, swap
 
 FORGERIES = []  # (pattern of the records that the checkout lacks, make)
 
@@ -48,65 +48,65 @@ def forgeries(spoil, table, add=forgery):
 # ---- One edit of the events of one run
 
 EVENTS = dict(
-    loss_of_the_last_validation_alone=(lambda rows: at(rows, "val").update(val_loss=4.0), "headline", "be 4.0"),
-    knob_against_changed=(lambda rows: rows[0]["changed"].update(head_lr=0.5), "knobs", "head_lr", "0.5",
+    loss_of_the_last_validation_alone=(put("val", val_loss=4.0), "headline", "be 4.0"),
+    knob_against_changed=(put("start", changed=dict(head_lr=0.5)), "knobs", "head_lr", "0.5",
                           default_of("head_lr")),
-    knob_of_one_run=(lambda rows: [rows[0][key].update(head_lr=0.5) for key in ("knobs", "changed")], "knobs",
-                     "recipes", "is 2", "be 1"),
-    seed_against_its_knob=(lambda rows: rows[0].update(seed=9), "seeds", "is 2", "be 9"),
+    knob_of_one_run=(put("start", knobs=dict(head_lr=0.5), changed=dict(head_lr=0.5)), "knobs", "recipes", "is 2",
+                     "be 1"),
+    seed_against_its_knob=(put("start", seed=9), "seeds", "is 2", "be 9"),
     seed_twice=(lambda rows: [rows[0].update(seed=1), rows[0]["knobs"].update(seed=1), rows[0]["changed"].pop("seed")],
                 "seeds", "[1]"),
-    tokens_doubled_at_a_step=(lambda rows: at(rows, "step", 10).update(tokens=5120), "tokens", "5120", "2560"),
+    tokens_doubled_at_a_step=(put("step 10", tokens=5120), "tokens", "5120", "2560"),
     more_tokens_than_the_stream_has=(lambda rows: [shard.update(tokens=1000) for shard in rows[0]["data"]["train"]],
                                      "tokens", "5120", "2000"),
-    rate_of_tokens=(lambda rows: at(rows, "end").update(tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
-    other_validation_in_one_run=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
-    fewer_tokens_validated=(lambda rows: at(rows, "val").update(val_tokens=300), "data", "is 300", "be 600"),
-    loss_that_is_nan=(lambda rows: at(rows, "step", 10).update(train_loss="nan"), "nan", "nan", "[]"),
-    step_missing=(lambda rows: rows.remove(at(rows, "step", 7)), "truncated", "6, 8", "6, 7, 8"),
+    rate_of_tokens=(put("end", tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
+    other_validation_in_one_run=(put("start", data=dict(val_sha256="a" * 64)), "data", "a" * 64),
+    fewer_tokens_validated=(put("val", val_tokens=300), "data", "is 300", "be 600"),
+    loss_that_is_nan=(put("step 10", train_loss="nan"), "nan", "nan", "[]"),
+    step_missing=(lambda rows: rows.remove(at(rows, "step 7")), "truncated", "6, 8", "6, 7, 8"),
     no_end=(lambda rows: rows.pop(), "truncated", "{}", "('complete', 0, 20)"),
     resumed=(lambda rows: rows.insert(1, dict(event="resume", step=5, from_run_id="20200101-000000-abcdef")), "track",
              "resumed", "[]"),
-    ranks_of_one_run=(lambda rows: rows[0].update(world_size=2), "headline", "world_size", "2", "1"),
-    another_day_than_its_name=(lambda rows: rows[0].update(utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
+    ranks_of_one_run=(put("start", world_size=2), "headline", "world_size", "2", "1"),
+    another_day_than_its_name=(put("start", utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
     clock_runs_during_validation=(lambda rows: rows.insert(*swap(rows, "clock", "val")), "clock", "the clock runs"),
     wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[
-        rows.index(at(rows, "val", 10)) + 1 :] if "wall_s" in row], "clock", "gone back by"),
-    time_too_short_to_divide_by=(lambda rows: at(rows, "end").update(train_ms=1e-310), "clock", "grew by"),
+        rows.index(at(rows, "val 10")) + 1 :] if "wall_s" in row], "clock", "gone back by"),
+    time_too_short_to_divide_by=(put("end", train_ms=1e-310), "clock", "grew by"),
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
-    loss_below_0=(lambda rows: at(rows, "step", 10).update(train_loss=-0.5), "nan", "-0.5", "[]"),
-    memory_without_a_gpu=(lambda rows: at(rows, "end").update(peak_val_mib=9), "track", "'peak_val_mib': 9"),
+    loss_below_0=(put("step 10", train_loss=-0.5), "nan", "-0.5", "[]"),
+    memory_without_a_gpu=(put("end", peak_val_mib=9), "track", "'peak_val_mib': 9"),
     checkpoint_that_was_not_due=(lambda rows: rows.insert(5, dict(event="checkpoint", step=2, bytes=1, ms=1.0)),
                                  "truncated", "'checkpoint' events is [2]"),
     argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments", "--steps=21"),
-    other_count_of_tokens_to_validate=(lambda rows: rows[0]["knobs"].update(val_tokens=300), "data", "knob val_tokens"),
-    norms_that_were_not_due=(lambda rows: at(rows, "step", 10).update(norms={}), "truncated", "step 10 has norms"),
+    other_count_of_tokens_to_validate=(put("start", knobs=dict(val_tokens=300)), "data", "knob val_tokens"),
+    norms_that_were_not_due=(put("step 10", norms={}), "truncated", "step 10 has norms"),
     second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "lines with an end is [6, "),
     step_out_of_order=(lambda rows: rows.insert(-1, dict(event="warning", text="", step=3)), "truncated", "20, 3]"),
     clock_that_starts_late=(lambda rows: next(row for row in rows if "train_ms" in row).update(train_ms=5.0), "clock",
                             "starts at 5.0 ms"),
     mark_that_comes_twice=(lambda rows: rows.insert(rows.index(at(rows, "clock")), at(rows, "clock")), "clock",
                            "the mark 'stop' comes twice"),
-    day_that_no_month_has=(lambda rows: rows[0].update(utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
-    hour_that_no_day_has=(lambda rows: rows[0].update(run_id="20260101-250000-abcdef"), "schema", "20260101-250000"),
-    format_of_the_future=(lambda rows: rows[0].update(format=3), "schema", "the format 3", "1 and 2"),
+    day_that_no_month_has=(put("start", utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
+    hour_that_no_day_has=(put("start", run_id="20260101-250000-abcdef"), "schema", "20260101-250000"),
+    format_of_the_future=(put("start", format=3), "schema", "the format 3", "1 and 2"),
 )
 OF_FORMAT_1 = dict(
-    ranks_against_accumulation=(lambda rows: rows[0].update(grad_accum=3), "tokens", "is 3", "be 2"),
+    ranks_against_accumulation=(put("start", grad_accum=3), "tokens", "is 3", "be 2"),
 )
 
 
 OF_FORMAT_2 = dict(
-    step_without_its_rate=(lambda rows: at(rows, "step", 10).pop("lr"), "schema", "lr is missing"),
-    momentum_below_0=(lambda rows: at(rows, "step", 10).update(momentum=-0.5), "schema", "step 10", "-0.5"),
-    rate_of_a_stage=(lambda rows: rows[0]["stages"][0].update(lr=0.5), "tokens", "stage 0", "'lr': 0.5"),
+    step_without_its_rate=(lambda rows: at(rows, "step 10").pop("lr"), "schema", "lr is missing"),
+    momentum_below_0=(put("step 10", momentum=-0.5), "schema", "step 10", "-0.5"),
+    rate_of_a_stage=(put("start", stages=dict(lr=0.5)), "tokens", "stage 0", "'lr': 0.5"),
     no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "the number of stages is 0", "be 1"),
-    stages_in_the_knobs_alone=(lambda rows: [rows[0][key].update(batch_stages="2x128 4x128") for key in (
-        "knobs", "changed")], "tokens", "5120", str(10 * 256 + 10 * 512)),
-    batch_before_its_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 4x128"), at(rows, "step", 10).update(
+    stages_in_the_knobs_alone=(put("start", knobs=dict(batch_stages="2x128 4x128")), "tokens", "5120",
+                               str(10 * 256 + 10 * 512)),
+    batch_before_its_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 4x128"), at(rows, "step 10").update(
         sequences=4)], "tokens", "(4, 128)", "(2, 128)"),
-    stages_without_end=(lambda rows: rows[0]["knobs"].update(batch_stages="1x128 " * 21), "schema", "for 20 steps"),
-    rates_of_other_stages=(lambda rows: rows[0]["knobs"].update(lr_stages="1 1"), "schema", "lr_stages '1 1'"),
+    stages_without_end=(put("start", knobs=dict(batch_stages="1x128 " * 21)), "schema", "for 20 steps"),
+    rates_of_other_stages=(put("start", knobs=dict(lr_stages="1 1")), "schema", "lr_stages '1 1'"),
 )
 
 
@@ -130,11 +130,11 @@ META = dict(
 DATA = dict(
     more_epochs_than_allowed=(lambda rows: [rows[0]["knobs"].update(epochs=3), *(
         shard.update(tokens=1000) for shard in rows[0]["data"]["train"])], "track", "2.560 epochs", "1 are allowed"),
-    other_validation_stream=(lambda rows: rows[0]["data"].update(val_sha256="a" * 64), "data", "a" * 64),
-    fewer_tokens_for_all=(lambda rows: rows[0]["data"].update(val_tokens=300), "data", "is 300", "be 600"),
-    gpus_without_ranks=(lambda rows: rows[0].update(gpu_count=2), "data", "gpu_count is 2", "be 1"),
-    gpus_on_a_track_for_cpus=(lambda rows: rows[0].update(gpu_count=1), "track", "the number of GPUs is 1", "be 0"),
-    other_training_shard=(lambda rows: rows[0]["data"]["train"][0].update(sha256="a" * 64), "data",
+    other_validation_stream=(put("start", data=dict(val_sha256="a" * 64)), "data", "a" * 64),
+    fewer_tokens_for_all=(put("start", data=dict(val_tokens=300)), "data", "is 300", "be 600"),
+    gpus_without_ranks=(put("start", gpu_count=2), "data", "gpu_count is 2", "be 1"),
+    gpus_on_a_track_for_cpus=(put("start", gpu_count=1), "track", "the number of GPUs is 1", "be 0"),
+    other_training_shard=(put("start", data=dict(train=dict(sha256="a" * 64))), "data",
                           "SHA-256 over the training shards"),
 )
 
@@ -185,20 +185,20 @@ forgeries(clone, dict(curve_twice=((1, 0), "duplicate", "curve of training times
 
 @forgery
 def knob_that_the_script_does_not_have(box):
-    box.edit_all(lambda rows: rows[0]["knobs"].update(luck=1))
+    box.edit_all(put("start", knobs=dict(luck=1)))
     return "knobs", "train_gpt.py alone has is ['luck']"
 
 
 @forgery
 def arm_that_is_none(box):
-    box.edit_all(lambda rows: [rows[0][key].update(head_lr=float(default_of("head_lr"))) for key in (
-        "knobs", "changed")], "arms/cold")
+    knobs = dict(head_lr=float(default_of("head_lr")))
+    box.edit_all(put("start", knobs=knobs, changed=knobs), "arms/cold")
     return "knobs", "having the recipe of runs/"
 
 
 @forgery
 def torch_unlike_its_package(box):
-    box.edit_all(lambda rows: rows[0].update(torch="9.9.9"))
+    box.edit_all(put("start", torch="9.9.9"))
     return "schema", "torch, by its package, is 9.9.9"
 
 
@@ -234,7 +234,7 @@ def shave(rows, ms, place):
 
 @forgery
 def time_between_the_marks(box):
-    box.edit(lambda rows: shave(rows, 5, rows.index(at(rows, "step", 5))))
+    box.edit(lambda rows: shave(rows, 5, rows.index(at(rows, "step 5"))))
     return "clock", "at the 'step'", "training time grew by", "and the wall by"
 
 
@@ -245,7 +245,7 @@ def a_little_time_at_every_step(box):  # as much as the tolerance of 1 ms + 0.1 
 @forgery
 def clock_stopped_where_nothing_is_validated(box):
     def stop(rows):
-        place = rows.index(at(rows, "step", 5)) + 1
+        place = rows.index(at(rows, "step 5")) + 1
         stopped = dict(event="clock", mark="stop", **{key: rows[place - 1][key] for key in ("train_ms", "wall_s")})
         shave(rows, 5, place)
         rows[place:place] = stopped, stopped | dict(mark="start", wall_s=stopped["wall_s"] + 5e-3)
@@ -261,13 +261,13 @@ def ranks_that_divide_one_stage(box):
 
 @forgery
 def gpu_on_a_track_for_cpus(box):
-    box.edit_all(lambda rows: rows[0].update(gpu=GPU, gpu_count=1, gpu_memory_mib=81559, driver="1"))
+    box.edit_all(put("start", gpu=GPU, gpu_count=1, gpu_memory_mib=81559, driver="1"))
     return "track", GPU
 
 
 def seconds_in_a_pause(rows, seconds, step=10):
     """The clock stands so long at a step; what the pause takes beyond that is taken from it."""
-    place = rows.index(at(rows, "val", step))
+    place = rows.index(at(rows, f"val {step}"))
     beyond = rows[place + 1]["wall_s"] - rows[place - 1]["wall_s"] - seconds
     for row in (row for row in rows[place:] if "wall_s" in row):
         row["wall_s"] -= beyond
@@ -287,11 +287,11 @@ def test_seconds_moved_into_a_pause(box, step):
     box.edit(lambda rows: seconds_in_a_pause(rows, 1.2, step))
     (code, sentence), = check()
     assert code == "clock" and f"{box.run().name}: the clock stood for 1.200 s at step {step}" in sentence
-    box.edit(lambda rows: rows.insert(rows.index(at(rows, "val", step)), dict(
+    box.edit(lambda rows: rows.insert(rows.index(at(rows, f"val {step}")), dict(
         event="checkpoint", step=step, bytes=1, ms=600.0)))
     assert check() == []
     box.edit(lambda rows: rows.remove(at(rows, "checkpoint")))
-    box.edit_all(lambda rows: rows[0]["knobs"].update(save=True))
+    box.edit_all(put("start", knobs=dict(save=True)))
     assert bool(check()) == (step == 10)
 
 
@@ -372,14 +372,14 @@ def baseline_in_one_piece_between_the_runs(box):
 
 @on_a_baseline
 def baseline_with_other_knobs_than_the_parent(box):
-    box.edit_all(lambda rows: [rows[0][key].update(gate_lr=0.5) for key in ("knobs", "changed")], "baseline")
+    box.edit_all(put("start", knobs=dict(gate_lr=0.5), changed=dict(gate_lr=0.5)), "baseline")
     return "knobs", "'gate_lr': 0.5", f"'gate_lr': {default_of('gate_lr')}"
 
 
 @on_a_baseline
 def baseline_of_another_script_than_the_parent(box):
     sha = hashlib.sha256(b"slow").hexdigest()
-    box.edit_all(lambda rows: rows[0].update(script_sha256=sha), "baseline")
+    box.edit_all(put("start", script_sha256=sha), "baseline")
     return "script", sha, box.meta()["script_sha256"]
 
 
@@ -435,10 +435,10 @@ INVENTED = dict(
     losses=lambda box: box.edit_all(lambda rows: forge.shift(rows, -0.1)),
     times=lambda box: box.edit_all(lambda rows: forge.retime(rows, 0.5)),
     # shards are known by the hashes of the track, not by their lengths
-    tokens_to_read=lambda box: box.edit_all(lambda rows: rows[0]["data"]["train"][0].update(tokens=10**9)),
+    tokens_to_read=lambda box: box.edit_all(put("start", data=dict(train=dict(tokens=10**9)))),
     # no forgery: one clock of the script lags behind the other by milliseconds
-    a_second_between=lambda box: box.edit(lambda rows: rows[0].update(utc=forge.later(rows[0]["run_id"], -1)[1])),
-    mfu=lambda box: box.edit_all(lambda rows: at(rows, "end").update(mfu=0.9)), one_loss=lambda box: box.edit(lower),
+    a_second_between=lambda box: box.edit(put("start", utc=forge.later(box.run().name, -1)[1])),
+    mfu=lambda box: box.edit_all(put("end", mfu=0.9)), one_loss=lambda box: box.edit(lower),
     pause_on_a_cpu=lambda box: box.edit(lambda rows: seconds_in_a_pause(rows, 9)), arm_name=another_name_of_an_arm,
     track=lambda box: box.replace(box.root / "records" / "tracks" / f"{forge.TRACK}.json", "5.0", "6.0"),
     rates=lambda box: box.edit_all(other_rates), log=another_log, script=exchange_the_script,

@@ -324,7 +324,7 @@ def test_control_characters_are_printed_escaped(box):
 
 def test_a_schedule_too_long_to_list_is_refused_at_once(box):
     """Steps by the billion, each to be validated, in a process that may take 2 GB."""
-    box.edit(lambda rows: rows[0]["knobs"].update(steps=10**12, val_every=1))
+    box.edit(forge.put("start", knobs=dict(steps=10**12, val_every=1)))
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); " \
             "sys.argv[1:] = ['verify']; runpy.run_path('records/records.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", limit], cwd=box.root, env=box.environment, capture_output=True,

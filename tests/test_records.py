@@ -109,9 +109,9 @@ def test_a_record_of_stages(bare, monkeypatch):
 @pytest.mark.parametrize("label", ["runs", "baseline"])
 def test_a_stopped_run_has_no_loss_at_its_end_in_format_2(box, label):
     """A baseline is of format 1, and has one."""
-    box.edit(lambda rows: rows[-1].update(status="stopped", code=75), label=label)
+    box.edit(forge.put("end", status="stopped", code=75), label=label)
     if label == "runs":
-        box.edit(lambda rows: rows[-1].update(val_loss=None))
+        box.edit(forge.put("end", val_loss=None))
     run = box.runs.read_run(box.run(label=label))
     assert not run.complete and {code for code, _ in box.runs.check_run(run)} == {"truncated"}
 
@@ -384,14 +384,14 @@ def test_compare_other_machines_scripts_and_streams(box):
     other = [forge.clone(box, base[0], box.root / "other", i, i, by=1 + i / 100) for i in (1, 2)]
     for folder in other:
         box.rescript(folder, "# \x1b[31m mine\n")
-        box.change(folder, lambda rows: rows[0].update(torch="1.0", packages={}))
+        box.change(folder, forge.put("start", torch="1.0", packages={}))
     done = box.main("compare", names(base), "other")
     assert done.code == 0 and "+# \\x1b[31m mine\n" in done.out and "\x1b" not in done.out
     assert "note: not one kind of machine" in done.out and "1.0" in done.out
     (other[0] / "train_gpt.py").unlink()
     assert f"scripts: not the same, and that of {other[0].name} is" in box.main("compare", base[0], other[0]).out
     for folder in other:
-        box.change(folder, lambda rows: rows[0]["data"].update(val_sha256="a" * 64))
+        box.change(folder, forge.put("start", data=dict(val_sha256="a" * 64)))
     done = box.main("compare", names(base), "other")
     own = box.events(base[0])[0]["data"]["val_sha256"]
     assert done.code == 2 and "a" * 12 in done.err and own[:12] in done.err and done.out == ""
@@ -448,6 +448,6 @@ def test_sets_are_called_by_what_differs(box):
     assert label(base[0], cold[0], f"mine={base[1]}") == [f"head_lr={HEAD_LR}", "head_lr=0.0001", "mine"]
     record = box.record("Toy")
     for run in (record / "arms/cold").iterdir():
-        box.change(run, lambda rows: rows[0].update(script_sha256="a" * 64))
+        box.change(run, forge.put("start", script_sha256="a" * 64))
     assert label(record / "runs", record / "arms/cold") == ["runs", "arms/cold"]
     assert label(record / "runs") == [f"{record.name}/runs"]
