@@ -176,10 +176,10 @@ def script_knobs(script: bytes) -> dict:
     """The knobs of a script by name, with their defaults: the fields of its class Hyperparameters, `name: type = 1` or
     `name: type = knob(1, ...)`. Empty if there is none, or if this is no Python."""
     try:
-        fields = defined_in(script).get("Hyperparameters", ast.Module([])).body
+        own = defined_in(script).get("Hyperparameters")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    return {field.target.id: default_of(field.value) for field in fields
+    return {field.target.id: default_of(field.value) for field in (own.body if own else ())
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}
 
 # ---- Formats, all closed: an unknown key is refused
