@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -311,10 +310,6 @@ def made(tmp_path_factory):
 
 def losses(checkout, folders):
     return [checkout.events(folder)[-1]["val_loss"] for folder in folders]
-
-
-def today():
-    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 class Box(Checkout):

@@ -241,11 +241,9 @@ def test_a_public_set_against_ours(toy, tmp_path):
     assert done.code == 0 and "note: public logs do not name their validation tokens" in done.out
     assert "note: not one kind of machine" in done.out and "20 steps in " in done.out and "1770 steps in " in done.out
     assert "--- public\n" in done.out and "lines more\n" in done.out
-    for sets in ([tmp_path / "public"], [tmp_path / "public", toy.record("Toy").name], [tmp_path / "public"] * 2):
-        out = tmp_path / f"{len(sets)}.png"
-        assert toy.main("plot", *sets, "--out", out).code == 0
-        assert out.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and out.stat().st_size <= 100 * 1024
-    refused = toy.main("plot", *sets, "--out", out, "--x=tokens")
+    sets = tmp_path / "public", toy.record("Toy").name, "--out", tmp_path / "picture.png"
+    assert toy.main("plot", *sets).out.startswith(f"{sets[-1]}: ")
+    refused = toy.main("plot", *sets, "--x=tokens")
     assert refused.code == 2 and "nothing of tokens" in refused.err
 
 

@@ -313,9 +313,8 @@ def test_arms_that_cannot_be_told_apart_are_refused_before_the_first_run(box, mo
 
 def test_a_resumed_run_is_no_run_of_a_trial(taken):
     base, _ = taken.box.arms()
-    rows = taken.box.events(base[1])
-    rows.insert(1, dict(event="resume", step=2, from_run_id=base[0].name))
-    taken.box.rewrite(base[1], rows)
+    resume = dict(event="resume", step=2, from_run_id=base[0].name)
+    taken.box.change(base[1], lambda rows: rows.insert(1, resume))
     taken.ready["base2"] = forge.clone(taken.box, base[0], taken.box.root / "new", 60, 2)
     done = trial(taken.box, "--runs=2", forge.COLD)
     assert "not counted, for its origin" in done.out and base[1].name in done.out
