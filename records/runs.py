@@ -360,13 +360,15 @@ def read_run(folder: Path) -> Run:
     stages_of(start["knobs"])
     if start["run_id"] != folder.name:
         raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
-    vals, steps = ([(row["step"], row["tokens"], row[loss] and float(row[loss]), row["train_ms"]) for row in events
-                    if row["event"] == kind] for kind, loss in (("val", "val_loss"), ("step", "train_loss")))
+    def curve(kind: str, loss: str) -> list[tuple]:
+        rows = [row for row in events if row["event"] == kind]
+        return [(row["step"], row["tokens"], row[loss] and float(row[loss]), row["train_ms"]) for row in rows]
     end = next((row for row in events if row["event"] == "end"), {})
     own = folder / "train_gpt.py"
     script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
-    return Run(folder.name, folder, script, start["script_sha256"], n, vals, steps, start, end, events, start["gpu"],
-               start["gpu_count"], end.get("peak_train_mib"))
+    return Run(folder.name, folder, script, start["script_sha256"], n, curve("val", "val_loss"),
+               curve("step", "train_loss"), start, end, events, start["gpu"], start["gpu_count"],
+               end.get("peak_train_mib"))
 
 def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""

@@ -213,30 +213,7 @@ def load(text: str | Path) -> Set:
             found, script, track = found + record.runs, record.script, record.meta["track"]
         else:
             found += runs_at(path)
-    once = {run.digest or id(run): run for run in found}
-    if len(once) < len(found):
-        print(f"note: {safe(text, 200)} holds {len(found) - len(once)} logs twice, which count once")
-    found = list(once.values())
-    runs = [run for run in found if run.complete]
-    lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in found if not run.complete)
-    recipes = {run.recipe for run in runs}
-    if len(recipes) != 1 and not (named and len({knobs for _, knobs in recipes}) == 1):
-        for recipe in sorted(recipes):
-            own = [run for run in runs if run.recipe == recipe]
-            print(f"script {recipe[0][:12]}, {differing_knobs(own[0], runs)}:", *(safe(run.name) for run in own))
-        advice = ": name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
-        raise Bad("knobs", f"{safe(text, 200)} holds {len(runs)} complete runs, {len(found)} in all, of {len(recipes)} "
-                           f"recipes (script and knobs){advice if recipes else ''}{lacking}")
-    for what in ("name", "seed"):
-        values = [getattr(run, what) for run in runs if run.start]
-        if len(set(values)) < len(values):
-            raise Bad("seeds", f"{safe(text, 200)} has a {what} twice, in {sorted(map(str, values))}")
-    if lacking:
-        print(f"note: only complete runs count{lacking}")
-    for problem in (p for run in runs if run.start for p in check_run(run)):
-        raise Bad(*problem)
-    if len(recipes) > 1:
-        print(f"note: {safe(named, 40)} joins runs of {len(recipes)} scripts, by your word that they are one")
+    runs = of_one_recipe(found, safe(text, 200), safe(named, 40))
     first, *more = (Path(name).name for name in text.split(","))
     label = f"{safe(first, 40)} and {len(more)} more" if more else safe(first, 40)
     if home := home_of(path):
@@ -244,6 +221,35 @@ def load(text: str | Path) -> Set:
         kept = read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)
         script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
     return Set(safe(named, 40) or label, runs, runs[0].script or script, track, bool(named))
+
+def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
+    """The complete ones, each once, and what is said of the others. Bad unless they make a set; `text` is what the user
+    has typed, behind the name `named`, if any."""
+    once = {run.digest or id(run): run for run in found}
+    if len(once) < len(found):
+        print(f"note: {text} holds {len(found) - len(once)} logs twice, which count once")
+    runs = [run for run in once.values() if run.complete]
+    others = [run for run in once.values() if not run.complete]
+    lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in others)
+    recipes = {run.recipe for run in runs}
+    if len(recipes) != 1 and not (named and len({knobs for _, knobs in recipes}) == 1):
+        for recipe in sorted(recipes):
+            own = [run for run in runs if run.recipe == recipe]
+            print(f"script {recipe[0][:12]}, {differing_knobs(own[0], runs)}:", *(safe(run.name) for run in own))
+        advice = ": name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
+        raise Bad("knobs", f"{text} holds {len(runs)} complete runs, {len(once)} in all, of {len(recipes)} recipes "
+                           f"(script and knobs){advice if recipes else ''}{lacking}")
+    for what in ("name", "seed"):
+        values = [getattr(run, what) for run in runs if run.start]
+        if len(set(values)) < len(values):
+            raise Bad("seeds", f"{text} has a {what} twice, in {sorted(map(str, values))}")
+    if lacking:
+        print(f"note: only complete runs count{lacking}")
+    for problem in (p for run in runs if run.start for p in check_run(run)):
+        raise Bad(*problem)
+    if len(recipes) > 1:
+        print(f"note: {named} joins runs of {len(recipes)} scripts, by your word that they are one")
+    return runs
 
 def home_of(path: Path) -> Path | None:
     """The record that a folder of runs lies in."""

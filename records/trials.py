@@ -252,8 +252,8 @@ class Arm:
         self.kept = self.known and nproc == 1
         self.surroundings, self.prefix, self.training = dict(NPROC=str(nproc)), "", None
         # a run of a trial keeps no weights, and is not sampled, where its script can be told
-        keeps = "save" in script_knobs(self.source) and not any(knob.startswith("--save=") for knob in knobs)
-        self.arguments = [*knobs, "--save=False"] if keeps else knobs
+        chosen = "save" not in script_knobs(self.source) or any(knob.startswith("--save=") for knob in knobs)
+        self.arguments = knobs if chosen else [*knobs, "--save=False"]
 
     def ask(self, words: str) -> dict:
         if self.training is None:
