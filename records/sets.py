@@ -109,10 +109,9 @@ def row(meta: dict, timed: bool) -> str:
     r = meta["result"]
     gain = r["gain_ms"] / 1e3 if timed and r["gain_ci_ms"] else None  # only from interleaved runs
     time = f"{r['train_time_ms_median'] / 1e3:.1f}" if timed else "not ranked"
-    cells = [f"[{meta['name']}](records/{meta['name']})", meta["claim"], time, f"{r['val_loss_mean']:.4f}",
-             show(r["val_loss_sd"], ".4f"), str(r["n"]), show(r["p"], ".2g"), meta["parent"] or "none",
-             show(gain, ".2f")]
-    return f"| {' | '.join(cells)} |"
+    return (f"| [{meta['name']}](records/{meta['name']}) | {meta['claim']} | {time} | {r['val_loss_mean']:.4f} | "
+            f"{show(r['val_loss_sd'], '.4f')} | {r['n']} | {show(r['p'], '.2g')} | {meta['parent'] or 'none'} | "
+            f"{show(gain, '.2f')} |")
 
 def write_list(records: list[Record]) -> None:
     path = ROOT / "README.md"
@@ -347,16 +346,15 @@ def look_of(looks) -> str:
 
 def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]:
     """What the losses and times say, its last line the verdict; exit code as `compare_sets`."""
-    duel, seeds = Duel(a.runs, b.runs), "the one seed that both have"
+    duel = Duel(a.runs, b.runs)
     gap, by_welch = duel.decide(lambda run: run.val_loss), welch(a.losses, b.losses)
     if duel.identical:
-        seeds = f"each of {len(duel.pairs)} seeds" if len(duel.pairs) > 1 else seeds
+        seeds = f"each of {len(duel.pairs)} seeds" if len(duel.pairs) > 1 else "the one seed that both have"
         return [time_sentence(duel, "to the last digit", fresh),
                 f"{b.label}: identical losses, to the last digit, with {seeds}: what is computed did not change"], 0
     if gap is None:
-        pairs = [[run.val_loss for run in runs] for runs in zip(*duel.pairs)] or [a.losses, b.losses]
-        plain, how = statistics.fmean(pairs[1]) - statistics.fmean(pairs[0]), duel.size
-        how = "by runs of one seed" if duel.pairs else how
+        old, new = (statistics.fmean(losses(runs)) for runs in (zip(*duel.pairs) if duel.pairs else (a.runs, b.runs)))
+        plain, how = new - old, "by runs of one seed" if duel.pairs else duel.size
         return [f"{b.label}: its loss is {signed(plain)} from {a.label}'s ({how}). Whether that is noise takes an "
                 f"interval to say, and so {PAIRS} runs of each, with the same seeds"], 3
     tests = [(gap, duel.size if duel.by_pairs else "Welch", ", which decides")]
