@@ -487,7 +487,7 @@ def rows_of_schedule(run: Run) -> Iterator[tuple]:
     """The events there are against those that the knobs imply."""
     n, knobs, ends = run.total, run.start["knobs"], [i for i, r in enumerate(run.events, 1) if r["event"] == "end"]
     yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
-    yield "truncated", "the list of lines with an end", ends, [len(run.events)]
+    yield "truncated", f"the list of its {len(run.events)} lines that are an end", ends, [len(run.events)]
     order = [row["step"] for row in run.events if "step" in row]
     yield "truncated", "the order of steps", order, sorted(order)
     if run.resumed:

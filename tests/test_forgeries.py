@@ -81,7 +81,7 @@ EVENTS = dict(
     argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments", "--steps=21"),
     other_count_of_tokens_to_validate=(put("start", knobs=dict(val_tokens=300)), "data", "knob val_tokens"),
     norms_that_were_not_due=(put("step 10", norms={}), "truncated", "step 10 has norms"),
-    second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "lines with an end is [6, "),
+    second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "lines that are an end is [6, "),
     step_out_of_order=(lambda rows: rows.insert(-1, dict(event="warning", text="", step=3)), "truncated", "20, 3]"),
     clock_that_starts_late=(lambda rows: next(row for row in rows if "train_ms" in row).update(train_ms=5.0), "clock",
                             "starts at 5.0 ms"),
