@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = re.compile(r"[A-Za-z0-9_./@%+=:,~-]*")  # a path that no compiler's command has to quote, as in run.sh
-OF_THE_SCRIPT = {f"test_{name}.py" for name in "cli fp8 gpu loader masks model muon ranks run".split()}
+OF_THE_SCRIPT = {f"test_{name}.py" for name in "cli fp8 gpu graphs loader masks model muon ranks run".split()}
 sys.path.insert(0, str(ROOT))
 
 # Tests run up to four ranks at once, and threads that wait for a busy core spin: steps took up to 80 times longer.
