@@ -75,7 +75,7 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] of a sequence; giving it clears both kinds of stages
+    train_seq_len: int = 48 * 1024  # [tokens] of a sequence; giving it clears the stages
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
@@ -84,9 +84,9 @@ class Hyperparameters:
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
     steps: int = 1293  # [steps] length of the run; spans up to 1 are fractions of it
-    lr_stages: str = "1 1.52 1.73 1.93"  # [x lr] learning rates in each of them; empty = all 1
+    lr_batch: int = 16_384  # [tokens] of a step that rates are for: they go with its root; 0 = any
     cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
-    lr_floor: float = 0.15  # [x lr] what the decay ends at, times the stage's multiplier
+    lr_floor: float = 0.15  # [x lr] what the decay ends at
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
     momentum_cooldown: float = 0.04  # [span] of Muon's momentum, at the end; 0 = off
     window_min: int = 128  # [tokens] attention window at step 0, in whole 128s; = window_max: fixed
@@ -155,8 +155,7 @@ EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
-PLAIN = dict(batch_stages="", lr_stages="")
-SMALL = dict(PLAIN, val_tokens=65_536, window_max=512, copy_chunk=512)
+SMALL = dict(batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_chunk=512)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
@@ -186,17 +185,15 @@ class Stage(NamedTuple):
     first: int  # step at which it begins
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of one
-    lr: float  # multiplier of every learning rate
 
 
 def stages(hp) -> list[Stage]:
     """`batch_stages` in equal spans of the run, or one stage of the two plain knobs."""
     batches = hp.batch_stages.split() or [f"{hp.sequences_per_step}x{hp.train_seq_len}"]
-    rates = hp.lr_stages.split() or ["1"] * len(batches)
     found = []
-    for k, (batch, rate) in enumerate(zip(batches, rates)):
-        sequences, seq_len = map(int, batch.split("x"))
-        found.append(Stage(k * hp.steps // len(batches), sequences, seq_len, float(rate)))
+    for k, batch in enumerate(batches):
+        first = k * hp.steps // len(batches)
+        found.append(Stage(first, *map(int, batch.split("x"))))
     return found
 
 
@@ -235,11 +232,13 @@ def span(length: float, total_steps: int) -> float:
 
 
 def lr_at(step: int, hp) -> float:
-    """Multiplier of every learning rate: the stage's, times a decay that is 1 until the cool-down
-    and then linear to `lr_floor`."""
-    cooldown = span(hp.cooldown, hp.steps)
+    """Multiplier of every learning rate: the root of the step's tokens, in units of `lr_batch`
+    (arXiv:2205.10287), times a decay that is 1 until the cool-down and then linear to `lr_floor`.
+    """
+    stage, cooldown = stage_at(step, hp), span(hp.cooldown, hp.steps)
+    batch = stage.sequences * stage.seq_len / hp.lr_batch if hp.lr_batch else 1.0
     remaining = min((hp.steps - step) / cooldown, 1.0) if cooldown else 1.0
-    return stage_at(step, hp).lr * (remaining + (1 - remaining) * hp.lr_floor)
+    return batch**0.5 * (remaining + (1 - remaining) * hp.lr_floor)
 
 
 def momentum_at(step: int, hp) -> float:
@@ -1511,7 +1510,7 @@ FIXED = PLAIN_BATCH + (
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
-    "logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
+    "lr_batch logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"
 ).split()
@@ -1583,7 +1582,7 @@ def parse_overrides(argv: list[str]) -> Hyperparameters:
         f"--batch_stages and {' '.join(plain)} both say what a step holds: give one of them"
     )
     if plain:  # they win over stages
-        knobs |= {name: given.get(name, "") for name in PLAIN}
+        knobs["batch_stages"] = ""
     return Hyperparameters(**knobs)
 
 
@@ -1657,19 +1656,13 @@ def check(hp, world_size: int):
 
 def check_batches(hp, world_size: int):
     """Refused 2 where stages cannot be read, cut into blocks, or dealt to the ranks."""
-    batches, rates = hp.batch_stages.split(), hp.lr_stages.split()
-    batch = re.compile("[1-9][0-9]{0,5}x[1-9][0-9]{0,7}")
-    rate = re.compile("[0-9]{0,6}[.]?[0-9]{1,9}")
+    batches = hp.batch_stages.split()
     require(
-        all(map(batch.fullmatch, batches)),
+        all(re.fullmatch("[1-9][0-9]{0,5}x[1-9][0-9]{0,7}", batch) for batch in batches),
         f"--batch_stages={hp.batch_stages!r} is not of the form '8x16384 16x16384', each "
         "SEQUENCESxTOKENS of a step"
     )
     count = len(batches) or 1
-    require(
-        all(map(rate.fullmatch, rates)) and len(rates) in (0, count),
-        f"--lr_stages={hp.lr_stages!r} must hold one number for each of the {count} stages"
-    )
     require(hp.steps >= count, f"--steps={hp.steps} must not be below the {count} --batch_stages")
     of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
     lengths = {stage.seq_len: of_length for stage in stages(hp)}

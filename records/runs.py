@@ -195,7 +195,7 @@ KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_m
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
-STAGE = dict(first=int, sequences=int, seq_len=int, lr=float, doc_cap=(0, MISSING))
+STAGE = dict(first=int, sequences=int, seq_len=int, lr=(float, MISSING), doc_cap=(0, MISSING))
 START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, changed=KNOBS, seed=int, device=str,
              gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT, **SOFTWARE, world_size=int,
              fp8=dict(on=bool, reason=str), attention=str, data=DATA)
@@ -239,7 +239,11 @@ class Stage(NamedTuple):
     first: int  # step at which it begins
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of a sequence
-    lr: float  # multiplier of the learning rates
+    lr: float  # multiplier of the learning rates, of scripts with the knob lr_stages
+
+    def facts(self, knobs: dict) -> dict:
+        """What the start event of a run with these knobs says of it."""
+        return {key: value for key, value in self._asdict().items() if key != "lr" or "lr_stages" in knobs}
 
 MOST_STAGES = 1000
 BATCH = re.compile("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")  # SEQUENCES x TOKENS
@@ -475,7 +479,8 @@ def rows_of_start(run: Run) -> Iterator[tuple]:
         return
     yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
     for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
-        yield "tokens", f"stage {i}", {key: found[key] for key in Stage._fields}, stage._asdict()
+        own = stage.facts(knobs)
+        yield "tokens", f"stage {i}", {key: found[key] for key in Stage._fields if key in found}, own
     yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
            [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
 

@@ -224,13 +224,13 @@ def in_stages(rows, **knobs):
         start[key] |= knobs
     start["argv"] += [f"--{key}={value}" for key, value in knobs.items()]
     stages = runs.stages_of(start["knobs"])
-    start["stages"] = [stage._asdict() for stage in stages]
+    start["stages"] = [stage.facts(start["knobs"]) for stage in stages]
     for row in (row for row in rows if "tokens" in row):
         done = row.get("step", row.get("steps"))
         row["tokens"] = runs.tokens_before(done, stages)
         if row["event"] == "step":
             stage = runs.stage_at(done - 1, stages)
-            row |= dict(lr=stage.lr, sequences=stage.sequences, seq_len=stage.seq_len)
+            row |= dict(sequences=stage.sequences, seq_len=stage.seq_len)
     rate(rows)
 
 

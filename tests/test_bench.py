@@ -134,9 +134,9 @@ def test_the_last_stage_is_the_plain_batch(monkeypatch, tmp_path, capsys):
     assert shape(script.parse_overrides(common.plain_batch(["--steps=1"], script))) == ("", 6, 384)
     assert common.plain_batch(["--batch_stages=1x128"], script) == ["--batch_stages=1x128"]
     assert common.plain_batch(["--train_seq_len=512"], script) == ["--train_seq_len=512"]
-    monkeypatch.setitem(tg.PRESETS, "80gb", dict(batch_stages="2x128 4x256", lr_stages="0.5 1"))
+    monkeypatch.setitem(tg.PRESETS, "80gb", dict(batch_stages="2x128 4x256"))
     hp = common.read_knobs("bench", ["--steps=1", "--val_seq_len=512"], ranks=(1, 4), data=False)
-    assert shape(hp) == ("", 4, 256) and hp.lr_stages == "" and hp.val_seq_len == 512
+    assert shape(hp) == ("", 4, 256) and hp.val_seq_len == 512
     with pytest.raises(SystemExit) as end:
         common.read_knobs("bench", ["--batch_stages=2x128 4x256"], data=False)
     assert end.value.code == 2 and "--batch_stages is not for benches" in capsys.readouterr().err

@@ -81,11 +81,8 @@ def test_types():
     ("--batch_stages=8x128 16", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=8x128,16x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
     ("--batch_stages=0x128", ["--batch_stages", "SEQUENCESxTOKENS"]),
-    ("--lr_stages=|--batch_stages=8x128 8x130",
+    ("--batch_stages=8x128 8x130",
      ["--batch_stages", "multiple of 128", "128 or 256", "130"]),
-    ("--batch_stages=|--lr_stages=1 2", ["--lr_stages", "each of the 1 stages"]),
-    ("--lr_stages=-1", ["--lr_stages", "one number"]),
-    ("--lr_stages=half", ["--lr_stages", "one number"]),
 ])
 def test_refusals(argument, words):
     sentence = refusal(*argument.split("|"))
@@ -99,25 +96,23 @@ def test_ranks_that_do_not_divide_the_step_name_those_that_do():
 
 
 def test_ranks_must_divide_every_stage():
-    argument, rates = "--batch_stages=4x128 8x256 12x128", "--lr_stages=1 2 3"
-    assert "divisors of 4" in refusal(argument, rates, world=8) and argument in refusal(argument, rates, world=8)
-    t.check(t.parse_overrides([argument, rates]), 4)
-    assert "--steps=2" in refusal(argument, rates, "--steps=2")
-    assert "3 --batch_stages" in refusal(argument, rates, "--steps=2")
+    argument = "--batch_stages=4x128 8x256 12x128"
+    assert "divisors of 4" in refusal(argument, world=8) and argument in refusal(argument, world=8)
+    t.check(t.parse_overrides([argument]), 4)
+    assert "--steps=2" in refusal(argument, "--steps=2")
+    assert "3 --batch_stages" in refusal(argument, "--steps=2")
 
 
 def test_both_forms_of_a_batch_are_refused_and_a_preset_gives_way(monkeypatch):
     stages = "--batch_stages=4x128 8x256"
     for plain in ("--train_seq_len=128", "--sequences_per_step=4"):
         assert plain.partition("=")[0] in refusal(stages, plain) and "--batch_stages" in refusal(stages, plain)
-    hp = t.parse_overrides(["--preset=24gb", stages, "--lr_stages=0.5 1"])
-    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128, 0.5), (hp.steps // 2, 8, 256, 1.0)]
-    monkeypatch.setitem(t.PRESETS, "staged", dict(batch_stages="4x128 8x256", lr_stages="0.5 1"))
+    hp = t.parse_overrides(["--preset=24gb", stages])
+    assert [tuple(s) for s in t.stages(hp)] == [(0, 4, 128), (hp.steps // 2, 8, 256)]
+    monkeypatch.setitem(t.PRESETS, "staged", dict(batch_stages="4x128 8x256"))
     assert len(t.stages(t.parse_overrides(["--preset=staged"]))) == 2
     alone = t.parse_overrides(["--preset=staged", "--train_seq_len=1280"])
-    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280, 1.0)]
-    faster = t.parse_overrides(["--train_seq_len=1280", "--lr_stages=2"])
-    assert [tuple(s) for s in t.stages(faster)] == [(0, faster.sequences_per_step, 1280, 2.0)]
+    assert [tuple(s) for s in t.stages(alone)] == [(0, alone.sequences_per_step, 1280)]
 
 
 def test_what_may_be_zero_is_what_has_an_off_value_or_a_rate():

@@ -126,7 +126,7 @@ def test_stages_never_recompile_and_follow_the_uncompiled_model():
     """Three stages of two lengths, of documents that are cut, with a tied table and an average: the warm-up compiles
     all, the run nothing, and the losses are those of dense attention without a compiler."""
     torch._dynamo.reset()
-    hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", lr_stages="1 0.5 0.7", steps=9, fp8=False,
+    hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", steps=9, fp8=False,
                average=1.0)
     losses = []
     for fast in (True, False):

@@ -11,7 +11,7 @@ from tiny import make_corpus, write_shard
 
 import train_gpt as t
 
-PLAIN = t.PLAIN  # one stage
+PLAIN = dict(batch_stages="")  # one stage
 
 
 def knobs(folder, **changed):
@@ -138,7 +138,7 @@ def test_ranks_partition_every_step_and_the_stream_wraps():
 def random_stages(rng, steps):
     """Knobs of a run of up to four stages."""
     batches = [f"{rng.integers(1, 5)}x{128 * rng.integers(1, 4)}" for _ in range(rng.integers(1, 5))]
-    return dataclasses.replace(t.Hyperparameters(), batch_stages=" ".join(batches), lr_stages="", steps=steps)
+    return dataclasses.replace(t.Hyperparameters(), batch_stages=" ".join(batches), steps=steps)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -152,7 +152,7 @@ def test_stages_against_a_walk_written_out(seed):
     for step in range(hp.steps):
         stage = max(k for k, first in enumerate(firsts) if first <= step)
         sequences, seq_len = batches[stage]
-        assert t.stage_at(step, hp) == (firsts[stage], sequences, seq_len, 1.0) and t.tokens_before(step, hp) == read
+        assert t.stage_at(step, hp) == (firsts[stage], sequences, seq_len) and t.tokens_before(step, hp) == read
         starts = []
         for _ in range(sequences):
             if place + seq_len + 1 > total:  # with its last target
@@ -167,7 +167,7 @@ def test_stages_against_a_walk_written_out(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_together_read_what_one_does_and_resume_where_they_were(seed):
     stream = t.TokenStream(np.split(np.arange(9000, dtype=np.uint16), [100 * seed + 1, 5000]))
-    hp = dataclasses.replace(t.Hyperparameters(), batch_stages="8x128 16x128 24x256", lr_stages="", steps=6)
+    hp = dataclasses.replace(t.Hyperparameters(), batch_stages="8x128 16x128 24x256", steps=6)
     whole = [*t.prefetch(stream, hp)]
     for world, first in ((2, 0), (4, 1), (8, 2), (8, 3), (2, 5)):
         ranks = [t.prefetch(stream, hp, rank, world, first) for rank in range(world)]
@@ -179,7 +179,7 @@ def test_ranks_together_read_what_one_does_and_resume_where_they_were(seed):
 
 def test_ranks_partition_the_steps_of_every_stage():
     stream = t.TokenStream([np.arange(3000, dtype=np.uint16)])
-    hp = dataclasses.replace(t.Hyperparameters(), **PLAIN | dict(batch_stages="2x128 4x256 4x128"), steps=7)
+    hp = dataclasses.replace(t.Hyperparameters(), batch_stages="2x128 4x256 4x128", steps=7)
     whole = list(t.prefetch(stream, hp))
     assert [[len(ids) for ids, _ in step] for step in whole] == [[128] * 2] * 2 + [[256] * 4] * 2 + [[128] * 4] * 3
     for world in (2, 4):

@@ -64,11 +64,16 @@ def test_momentum_warms_up_and_cools_down():
         assert tg.momentum_at(step, short) == pytest.approx(0.85 + 0.1 * min(up, down))
 
 
-def test_each_stage_has_its_rate():
-    hp = small_hp(steps=10, batch_stages="1x128 2x128 3x256", lr_stages="1 1.5 1.75", cooldown=4.0)
-    assert [stage[:3] for stage in tg.stages(hp)] == [(0, 1, 128), (3, 2, 128), (6, 3, 256)]
-    rates = [1, 1, 1, 1.5, 1.5, 1.5] + [1.75 * share for share in (1, 0.775, 0.55, 0.325)]
+def test_rates_go_with_the_root_of_the_tokens_of_a_step():
+    hp = small_hp(steps=10, batch_stages="1x128 2x128 2x256", lr_batch=128, cooldown=4.0)
+    assert [tuple(stage) for stage in tg.stages(hp)] == [(0, 1, 128), (3, 2, 128), (6, 2, 256)]
+    rates = [1, 1, 1, 2**0.5, 2**0.5, 2**0.5] + [2 * share for share in (1, 0.775, 0.55, 0.325)]
     assert [tg.lr_at(step, hp) for step in range(10)] == pytest.approx(rates)
+    any_batch = dataclasses.replace(hp, lr_batch=0)
+    assert [tg.lr_at(step, any_batch) for step in (0, 3, 6)] == [1, 1, 1]
+    whole, eighth = tg.Hyperparameters(), tg.parse_overrides(["--preset=eighth"])
+    for step in (0, 400, 800, 1292):
+        assert tg.lr_at(step, whole) == pytest.approx(8**0.5 * tg.lr_at(step, eighth))
 
 
 def test_a_short_run_is_a_scaled_run():

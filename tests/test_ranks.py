@@ -24,10 +24,10 @@ COLLECTIVES = ("all_gather all_gather_into_tensor all_gather_single all_reduce a
 # 8 square matrices, 3 of each MLP shape and 7 small tensors: the shares of 2 and of 4 ranks need padding
 KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", train_seq_len=128, val_seq_len=128,
              window_max=128)
-STAGES = dict(batch_stages="4x128 8x128 4x256", lr_stages="0.5 1 0.8")
-EIGHT = dict(batch_stages="8x128 16x128 8x256", lr_stages="0.5 1 0.8")
+STAGES = dict(batch_stages="4x128 8x128 4x256")
+EIGHT = dict(batch_stages="8x128 16x128 8x256")
 # As the default: one, two and three times 8 sequences, an average at the end
-WHOLE = dict(batch_stages="8x128 16x128 24x128", lr_stages="1 1.5 1.7", average=1.0,
+WHOLE = dict(batch_stages="8x128 16x128 24x128", average=1.0,
              momentum_warmup=2.0, momentum_cooldown=1.0)
 STILL = dict(head_decay=0.0, table_decay=0.0, muon_decay=0.0)  # so that norms of updates are those of the change
 WAYS = dict(bf16=STILL, fp8=STILL | dict(grad_comm="fp8"), stages=STAGES, eight=EIGHT, whole=WHOLE)

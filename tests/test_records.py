@@ -59,15 +59,16 @@ def test_tokens_of_random_stages(toy, seed):
     import train_gpt
 
     draw = random.Random(seed)
-    count, rates = draw.randint(1, 6), draw.choice([[1], [1, 0.7, 0.25]])
+    count, rates = draw.randint(1, 6), draw.choice([[1], [1, 0.7, 0.25]])  # an older script's knob lr_stages
     steps = draw.randint(count, 60)
     wanted = [(k * steps // count, draw.randint(1, 32), 128 * draw.randint(1, 400), draw.choice(rates))
               for k in range(count)]
     hp = dataclasses.replace(
-        train_gpt.Hyperparameters(), steps=steps, batch_stages=" ".join(f"{n}x{length}" for _, n, length, _ in wanted),
-        lr_stages=" ".join(str(lr) for *_, lr in wanted) if len(rates) > 1 else "")
-    stages, size = toy.runs.stages_of(dataclasses.asdict(hp)), 0
-    assert [tuple(stage) for stage in stages] == wanted == [tuple(stage) for stage in train_gpt.stages(hp)]
+        train_gpt.Hyperparameters(), steps=steps, batch_stages=" ".join(f"{n}x{length}" for _, n, length, _ in wanted))
+    older = dict(lr_stages=" ".join(str(lr) for *_, lr in wanted)) if len(rates) > 1 else {}
+    stages, size = toy.runs.stages_of(dataclasses.asdict(hp) | older), 0
+    assert [tuple(stage) for stage in stages] == wanted
+    assert [stage[:3] for stage in wanted] == [tuple(stage) for stage in train_gpt.stages(hp)]
     for step in range(steps + 1):
         assert toy.runs.tokens_before(step, stages) == size == train_gpt.tokens_before(step, hp)
         _, sequences, length, _ = own = [stage for stage in wanted if stage[0] <= step][-1]
@@ -75,7 +76,7 @@ def test_tokens_of_random_stages(toy, seed):
         size += sequences * length
 
 
-STAGED = dict(batch_stages="1x128 2x128 4x64", lr_stages="0.5 0.75 1")
+STAGED = dict(batch_stages="1x128 2x128 4x64", lr_batch=128)
 
 
 def test_a_record_of_stages(bare, monkeypatch):
@@ -88,7 +89,7 @@ def test_a_record_of_stages(bare, monkeypatch):
     record = bare.record("New")
     assert bare.main("verify") == (0, "1 records, 0 failed\n", "")
     meta = json.loads((record / "meta.json").read_text())
-    assert meta["changed"]["lr_stages"] == "0.5 0.75 1"
+    assert meta["changed"]["lr_batch"] == 128
     assert [run["tokens"] for run in meta["runs"]] == [6 * 128 + 7 * 256 + 7 * 256] * 3
     done = bare.main("compare", names(base), record.name)
     assert done.code == 0 and "batch_stages" in done.out and "1x128 2x128 4x64" in done.out
@@ -102,7 +103,7 @@ def test_a_record_of_stages(bare, monkeypatch):
     monkeypatch.setattr(bare.trials, "launch", launch)
     monkeypatch.setattr(bare.trials, "differences", lambda *_: [])
     assert bare.main("rerun", "New", "--yes").code == 3
-    assert "--batch_stages=1x128 2x128 4x64" in called and "--lr_stages=0.5 0.75 1" in called
+    assert "--batch_stages=1x128 2x128 4x64" in called and "--lr_batch=128" in called
     assert not [knob for knob in called if knob.startswith(("--train_seq_len=", "--sequences_per_step="))]
 
 

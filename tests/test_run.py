@@ -597,7 +597,7 @@ def test_two_ranks_give_the_same_losses(done, tmp_path):
 
 def test_the_warm_up_leaves_no_trace(done, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    hp = t.parse_overrides([*command(done[0])[2:], "--batch_stages=", "--lr_stages="])
+    hp = t.parse_overrides([*command(done[0])[2:], "--batch_stages="])
     staged = dataclasses.replace(hp, batch_stages="4x256 2x512")
     for knobs in (hp, staged):
         trainer = t.build(knobs, 384, 0, 1, torch.device("cpu"))
@@ -625,7 +625,7 @@ def test_a_failure_within_the_first_step_keeps_its_code_and_closes_the_log(tmp_p
     assert end["code"] == 6 and end["status"] == "failed" and end["steps"] == 0
 
 
-STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_stages=0.5 1 0.8",
+STAGES = ("--batch_stages=4x128 8x128 4x256", "--lr_batch=512",
           "--average=2.0", "--steps=9", "--epochs=3", "--cooldown=0.4")  # averages from step 3 on
 TINY = [knob for knob in KNOBS if not knob.startswith(("--train_seq_len", "--sequences_per_step", "--steps"))]
 

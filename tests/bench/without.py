@@ -19,7 +19,7 @@ from common import ROOT, make_form  # noqa: E402
 FOLDER = Path(".cache", "without")
 KNOBS = dict(
     average="--average=0",
-    batch_stages="--batch_stages=2x20480,--lr_stages=",  # of the preset eighth: as many tokens
+    batch_stages="--batch_stages=2x20480",  # of the preset eighth: as many tokens
     decay="--muon_decay=0,--head_decay=0,--table_decay=0",
     fp8="--fp8=False",
     momentum="--momentum_warmup=0,--momentum_cooldown=0",

@@ -13,8 +13,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 
 
 def load(folder):
-    hp = t.Hyperparameters(data_dir=str(folder), **t.PLAIN, train_seq_len=256, val_seq_len=512, val_tokens=600, steps=2,
-                           sequences_per_step=1)
+    hp = t.Hyperparameters(data_dir=str(folder), batch_stages="", train_seq_len=256, val_seq_len=512, val_tokens=600,
+                           steps=2, sequences_per_step=1)
     return t.load_corpus(hp, thorough=True)
 
 
