@@ -130,19 +130,6 @@ fineweb() {  # is it there, or can it be fetched? Shards without a manifest were
     [ $code -eq 0 ] || ls data/fineweb10B/fineweb_val_*.bin data/fineweb10B/fineweb_train_*.bin >/dev/null 2>&1
 }
 
-check_room() {  # knobs -> a word where logs/ may get too full: the full model's weights are 1.4 GB, a checkpoint 4.4
-    need=2 place=.
-    case $preset in cpu|tiny) return ;; esac
-    for knob in "$@"; do case $knob in
-        --checkpoint_every=0) need=2 ;;
-        --checkpoint_every=*) need=15 ;;  # two are kept while a third is written
-    esac; done
-    [ ! -d logs ] || place=logs
-    free=$(free_gb $place)
-    [ "${free:-$need}" -ge $need ] || say "only $free GB are free for logs/, and with these knobs the full model" \
-        "writes up to $need GB there: make room, or take --checkpoint_every=0 or --save=False"
-}
-
 here=$PWD file=$0
 while [ -h "$file" ]; do  # a symbolic link; POSIX has no other word for where it leads
     link=$(ls -ld "$file") link=${link#*"$file -> "}
@@ -247,7 +234,6 @@ check $processes "--preset=$preset" "$@" || exit
             preset=tiny processes=${NPROC:-1}; embedded_text; } ;;
 esac
 say "$machine, processes: $processes, preset: $preset, data: $data"
-check_room "$@"
 [ -n "$given_data" ] || set -- "--data_dir=$data" "$@"
 [ -n "$given_preset" ] || set -- "--preset=$preset" "$@"
 # torchrun makes any exit code 1 and of a sentence a page: what can be refused is, before it. One process needs neither.

@@ -40,6 +40,7 @@ import os
 import platform
 import queue
 import re
+import shutil
 import signal
 import string
 import subprocess
@@ -579,6 +580,7 @@ def place(model: GPT, device) -> GPT:
     """Move to the device; on CUDA value embeddings and bigrams are bf16, and with them all
     activations; the head stays fp32. A CPU is 6x slower in bf16."""
     model.to(device)
+    model.lm_head.scale = model.lm_head.scale.to(device)  # or it would follow in each pass
     if torch.device(device).type == "cuda":
         model.value_embeds.bfloat16()
         model.bigrams.bfloat16()
@@ -1387,8 +1389,8 @@ class Trainer:
         return float(sums.sum() / val_tokens)
 
     def warm_up(self):
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each stage and
-        a validation. Then put the weights back and empty the optimizers."""
+        """Compile and load every kernel on made-up tokens, off the clock: a step of each stage, a
+        validation and the end. Then put the weights back and empty the optimizers."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         validated = self.hp.val_seq_len * self.world_size
         longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
@@ -1397,6 +1399,8 @@ class Trainer:
             pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
             self.train_step(stage.first, pairs)
         self.evaluate(dummy, validated, 0)
+        self.average(self.hp.steps - 1)
+        self.blend()
         self.model.load_state_dict(kept)
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -2147,6 +2151,7 @@ class Run:
         self.saved = self.find_saved() if hp.resume else None
         self.trainer = build(hp, VOCAB[corpus.encoding], rank, world_size, device)
         self.log = RunLog(rank, source)
+        self.look_for_room()
         self.clock = Clock(self.log, self.trainer.cuda)
         # the start event: all that the result may depend on, and no place or name
         changed = {
@@ -2166,6 +2171,17 @@ class Run:
             stages=[stage._asdict() for stage in stages(hp)], **self.facts
         )
         self.log.emit("start", facts, corpus=corpus)
+
+    def look_for_room(self):
+        """A note where the run folder may fill the disk."""
+        tensors = self.trainer.model.state_dict().values()
+        # a checkpoint is three times the weights, and two are kept while a third is written
+        most = sum(t.nbytes for t in tensors) * (10 if self.hp.checkpoint_every else self.hp.save)
+        if shutil.disk_usage(".").free < most:
+            self.notes.append(
+                f"up to {most / 1e9:.1f} GB go to logs/, and fewer are free: make room, or take "
+                "--checkpoint_every=0 or --save=False"
+            )
 
     def find_saved(self) -> dict:
         """The checkpoint to go on from; a note says what changed since. Rank 0 finds `latest`, and

@@ -440,16 +440,6 @@ def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
     assert "there is no python3 on the PATH" in refused()
 
 
-def test_little_room_for_checkpoints_is_told_before_the_run(machine):
-    machine.fineweb().gpu(1, 81559)
-    (machine.tools / "df").unlink()
-    machine.put("df", "#!/bin/sh\necho Filesystem\necho /dev/disk 90000000 80000000 ${KB:-10485760} 90% /\n")
-    told = lambda *knobs, **more: machine.as_is(*knobs, **more) and "GB are free for logs/" in machine.out
-    assert told("--checkpoint_every=250") and "only 10 GB" in machine.out and "up to 15 GB" in machine.out
-    assert not told() and not told("--checkpoint_every=0") and not told("--checkpoint_every=250", "--preset=tiny")
-    assert not told("--checkpoint_every=250", KB="20000000") and told(KB="1000000")
-
-
 def test_python_3_10_gets_the_ranges(machine):
     machine.run(VERSION="3.10")
     assert (machine.kept / "constraints.txt").read_text() == "" and "starts at Python 3.11" in machine.out

@@ -3,12 +3,14 @@ and in a process of its own, whose shard is cut short while it trains."""
 
 import copy
 import errno
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -143,6 +145,18 @@ def test_a_full_disk_is_called_that(here, capsys, monkeypatch, place):
     said = ended(capsys, here, code=6)
     assert "weights.pt cannot be written (No space left on device): make room" in said
     assert not list(here.glob("logs/*/*.p*t"))
+
+
+def test_little_room_is_told_before_the_first_step(here, capsys, monkeypatch):
+    free = {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free["bytes"]))
+    model = t.GPT(t.parse_overrides(command(here)[2:]), t.VOCAB["bytes"])
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    for knobs, most in ((["--checkpoint_every=50"], 10), ([], 1), (["--save=False"], 0)):
+        for free["bytes"] in (max(most * size - 1, 0), most * size):
+            main(here, *knobs)
+            before = capsys.readouterr().out.partition("step:0/")[0]
+            assert ("GB go to logs/" in before) == (free["bytes"] < most * size), (knobs, before)
 
 
 def test_the_reason_of_a_failed_write_is_its_own():
