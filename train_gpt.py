@@ -85,7 +85,7 @@ class Hyperparameters:
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
     steps: int = 1293  # [steps] length of the run; spans up to 1 are fractions of it
-    lr_batch: int = 16_384  # [tokens] of a step that rates are for: they go with its root; 0 = any
+    lr_batch: int = 16_384  # [tokens] of a step that rates are for; else x its root; 0 = off
     cooldown: float = 0.6  # [span] linear learning-rate decay at the end; 0 = off
     lr_floor: float = 0.15  # [x lr] what the decay ends at
     momentum_warmup: float = 0.234  # [span] of Muon's momentum; 0 = off
@@ -580,7 +580,6 @@ def place(model: GPT, device) -> GPT:
     """Move to the device; on CUDA value embeddings and bigrams are bf16, and with them all
     activations; the head stays fp32. A CPU is 6x slower in bf16."""
     model.to(device)
-    model.lm_head.scale = model.lm_head.scale.to(device)  # or it would follow in each pass
     if torch.device(device).type == "cuda":
         model.value_embeds.bfloat16()
         model.bigrams.bfloat16()
@@ -750,7 +749,7 @@ class CastedLinear(nn.Linear):
     input. x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale`
     and `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
     products are divided by them again. All three lie in `scale`, which stays fp32 whatever the
-    module is cast to, and follows the input to its device. FP8 needs CUDA, training mode, `use_fp8`
+    module is cast to. FP8 needs CUDA, training mode, `use_fp8`
     (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the input's
     dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize. Raises TypeError where a bool stands for
     x_scale."""
@@ -769,6 +768,13 @@ class CastedLinear(nn.Linear):
         self.scale = torch.tensor(scales, dtype=torch.float32, device=device)
         self.use_fp8 = True
 
+    def _apply(self, fn, recurse=True):
+        """What all casts and moves of modules call: `scale` moves along, and keeps its dtype."""
+        super()._apply(fn, recurse)
+        if not self.scale.is_meta:
+            self.scale = self.scale.to(self.weight.device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.type_as(x)
         aligned = self.in_features % 16 == self.out_features % 16 == 0
@@ -777,7 +783,7 @@ class CastedLinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         pad = -rows.size(0) % 16
         padded = F.pad(rows, (0, 0, 0, pad)) if pad else rows
-        y = FP8Matmul.apply(padded, self.weight, self.scale.to(x.device))
+        y = FP8Matmul.apply(padded, self.weight, self.scale)
         y = y[: rows.size(0)].type_as(x)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
@@ -2151,7 +2157,6 @@ class Run:
         self.saved = self.find_saved() if hp.resume else None
         self.trainer = build(hp, VOCAB[corpus.encoding], rank, world_size, device)
         self.log = RunLog(rank, source)
-        self.look_for_room()
         self.clock = Clock(self.log, self.trainer.cuda)
         # the start event: all that the result may depend on, and no place or name
         changed = {
@@ -2163,6 +2168,14 @@ class Run:
             for argument in argv for name in [argument[2:].partition("=")[0]]
         ]
         model = self.trainer.model
+        # a checkpoint holds moments too, and averages for each rank; two are kept beside a third
+        times = 9 + world_size if hp.checkpoint_every else hp.save
+        most = times * sum(t.nbytes for t in model.state_dict().values())
+        if rank == 0 and shutil.disk_usage(self.log.folder).free < most:
+            self.notes.append(
+                f"up to {most / 1e9:.1f} GB go to logs/, and fewer are free: make room, or take "
+                "--checkpoint_every=0 or --save=False"
+            )
         facts = dict(
             format=2, run_id=self.log.run_id, utc=self.log.utc, argv=shown, changed=changed,
             seed=hp.seed, device=device.type, **machine(device, world_size), world_size=world_size,
@@ -2171,17 +2184,6 @@ class Run:
             stages=[stage._asdict() for stage in stages(hp)], **self.facts
         )
         self.log.emit("start", facts, corpus=corpus)
-
-    def look_for_room(self):
-        """A note where the run folder may fill the disk."""
-        tensors = self.trainer.model.state_dict().values()
-        # a checkpoint is three times the weights, and two are kept while a third is written
-        most = sum(t.nbytes for t in tensors) * (10 if self.hp.checkpoint_every else self.hp.save)
-        if shutil.disk_usage(".").free < most:
-            self.notes.append(
-                f"up to {most / 1e9:.1f} GB go to logs/, and fewer are free: make room, or take "
-                "--checkpoint_every=0 or --save=False"
-            )
 
     def find_saved(self) -> dict:
         """The checkpoint to go on from; a note says what changed since. Rank 0 finds `latest`, and
@@ -2439,8 +2441,8 @@ def verdict(error: BaseException):
         )
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == __file__:
-            place = f"{frame.lineno}, {type(error).__name__}: {frame.line}"
-    return 1, f"the script failed in line {place}"
+            number = frame.lineno
+    return 1, f"the script failed in line {number}: {error!r:.200}"
 
 
 def end(error: BaseException, run):

@@ -221,3 +221,10 @@ def test_a_probe_that_fails_says_why(monkeypatch):
 
     monkeypatch.setattr(tg, "CastedLinear", refuse)
     assert tg.fp8_supported("cuda") == (False, "probe failed: no such kernel")
+
+
+def test_scales_move_with_their_module():
+    """To the device of the weight, and not anew in each forward; without data there is nothing to move."""
+    layer = tg.CastedLinear(16, 32)
+    assert layer.to("meta").scale.is_meta and layer.scale.dtype == torch.float32
+    assert layer.to_empty(device="cpu").weight.device.type == "cpu"

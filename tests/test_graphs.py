@@ -40,8 +40,9 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
         t.compile()
         t.warm_up()
         gc.unfreeze()  # what the warm-up froze
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for step, pairs in enumerate(tg.prefetch(stream, hp)):
-                loss = t.train_step(step, pairs)
-                t.evaluate(stream, 1024, step)
+        made = dict(torch._dynamo.utils.counters["stats"])
+        for step, pairs in enumerate(tg.prefetch(stream, hp)):
+            loss = t.train_step(step, pairs)
+            t.evaluate(stream, 1024, step)
+        assert dict(torch._dynamo.utils.counters["stats"]) == made and made["unique_graphs"] > 12
     assert loss.isfinite()

@@ -436,20 +436,20 @@ def test_a_module_beside_the_script_is_named(tmp_path):
     assert len(warned) == 1 and warned[0].startswith("helper.py lies beside the script")
 
 
-@pytest.mark.parametrize("old, new, line", [
+@pytest.mark.parametrize("old, new, kind", [
     ("hidden = F.relu(linear(x, self.up)).square()", "hidden = F.gelo(linear(x, self.up))",
-     "AttributeError: hidden = F.gelo(linear(x, self.up))"),
+     "AttributeError("),
     ("        return linear(hidden, self.down)\n", "        return hidden @ self.down\n",
-     "RuntimeError: return hidden @ self.down")])
-def test_a_script_that_fails_is_told_its_line(tmp_path, old, new, line):
+     "RuntimeError(")])
+def test_a_script_that_fails_is_told_its_line(tmp_path, old, new, kind):
     make_corpus(tmp_path / "data")
     script = edited(tmp_path, old, new)
     said = run(tmp_path, code=1, script=script).stderr
     number = script.read_text().partition(new.strip())[0].count("\n") + 1
-    reason = f"the script failed in line {number}, {line}"
-    assert f"train_gpt: {reason}\n" in said and "Traceback" in said
     folder = run_folders(tmp_path)[0]
-    assert events(folder, "end")[0]["reason"] == reason and events(folder, "end")[0]["code"] == 1
+    reason = events(folder, "end")[0]["reason"]
+    assert reason.startswith(f"the script failed in line {number}: {kind}") and events(folder, "end")[0]["code"] == 1
+    assert f"train_gpt: {reason}\n" in said and "Traceback" in said and "\n" not in reason
     assert (folder / "log.txt").read_text().splitlines()[-1] == f"exit: 1 {reason}"
 
 

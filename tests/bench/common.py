@@ -79,7 +79,8 @@ def plain_batch(knobs: list[str], script=tg) -> list[str]:
     if not getattr(hp, "batch_stages", "") or any(knob.startswith("--batch_stages=") for knob in knobs):
         return knobs
     last = script.stages(hp)[-1]
-    return [f"--sequences_per_step={last.sequences}", f"--train_seq_len={last.seq_len}", *knobs]
+    rates = ["--lr_batch=0"] if hasattr(hp, "lr_batch") else []  # as at the start, whatever the batch
+    return [f"--sequences_per_step={last.sequences}", f"--train_seq_len={last.seq_len}", *rates, *knobs]
 
 
 def read_knobs(bench: str, knobs: list[str], ranks=(1,), data: bool = True) -> tg.Hyperparameters:

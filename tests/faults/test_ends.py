@@ -149,7 +149,12 @@ def test_a_full_disk_is_called_that(here, capsys, monkeypatch, place):
 
 def test_little_room_is_told_before_the_first_step(here, capsys, monkeypatch):
     free = {}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free["bytes"]))
+
+    def usage(path):
+        assert path == run_folders(here)[-1].relative_to(here)
+        return types.SimpleNamespace(free=free["bytes"])
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     model = t.GPT(t.parse_overrides(command(here)[2:]), t.VOCAB["bytes"])
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     for knobs, most in ((["--checkpoint_every=50"], 10), ([], 1), (["--save=False"], 0)):
