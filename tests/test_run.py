@@ -462,7 +462,8 @@ def test_a_failure_before_the_first_step_ends_the_run_too(here, monkeypatch):
     with pytest.raises(ValueError):
         once(here)
     reason = events(run_folders(here)[0], "end")[0]["reason"]
-    assert reason.endswith("ValueError: self.signals = catch_signals(self.handlers)")
+    number = int(re.fullmatch(r"the script failed in line (\d+): ValueError\('no'\)", reason)[1])
+    assert SCRIPT.read_text().splitlines()[number - 1].strip() == "self.signals = catch_signals(self.handlers)"
 
 
 # ---- Who listens

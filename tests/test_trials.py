@@ -324,7 +324,7 @@ def test_a_resumed_run_is_no_run_of_a_trial(taken):
 @pytest.mark.parametrize("old, new, words", [
     ("F.relu(linear", "F.gelo(linear", "gelo"),
     ("    def forward(self, x):  # (T, D)\n        hidden",
-     "    def forward(self, x):\n        raise ValueError('mine')\n        hidden", "raise ValueError('mine')"),
+     "    def forward(self, x):\n        raise ValueError('mine')\n        hidden", "ValueError('mine')"),
     ("EOT = 50256", "EOT = 50256 / 0", "ZeroDivisionError")])
 def test_the_log_of_a_failing_script_ends_with_the_line_that_failed(box, old, new, words):
     script = (box.root / "train_gpt.py").read_text(encoding="utf-8")
