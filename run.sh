@@ -46,10 +46,8 @@ make_venv() {  # it sees the packages of its interpreter only when their torch i
         > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/reused_torch.pth"
 }
 
-free_gb() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'; }
-
 check_space() {  # before anything is downloaded
-    need=2 free=$(free_gb .)
+    need=2 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
     if [ -n "$(torch_of "$python")" ] || [ "$(uname -s)" != Linux ]; then :
     elif has_gpu; then need=9
     else say "installing torch with its CUDA libraries: about 3 GB to download, 9 GB of disk ($free GB are free)." \
