@@ -426,7 +426,7 @@ def main(argv: list[str]) -> int:
     """1 where a part failed or was left out."""
     args, cuda, real = parse(argv), torch.cuda.is_available(), tg.dist
     try:
-        with common.data_option(args) as data, torch._dynamo.config.patch(recompile_limit=256):
+        with common.data_option(args) as data:
             hp = common.read_knobs("parts", [*args.knobs, data])
             ceiling = recipe.ceiling() if cuda else None
             print(f"{torch.cuda.get_device_name() if cuda else 'no GPU'}, torch {torch.__version__}, bf16 8192^3: "

@@ -64,7 +64,6 @@ class Bench:
         self.args, self.began, self.made = args, time.perf_counter(), {}
         self.rank, self.world, self.device = tg.init_distributed()
         self.hp, self.corpus = hp, tg.load_corpus(hp, thorough=False)
-        torch._dynamo.config.recompile_limit = 256  # one update serves every bucket of every count of ranks
         base = tg.build(hp, tg.VOCAB[self.corpus.encoding], self.rank, self.world, self.device)
         self.model, self.cuda, self.window = base.model, base.cuda, base.window
         self.forward, self.features = base.forward, base.features
