@@ -187,6 +187,10 @@ class Stage(NamedTuple):
     sequences: int  # of a step, over all ranks
     seq_len: int  # tokens of one
 
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_len
+
 
 def stages(hp) -> list[Stage]:
     """`batch_stages` in equal spans of the run, or one stage of the two plain knobs."""
@@ -206,7 +210,7 @@ def tokens_before(step: int, hp) -> int:
     """Tokens that all ranks together have read when `step` begins."""
     tokens, end = 0, step
     for stage in reversed(stages(hp)):
-        tokens += max(0, end - stage.first) * stage.sequences * stage.seq_len
+        tokens += max(0, end - stage.first) * stage.tokens
         end = min(end, stage.first)
     return tokens
 
@@ -236,8 +240,8 @@ def lr_at(step: int, hp) -> float:
     """Multiplier of every learning rate: the root of the step's tokens, in units of `lr_batch`
     (arXiv:2205.10287), times a decay that is 1 until the cool-down and then linear to `lr_floor`.
     """
-    stage, cooldown = stage_at(step, hp), span(hp.cooldown, hp.steps)
-    batch = stage.sequences * stage.seq_len / hp.lr_batch if hp.lr_batch else 1.0
+    cooldown = span(hp.cooldown, hp.steps)
+    batch = stage_at(step, hp).tokens / hp.lr_batch if hp.lr_batch else 1.0
     remaining = min((hp.steps - step) / cooldown, 1.0) if cooldown else 1.0
     return batch**0.5 * (remaining + (1 - remaining) * hp.lr_floor)
 
@@ -749,10 +753,9 @@ class CastedLinear(nn.Linear):
     input. x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale`
     and `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
     products are divided by them again. All three lie in `scale`, which stays fp32 whatever the
-    module is cast to. FP8 needs CUDA, training mode, `use_fp8`
-    (see `fp8_supported`) and features divisible by 16; otherwise the weight is cast to the input's
-    dtype. Scales: NanoGPT speedrun, 2025-01-26_BatchSize. Raises TypeError where a bool stands for
-    x_scale."""
+    module is cast to. FP8 needs CUDA, training mode, `use_fp8` (see `fp8_supported`) and features
+    divisible by 16; otherwise the weight is cast to the input's dtype. Scales: NanoGPT speedrun,
+    2025-01-26_BatchSize. Raises TypeError where a bool stands for x_scale."""
 
     def __init__(
         self, in_features: int, out_features: int,
@@ -1346,12 +1349,12 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"] if group["name"] in AVERAGED else ():
-                    state = optimizer.state[p]
-                    if "average" not in state:
-                        state["average"] = p.clone()
-                    state["average"].lerp_(p, min(1 / length, 1))
+            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
+            for p in sum((group["params"] for group in groups), []):
+                state = optimizer.state[p]
+                if "average" not in state:
+                    state["average"] = p.clone()
+                state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
@@ -2223,9 +2226,8 @@ class Run:
                 optimizer.load_state_dict(state)
                 optimizer.param_groups = groups  # rates are the knobs', not the file's
                 for p, values in made.items():
-                    for name, value in values.items():
-                        found = optimizer.state[p]
-                        found[name] = value.copy_(found[name].view_as(value))
+                    found, due = optimizer.state[p], values.items()
+                    found |= {key: t.copy_(found[key].view_as(t)) for key, t in due}
             self.trainer.model.load_state_dict(saved["model"])
         self.step, self.clock.train_ms = saved["step"], saved["train_ms"]
         self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
