@@ -61,6 +61,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -94,6 +95,7 @@ class Hyperparameters:
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the average of head and matrices; 0 = off
     average_share: float = 0.5  # [1] share of the average in the final weights
+    sampled: float = 0.8  # [span] in which the training softmax is over candidates; 0 = off
     # -- model
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
@@ -156,7 +158,9 @@ EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
-SMALL = dict(batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_chunk=512)
+SMALL = dict(
+    batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_chunk=512, sampled=0.0
+)
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
@@ -544,35 +548,52 @@ class GPT(nn.Module):
                 seen = norm(x)
         return norm(x + self.mix_head(x, streams))
 
-    def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor, sampled=False) -> Tensor:
         """Loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32, the mean
-        over its tokens."""
+        over its tokens. sampled: against `candidates` instead of all rows of V."""
         x = self.features(input_ids, window)
         copied = self.pointer(x, input_ids, targets)
-        return self.losses(x, copied, targets).mean()
+        candidates = self.candidates(targets) if sampled else ()
+        return self.losses(x, copied, targets, *candidates).mean()
 
     # ---- 5. Loss
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(n, D) -> (n, V) fp32 in (0, cap); the sigmoid is a tanh soft-cap (arXiv:2408.00118;
-        @Grad62304977, @KoszarskyB) made positive (@YouJiacheng) and shifted, so that it caps what
-        is likely sooner than what is not (@classiclarryd)."""
-        z = self.lm_head(x).float() + self.hp.logit_shift
+    def candidates(self, targets: Tensor):
+        """Rows of V for the softmax of a training sequence, and their weights, (C,) each. Every
+        target is one, and the pointer's row, with weight 1. Others come from a stride through V,
+        begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
+        strides the mean of the sum is that of the whole softmax (arXiv:1412.2007; PR 360 of
+        modded-nanogpt). targets: (T,) int64; C, a third of V, has room for twice what is seen."""
+        V = self.embed.num_embeddings
+        C = min(V, 16_384)
+        needed = torch.zeros(V, device=targets.device)
+        needed[targets.clamp(0, self.last_row)] = needed[self.last_row + 1] = 1
+        stride = (torch.arange(V, device=targets.device) * 31_337 + targets.sum()) % V
+        rows = (needed * V + stride).topk(C).indices
+        left = V - needed.sum()
+        return rows, torch.where(needed[rows] > 0, 1, left / (left - V + C))
+
+    def logits(self, x: Tensor, rows=slice(None)) -> Tensor:
+        """(n, D) -> (n, V) fp32 in (0, cap), or only those of `rows`; the sigmoid is a tanh
+        soft-cap (arXiv:2408.00118; @Grad62304977, @KoszarskyB) made positive (@YouJiacheng) and
+        shifted, so that it caps what is likely sooner than what is not (@classiclarryd)."""
+        head = dict(weight=self.lm_head.weight[rows])
+        z = functional_call(self.lm_head, head, x).float() + self.hp.logit_shift
         return self.hp.logit_cap * torch.sigmoid(z / self.hp.logit_temp)
 
-    def losses(self, x: Tensor, copied: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, x, copied, targets, rows=slice(None), weights=1.0) -> Tensor:
         """Cross-entropy of each row: x (n, D), targets (n,) int64, -100 scores 0 -> (n,) fp32 nats.
         Row `last_row` + 1 of V is no token's: its softmax share is the probability of copying, so
         p(target) = softmax[target] + softmax[last_row + 1] * copied, with copied (n,) from
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
-        same pass over V."""
-        shares = (self.logits(x) - self.hp.logit_cap).exp()
-        columns = torch.arange(shares.size(-1), device=x.device)
-        rows = targets.clamp(0, self.last_row)[:, None]
-        own = (shares * (columns == rows)).sum(-1)
-        found = own + copied * shares[:, self.last_row + 1]
-        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
+        same pass over V, or over `candidates`."""
+        shares = (self.logits(x, rows) - self.hp.logit_cap).exp() * weights
+        rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
+        own = rows == targets.clamp(0, self.last_row)[:, None]
+        found = shares * (own + copied[:, None] * (rows == self.last_row + 1))
+        total = shares.sum(-1).log()
+        return (total - found.sum(-1).log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
@@ -788,7 +809,7 @@ class CastedLinear(nn.Linear):
         padded = F.pad(rows, (0, 0, 0, pad)) if pad else rows
         y = FP8Matmul.apply(padded, self.weight, self.scale)
         y = y[: rows.size(0)].type_as(x)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = y.view(*x.shape[:-1], y.size(1))
         return y if bias is None else y + bias
 
 
@@ -1326,7 +1347,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for pair in pairs:
             input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
-            loss = self.forward(input_ids, targets, self.window)
+            sampled = step < span(self.hp.sampled, self.hp.steps)
+            loss = self.forward(input_ids, targets, self.window, sampled)
             loss.backward()
             total += loss.detach() / sequences
             for optimizer in self.optimizers:
@@ -1407,6 +1429,7 @@ class Trainer:
         for stage in stages(self.hp):
             pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
             self.train_step(stage.first, pairs)
+        self.train_step(self.hp.steps - 1, pairs)
         self.evaluate(dummy, validated, 0)
         self.average(self.hp.steps - 1)
         self.blend()
@@ -1522,7 +1545,7 @@ FIXED = PLAIN_BATCH + (
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.
 MAY_BE_ZERO = (
-    "cooldown momentum_warmup momentum_cooldown average average_share late_layer "
+    "cooldown momentum_warmup momentum_cooldown average average_share sampled late_layer "
     "lr_batch logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
     "val_every checkpoint_every target_loss log_norms"

@@ -14,7 +14,7 @@ SMALL = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, laye
              late_layer=1, mixed_layers="0 1 2", bigram_rows=256, bigram_dim=16, copy_chunk=64,
              sequences_per_step=2, steps=20)
 # On these depends what tests find, and a script under test may have other defaults, or lack a knob.
-RECIPE = dict(batch_stages="", lr_batch=0, cooldown=0.4, lr_floor=0.1, momentum_warmup=0.0,
+RECIPE = dict(batch_stages="", lr_batch=0, cooldown=0.4, lr_floor=0.1, momentum_warmup=0.0, sampled=0.0,
               momentum_cooldown=0.0, average=0.0, average_share=0.5, window_min=1, window_max=1728,
               mlp_ratio=4, attn_scale=0.12, rope_base=1024.0, logit_cap=30.0, logit_shift=5.0, logit_temp=7.5,
               head_betas=(0.5, 0.95), table_betas=(0.75, 0.9), scalar_betas=(0.9, 0.99), adam_eps=1e-10, head_lr=0.008,

@@ -222,6 +222,47 @@ def test_the_fast_loss_is_exact_up_to_the_greatest_legal_cap(z):
     assert torch.allclose(got, exact, atol=1e-6) and (exact.any() or abs(z) > 100)
 
 
+def test_candidates_are_all_targets_and_others_that_stand_for_the_rest():
+    """Over all strides each other row is there equally often, so that the mean of their sum is that of all rows."""
+    model = small_model(small_hp(), awake=True)
+    needed, counts = {5, 10, 15, 256, 257}, torch.zeros(ROWS)
+    for turn in range(ROWS):  # the sum of the targets decides where a stride begins; here by 5 each turn
+        targets = torch.full((204,), 5)
+        targets[:4] = torch.tensor([5, 10, 15, EOT])
+        targets[4 : 4 + turn // 2] = 15
+        targets[-1] += 5 * (turn % 2)
+        rows, weights = model.candidates(targets)
+        assert len(rows) == len(rows.unique()) == 220 and weights.sum().item() == pytest.approx(ROWS, rel=1e-5)
+        assert set(rows[weights == 1].tolist()) == needed
+        counts[rows] += 1
+    assert all(torch.equal(a, b) for a, b in zip((rows, weights), model.candidates(targets)))
+    rest = [row for row in range(ROWS) if row not in needed]
+    assert counts[list(needed)].eq(ROWS).all() and counts[rest].eq(ROWS * (220 - 5) / (ROWS - 5)).all() or (
+        counts[rest].max() - counts[rest].min() <= 5), "but for the few that the needed ones displace"
+    rows, weights = model.candidates(torch.arange(257).repeat(2))
+    assert sorted(rows.tolist()) == list(range(ROWS)) and weights.eq(1).all(), "all, where there is room"
+
+
+def test_the_loss_over_candidates_is_the_one_written_out():
+    hp = small_hp(train_seq_len=128)
+    model = small_model(hp, awake=True)
+    (ids, targets), = documents(hp, 1)
+    rows, weights = model.candidates(targets)
+    assert 128 < len(rows) < ROWS and weights.max() > 1
+    x = (3 * torch.randn(128, 64, generator=torch.Generator().manual_seed(4))).requires_grad_()
+    found = torch.rand(128, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    shares = weights * torch.exp(30 * torch.sigmoid((F.linear(x, model.lm_head.weight).double()[:, rows] + 5) / 7.5))
+    place = (rows == targets.clamp(max=256)[:, None]).int().argmax(1)
+    copies = shares[:, (rows == 257).int().argmax()]
+    want = (shares.sum(1) / (shares[torch.arange(128), place] + found * copies)).log()
+    inputs = x, found, model.lm_head.weight
+    ours = model.losses(x, found, targets, rows, weights)
+    assert torch.allclose(ours.double(), want, atol=1e-5)
+    for got, exact in zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
+        assert exact.any() and relative_error(got, exact) < 1e-4
+    assert model(ids, targets, window_tensor(2), True) != model(ids, targets, window_tensor(2))
+
+
 def test_the_mean_over_the_sequence_is_returned():
     hp = small_hp()
     model = small_model(hp, awake=True)
