@@ -152,6 +152,7 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
 
+CANDIDATES = 16_384  # rows of V in a sampled softmax: a third, and four times as many as a pass has
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
 GATE = 12  # channels that a gate reads: of attention's input, or half of it, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
@@ -291,15 +292,14 @@ class Rotary(nn.Module):
         freqs = (1 / base) ** torch.linspace(0, 1, steps=head_dim // 4, dtype=torch.float32)
         freqs = F.pad(freqs, (0, len(freqs)))
         theta = torch.outer(torch.arange(max_len), freqs)
-        turns = torch.stack((theta.cos(), theta.sin()))  # (2, max_len, K / 2)
+        turns = torch.stack((theta.cos(), theta.sin())).repeat(1, 1, 2)  # (2, max_len, K)
+        turns[1, :, len(freqs) :] *= -1
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x):  # (T, H, K)
         cos, sin = self.turns[:, : x.size(0), None]
-        x1, x2 = x.float().chunk(2, dim=-1)
-        y1 = x1 * cos + x2 * sin
-        y2 = x2 * cos - x1 * sin
-        return torch.cat((y1, y2), dim=-1).type_as(x)
+        other = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # without cat, which would store both
+        return (x * cos + other * sin).type_as(x)
 
 
 def uniform_matrix(*shape: int) -> nn.Parameter:
@@ -311,6 +311,12 @@ def uniform_matrix(*shape: int) -> nn.Parameter:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x: weights are fp32, and activations bf16 on a GPU."""
     return F.linear(x, weight.type_as(x))
+
+
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """x + y. In bf16 Inductor would make `addmm` of that and of the matmul in y, and copy x first.
+    """
+    return (x.float() + y).type_as(x)
 
 
 def previous(x: Tensor) -> Tensor:
@@ -426,7 +432,8 @@ class Pointer(nn.Module):
     def weights(self, x, input_ids):
         """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
         chunks, (n, C, 2 C) fp32, which sum to less than 1: a score of 0 more means "copy nothing";
-        ids of both chunks, (n, 2 C))."""
+        ids of both chunks, (n, 2 C)). The softmax subtracts no maximum: scores are below 16 x
+        `copy_scale`, and cut where exp would end."""
         n = 2  # chunks, doubled until they are short enough, as far as the length can be halved
         while len(x) > n * self.hp.copy_chunk:
             n *= 2
@@ -440,10 +447,11 @@ class Pointer(nn.Module):
         # behind the chunk before, which is a row before; query i is column C + i of both
         k, ids, docs = (torch.cat((previous(t), t), 1) for t in chunks)
         C = q.size(1)
+        docs[0, :C] = -1  # before the first chunk is nothing, and not itself
         visible = (docs[:, C:, None] == docs[:, None]).tril(C)
-        visible[0, :, :C] = False  # before the first chunk is nothing, and not itself
         scores = (q @ k.mT).float().where(visible, -math.inf)
-        return F.pad(scores, (0, 1)).softmax(-1)[..., :-1], ids
+        weights = scores.clamp(max=75).exp()
+        return weights / (1 + weights.sum(-1, keepdim=True)), ids
 
     def forward(self, x, input_ids, targets):
         """Weight of those tokens that are the target: x (T, D) -> (T,) fp32."""
@@ -468,8 +476,8 @@ class Block(nn.Module):
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
-            x = x + self.attn(seen, values, rotary, masks)
-        return x + self.mlp(norm(x))
+            x = plus(x, self.attn(seen, values, rotary, masks))
+        return plus(x, self.mlp(norm(x)))
 
 
 # ---- 4. GPT
@@ -565,7 +573,7 @@ class GPT(nn.Module):
         strides the mean of the sum is that of the whole softmax (arXiv:1412.2007; PR 360 of
         modded-nanogpt). targets: (T,) int64; C, a third of V, has room for twice what is seen."""
         V = self.embed.num_embeddings
-        C = min(V, 16_384)
+        C = min(V, CANDIDATES)
         needed = torch.zeros(V, device=targets.device)
         needed[targets.clamp(0, self.last_row)] = needed[self.last_row + 1] = 1
         stride = (torch.arange(V, device=targets.device) * 31_337 + targets.sum()) % V
@@ -588,7 +596,8 @@ class GPT(nn.Module):
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
         same pass over V, or over `candidates`."""
-        shares = (self.logits(x, rows) - self.hp.logit_cap).exp() * weights
+        # exp2 is an instruction of the GPU, exp eight more
+        shares = weights * ((self.logits(x, rows) - self.hp.logit_cap) / math.log(2)).exp2()
         rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
         own = rows == targets.clamp(0, self.last_row)[:, None]
         found = shares * (own + copied[:, None] * (rows == self.last_row + 1))

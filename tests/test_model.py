@@ -222,10 +222,11 @@ def test_the_fast_loss_is_exact_up_to_the_greatest_legal_cap(z):
     assert torch.allclose(got, exact, atol=1e-6) and (exact.any() or abs(z) > 100)
 
 
-def test_candidates_are_all_targets_and_others_that_stand_for_the_rest():
+def test_candidates_are_all_targets_and_others_that_stand_for_the_rest(monkeypatch):
     """Over all strides each other row is there equally often, so that the mean of their sum is that of all rows."""
     model = small_model(small_hp(), awake=True)
     needed, counts = {5, 10, 15, 256, 257}, torch.zeros(ROWS)
+    monkeypatch.setattr(tg, "CANDIDATES", 220)
     for turn in range(ROWS):  # the sum of the targets decides where a stride begins; here by 5 each turn
         targets = torch.full((204,), 5)
         targets[:4] = torch.tensor([5, 10, 15, EOT])
@@ -239,11 +240,13 @@ def test_candidates_are_all_targets_and_others_that_stand_for_the_rest():
     rest = [row for row in range(ROWS) if row not in needed]
     assert counts[list(needed)].eq(ROWS).all() and counts[rest].eq(ROWS * (220 - 5) / (ROWS - 5)).all() or (
         counts[rest].max() - counts[rest].min() <= 5), "but for the few that the needed ones displace"
+    monkeypatch.setattr(tg, "CANDIDATES", 1000)
     rows, weights = model.candidates(torch.arange(257).repeat(2))
     assert sorted(rows.tolist()) == list(range(ROWS)) and weights.eq(1).all(), "all, where there is room"
 
 
-def test_the_loss_over_candidates_is_the_one_written_out():
+def test_the_loss_over_candidates_is_the_one_written_out(monkeypatch):
+    monkeypatch.setattr(tg, "CANDIDATES", 144)
     hp = small_hp(train_seq_len=128)
     model = small_model(hp, awake=True)
     (ids, targets), = documents(hp, 1)
