@@ -970,42 +970,33 @@ class Bucket:
         return buffer
 
 
-class InFlight(NamedTuple):
-    """A collective under way. What was sent must live until it has ended."""
-
-    received: Tensor
-    sent: Tensor | None = None
-    work: dist.Work | None = None
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return self.received
-
-
 class BF16Exchange:
     """Gradients travel in bf16 and are summed on the way, by reduce-scatter. What `send` returns
     is for `receive`."""
 
     def __init__(self, world_size: int):
-        self.world_size, self.sums = world_size, defaultdict(int)
+        self.world_size = world_size
 
-    def start(self, collective, sent: Tensor, size: int) -> InFlight:
-        """Send `sent` (n,), gradients or bf16 updates, so that each rank receives (size,)."""
+    def start(self, collective, sent: Tensor, size: int):
+        """Send `sent` (n,), gradients or bf16 updates. Returns what waits for the (size,) that each
+        rank receives."""
         if self.world_size == 1:
-            return InFlight(sent)
+            return lambda: sent
         received = sent.new_empty(size)
-        return InFlight(received, sent, collective(received, sent, async_op=True))
+        work = collective(received, sent, async_op=True)
 
-    def accumulate(self, buckets: list[Bucket]):
-        """After each backward; here gradients of several sequences add up where they are."""
+        def wait(kept=sent):  # what was sent must live until then
+            work.wait()
+            return received
+
+        return wait
 
     def send(self, bucket: Bucket):
         return self.start(dist.reduce_scatter_tensor, bucket.pack(), bucket.share)
 
     def receive(self, in_flight) -> Tensor:
         """This rank's share of the gradient, summed over ranks: (share,)."""
-        return in_flight.wait()
+        return in_flight()
 
     def compile(self):
         """There is nothing to fuse."""
@@ -1028,29 +1019,17 @@ def dequantize_e5m2(values, scales):
 
 
 class FP8Exchange(BF16Exchange):
-    """Gradients by all-to-all in e5m2, summed in fp32 by the owner (arXiv:2310.18313); on one rank
-    `accumulate` rounds each sequence's as the wire would."""
+    """Gradients by all-to-all in e5m2, summed in fp32 by the owner (arXiv:2310.18313)."""
 
     quantize, dequantize = staticmethod(quantize_e5m2), staticmethod(dequantize_e5m2)
 
-    def accumulate(self, buckets):
-        if self.world_size == 1:
-            for bucket in buckets:
-                self.sums[bucket] += self.dequantize(*self.quantize(bucket.pack()))
-                for p in bucket.params:
-                    p.grad = None
-
     def send(self, bucket):
-        if self.world_size == 1:
-            return InFlight(self.sums.pop(bucket))
         values, scales = self.quantize(bucket.pack())
         parts = values.view(torch.uint8), scales  # gloo knows no float8
         return [self.start(dist.all_to_all_single, x, x.numel()) for x in parts]
 
     def receive(self, in_flight):
-        if self.world_size == 1:
-            return in_flight.wait()
-        values, scales = (part.wait() for part in in_flight)
+        values, scales = (part() for part in in_flight)
         gradients = self.dequantize(values.view(torch.float8_e5m2), scales)
         return gradients.view(self.world_size, -1).sum(0)
 
@@ -1079,7 +1058,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.buckets = self.make_buckets()
         self.device = self.buckets[0].params[0].device
         self.grad_divisor = self.scalar(grad_divisor)
-        exchange = FP8Exchange if grad_comm == "fp8" else BF16Exchange
+        exchange = FP8Exchange if grad_comm == "fp8" and self.world_size > 1 else BF16Exchange
         self.exchange = exchange(self.world_size)
 
     def __getstate__(self) -> dict:
@@ -1112,16 +1091,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.exchange.compile()
 
     @torch.no_grad()
-    def accumulate(self):
-        """To be called after each backward; `step` calls it once more, for those who do not. Only
-        the FP8 exchange does something then."""
-        self.exchange.accumulate(self.buckets)
-
-    @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        self.accumulate()
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
         sent = []
         for bucket, in_flight in zip(self.buckets, gradients):
@@ -1134,7 +1106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             sent.append(gathered)
         for bucket, in_flight in zip(self.buckets, sent):
-            updates = bucket.views(in_flight.wait())
+            updates = bucket.views(in_flight())
             group = self.param_groups[bucket.group]
             shrinkage = self.scalar(group["decay"] * group["lr"] ** 2)
             self.subtract(bucket.params, updates, shrinkage)
@@ -1360,8 +1332,6 @@ class Trainer:
             loss = self.forward(input_ids, targets, self.window, sampled)
             loss.backward()
             total += loss.detach() / sequences
-            for optimizer in self.optimizers:
-                optimizer.accumulate()
         every = self.hp.log_norms
         due = every and not (step + 1) % every
         for optimizer in self.optimizers:

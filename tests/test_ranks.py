@@ -196,26 +196,20 @@ def test_stages_train_alike_on_any_count_of_ranks(seen, way, world):
     assert not torch.equal(alone[0]["losses"], seen["bf16", 1][0]["losses"])
 
 
-def test_fp8_on_one_rank_is_fp8_on_four(seen):
-    """Each rank has one sequence, which is what one rank emulates: the same roundings, summed in another order."""
-    for a, b in zip(gradients(seen["fp8", 4]), gradients(seen["fp8", 1])):
-        assert relative_error(a, b) < 1e-6
-    assert torch.allclose(sum(rank["losses"] for rank in seen["fp8", 4]), seen["fp8", 1][0]["losses"], atol=1e-5)
-    for a, b in zip(movement(seen, ("fp8", 4)), movement(seen, ("fp8", 1))):
-        assert relative_error(a, b) < 1e-3
+def test_fp8_on_four_ranks_rounds_and_no_more(seen):
     pairs = [*zip(gradients(seen["fp8", 4]), gradients(seen["bf16", 4]))]
     assert all(relative_error(a, b) < 0.07 for a, b in pairs)
-    # the bucket of small tensors may be lucky, where a few scalars are most of it
-    assert sum(relative_error(a, b) > 0.01 for a, b in pairs) >= len(pairs) - 1 > 3, "and it is FP8"
+    # a bucket of small tensors may be lucky, where a few scalars are most of it
+    large = [(a, b) for a, b in pairs if b.count_nonzero() > 1000]
+    assert all(relative_error(a, b) > 0.01 for a, b in large) and len(large) > 3, "and it is FP8"
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_fp8_rounds_once_what_each_rank_sends(seen, world):
-    """On one rank, where nothing is sent, it rounds each sequence's gradient; on more, each rank's sum over its own."""
     hp = small_hp(**KNOBS, grad_comm="fp8")
     model, data, want = small_model(hp, awake=True), documents(hp, hp.sequences_per_step), 0.0
     buckets = [b for o in tg.build_optimizers(model, hp) for b in o.buckets]
-    each = hp.sequences_per_step // world if world > 1 else 1
+    each = hp.sequences_per_step // world
     for first in range(0, hp.sequences_per_step, each):
         model.zero_grad()
         for ids, targets in data[first : first + each]:
