@@ -851,20 +851,19 @@ QUINTICS = (
 )
 
 
-def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
+def zeropower_via_newtonschulz5(G: Tensor) -> Tensor:
     """Approximate U V^T of each matrix G = U S V^T by a quintic Newton-Schulz iteration
-    (kellerjordan.github.io/posts/muon) with the first `steps` of QUINTICS.
-    G: (..., R, C) -> same shape, bf16 (fp32 on CPU)."""
-    X = G.reshape(-1, *G.shape[-2:])
+    (kellerjordan.github.io/posts/muon). G: (..., R, C) -> same shape, bf16 (fp32 on CPU)."""
+    X = G / (1.02 * matrix_norms(G) + 1e-6)  # rounded, none may lie above 1
     X = X.bfloat16() if G.is_cuda else X.float()
     tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X
-    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # rounded, none may lie above 1
-    for a, b, c in QUINTICS[:steps]:
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape)
+    identity = torch.eye(min(X.shape[-2:]), device=X.device)
+    for a, b, c in QUINTICS:
+        A = X.mT @ X if tall else X @ X.mT
+        # with a on the diagonal, X is multiplied once and never copied
+        B = (a * identity + b * A + c * (A @ A)).type_as(X)
+        X = X @ B if tall else B @ X
+    return X
 
 
 def matrix_norms(x: Tensor) -> Tensor:
