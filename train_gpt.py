@@ -133,7 +133,7 @@ class Hyperparameters:
     muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
     muon_momentum_start: float = 0.85  # [1] where the warm-up begins and the cool-down ends
     # -- fp8
-    fp8: bool = True  # [switch] FP8 output head where the GPU passes a probe; False = bf16
+    fp8: bool = True  # [switch] FP8 head and MLPs where the GPU passes a probe; False = bf16
     x_scale: float = 4.48  # [x] of the head's input before its e4m3 cast
     w_scale: float = 280.0  # [x] of the head's weight before its e4m3 cast
     grad_scale: float = 2.0**25  # [x] of a 48K-token mean's logit gradient before its e5m2 cast
@@ -385,12 +385,15 @@ class MLP(nn.Module):
     def __init__(self, hp):
         super().__init__()
         hidden = hp.mlp_ratio * hp.model_dim
-        self.up = uniform_matrix(hidden, hp.model_dim)
-        self.down = nn.Parameter(torch.zeros(hp.model_dim, hidden))
+        # inputs: normed, below D^0.5, and a square: in e4m3, to 448; weights stay below 1.7
+        self.up = CastedLinear(hp.model_dim, hidden, 8.0, 256.0)
+        self.down = CastedLinear(hidden, hp.model_dim, 1.0, 256.0)
+        self.up.weight = uniform_matrix(hidden, hp.model_dim)
+        nn.init.zeros_(self.down.weight)
 
     def forward(self, x):  # (T, D)
-        hidden = F.relu(linear(x, self.up)).square()
-        return linear(hidden, self.down)
+        hidden = F.relu(self.up(x)).square()
+        return self.down(hidden)
 
 
 class Mix(nn.Module):
@@ -524,6 +527,7 @@ class GPT(nn.Module):
         self.lm_head = CastedLinear(hp.model_dim, vocab_size, hp.x_scale, hp.w_scale)
         self.lm_head.weight = self.embed.weight  # optimizers call it embed, knobs head
         self.pointer = Pointer(hp)
+        self.fp8_layers = [m for m in self.modules() if isinstance(m, CastedLinear)]
         self.set_grad_scale(stages(hp)[0].seq_len)
 
     def features(self, input_ids: Tensor, window: Tensor) -> Tensor:
@@ -605,9 +609,10 @@ class GPT(nn.Module):
         return (total - found.sum(-1).log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
-        """Set the head's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a mean
-        over 48K tokens, and a mean over `seq_len`, if fewer, has larger ones."""
-        self.lm_head.scale[2].fill_(self.hp.grad_scale * seq_len / (48 * 1024))
+        """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
+        mean over 48K tokens, and a mean over `seq_len`, if fewer, has larger ones."""
+        for layer in self.fp8_layers:
+            layer.scale[2].fill_(self.hp.grad_scale * seq_len / (48 * 1024))
 
 
 def place(model: GPT, device) -> GPT:
@@ -759,18 +764,17 @@ class FP8Matmul(torch.autograd.Function):
     def forward(ctx, x, weight, scale):
         x8 = to_fp8(x, scale[0], torch.float8_e4m3fn)
         w8 = to_fp8(weight, scale[1], torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, w8, scale)
         # one by one: cuBLASLt of CUDA 13 refuses a scale at a 4-byte offset inside another tensor
         inv = [s.reciprocal() for s in scale.unbind()]
+        ctx.save_for_backward(x8, w8, scale, *inv)
         return torch._scaled_mm(
             x8, w8.t(), inv[0], inv[1], out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
     @staticmethod
     def backward(ctx, grad):
-        x8, w8, scale = ctx.saved_tensors
+        x8, w8, scale, *inv = ctx.saved_tensors
         g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
-        inv = [s.reciprocal() for s in scale.unbind()]
         grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
         # (in, N) x (N, out): the small operand goes first; fp32 out, as sequences are summed
         x8_t, g8 = x8.t().contiguous(), column_major(g8)
@@ -1425,7 +1429,8 @@ def build(hp, vocab_size: int, rank: int, world_size: int, device) -> Trainer:
         model = place(GPT(hp, vocab_size), device)
     model.use_flex = flex_supported(device)
     fp8, reason = fp8_supported(device) if hp.fp8 else (False, "--fp8=False")
-    model.lm_head.use_fp8 = fp8
+    for layer in model.fp8_layers:
+        layer.use_fp8 = fp8
     if world_size > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)

@@ -90,7 +90,7 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
             value = None if table == "." else model.value_embeds[table].weight.double()[rows]
             keys = visible(ids, window if letter == "L" else max(window // 2, 1))
             x = x + gated_attention(block.attn, seen, value, keys, hp)
-        x = x + (rms(x) @ block.mlp.up.double().T).clamp(min=0) ** 2 @ block.mlp.down.double().T
+        x = x + (rms(x) @ block.mlp.up.weight.double().T).clamp(min=0) ** 2 @ block.mlp.down.weight.double().T
         outputs.append(x)
         if str(i) in hp.mixed_layers.split():
             streams.append(x)

@@ -207,8 +207,25 @@ def test_the_model_scales_its_gradient_by_the_length_of_a_sequence():
     for length in (256, 1024):
         head = small_model(small_hp(train_seq_len=length, x_scale=3.0, w_scale=64.0)).lm_head
         assert head.scale.tolist() == pytest.approx([3.0, 64.0, 2.0**19 * length / (48 * 1024)])
+        assert len(model.fp8_layers) == 2 * len(model.blocks) + 1 and head in model.fp8_layers
+        assert all(layer.scale[2] == head.scale[2] for layer in model.fp8_layers)
     head = small_model(small_hp(train_seq_len=48 * 1024, layer_pattern="--", value_pattern="..")).lm_head
     assert head.scale[2] == 2.0**19
+
+
+def test_an_mlp_in_fp8_is_that_in_bf16_up_to_rounding():
+    """At the scales that it has: normed inputs, weights of up to one, and gradients of a mean over 48K tokens."""
+    hp = small_hp(train_seq_len=48 * 1024, grad_scale=2.0**25)
+    mlp = small_model(hp, awake=True).blocks[0].mlp.train()
+    x = torch.nn.functional.rms_norm(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)), (64,)).bfloat16()
+    x, grad = x.as_subclass(OnFP8Device).requires_grad_(), (torch.randn(32, 64) / (48 * 1024)).bfloat16()
+    inputs, found = (x, mlp.up.weight, mlp.down.weight), []
+    for fp8 in (True, False):
+        mlp.up.use_fp8 = mlp.down.use_fp8 = fp8
+        y = mlp(x)
+        found.append([plain(t) for t in (y, *torch.autograd.grad(y, inputs, grad))])
+    for a, b in zip(*found):
+        assert b.any() and 0.005 < relative_error(a, b) < 0.12
 
 
 def test_without_cuda_the_reason_is_said():

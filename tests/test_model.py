@@ -391,7 +391,7 @@ def test_what_a_model_starts_with():
     assert all(block.lambdas.tolist() == pytest.approx([1.1, 0, 0.05]) for block in model.blocks)
     assert model.embed.weight is model.lm_head.weight and not model.bigrams.weight.any()
     for matrix, std in ((model.embed.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
-                        (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up, 0.5 / 8),
+                        (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up.weight, 0.5 / 8),
                         (model.pointer.key, 0.5 / 8)):
         assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.mean().abs() < 0.03 * std
 
@@ -440,14 +440,15 @@ def with_gradients(output, inputs, weight):
 
 def test_the_mlp_is_relu_squared_between_two_matrices():
     mlp = small_model(small_hp(mlp_ratio=3), awake=True).blocks[0].mlp
-    assert mlp.up.shape == (192, 64) and mlp.down.shape == (64, 192)
+    up, down = mlp.up.weight, mlp.down.weight
+    assert up.shape == (192, 64) and down.shape == (64, 192)
     g = torch.Generator().manual_seed(5)
     x, weight = torch.randn(20, 64, generator=g).requires_grad_(), torch.randn(20, 64, generator=g)
-    inputs = x, mlp.up, mlp.down
+    inputs = x, up, down
     slow = torch.zeros(20, 64, dtype=torch.float64)
     for hidden in range(192):
-        z = x.double() @ mlp.up[hidden].double()
-        slow = slow + torch.outer(torch.where(z > 0, z * z, 0), mlp.down[:, hidden].double())
+        z = x.double() @ up[hidden].double()
+        slow = slow + torch.outer(torch.where(z > 0, z * z, 0), down[:, hidden].double())
     for got, want in zip(with_gradients(mlp(x), inputs, weight), with_gradients(slow, inputs, weight)):
         assert want.any() and relative_error(got, want) < 1e-5
 

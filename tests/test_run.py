@@ -145,7 +145,7 @@ def test_the_last_checkpoint_holds_the_weights_before_they_are_blended(here):
     names = run.trainer.model.named_parameters(remove_duplicate=False)
     averages = {name: run.trainer.optimizers[i].state[p]["average"] for name, p in names
                 for i in (0, 1) if "average" in run.trainer.optimizers[i].state.get(p, {})}
-    assert {"embed.weight", "blocks.0.attn.qkv", "blocks.3.mlp.down"} <= averages.keys()
+    assert {"embed.weight", "blocks.0.attn.qkv", "blocks.3.mlp.down.weight"} <= averages.keys()
     for name, weight in saved.items():
         if name not in averages:
             assert torch.equal(weight, ended[name]), name
@@ -437,9 +437,9 @@ def test_a_module_beside_the_script_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("old, new, kind", [
-    ("hidden = F.relu(linear(x, self.up)).square()", "hidden = F.gelo(linear(x, self.up))",
+    ("hidden = F.relu(self.up(x)).square()", "hidden = F.gelo(self.up(x))",
      "AttributeError("),
-    ("        return linear(hidden, self.down)\n", "        return hidden @ self.down\n",
+    ("        return self.down(hidden)\n", "        return hidden @ self.down.weight\n",
      "RuntimeError(")])
 def test_a_script_that_fails_is_told_its_line(tmp_path, old, new, kind):
     make_corpus(tmp_path / "data")
