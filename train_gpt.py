@@ -61,7 +61,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -152,7 +151,7 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
 
-CANDIDATES = 16_384  # rows of V in a sampled softmax: a third, and four times as many as a pass has
+CANDIDATES = 16_384  # rows of V in a sampled softmax, a third of them, or half as many as tokens
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
 GATE = 12  # channels that a gate reads: of attention's input, or half of it, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
@@ -575,9 +574,9 @@ class GPT(nn.Module):
         target is one, and the pointer's row, with weight 1. Others come from a stride through V,
         begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
         strides the mean of the sum is that of the whole softmax (arXiv:1412.2007; PR 360 of
-        modded-nanogpt). targets: (T,) int64; C, a third of V, has room for twice what is seen."""
+        modded-nanogpt). targets: (T,) int64; C has room for twice what is seen in text."""
         V = self.embed.num_embeddings
-        C = min(V, CANDIDATES)
+        C = min(V, max(CANDIDATES, len(targets) // 2))
         needed = torch.zeros(V, device=targets.device)
         needed[targets.clamp(0, self.last_row)] = needed[self.last_row + 1] = 1
         stride = (torch.arange(V, device=targets.device) * 31_337 + targets.sum()) % V
@@ -589,8 +588,7 @@ class GPT(nn.Module):
         """(n, D) -> (n, V) fp32 in (0, cap), or only those of `rows`; the sigmoid is a tanh
         soft-cap (arXiv:2408.00118; @Grad62304977, @KoszarskyB) made positive (@YouJiacheng) and
         shifted, so that it caps what is likely sooner than what is not (@classiclarryd)."""
-        head = dict(weight=self.lm_head.weight[rows])
-        z = functional_call(self.lm_head, head, x).float() + self.hp.logit_shift
+        z = self.lm_head(x, rows).float() + self.hp.logit_shift
         return self.hp.logit_cap * torch.sigmoid(z / self.hp.logit_temp)
 
     def losses(self, x, copied, targets, rows=slice(None), weights=1.0) -> Tensor:
@@ -601,7 +599,8 @@ class GPT(nn.Module):
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
         same pass over V, or over `candidates`."""
         # exp2 is an instruction of the GPU, exp eight more
-        shares = weights * ((self.logits(x, rows) - self.hp.logit_cap) / math.log(2)).exp2()
+        bits = (self.logits(x, rows) - self.hp.logit_cap) / math.log(2)
+        shares = weights * bits.exp2()
         rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
         own = rows == targets.clamp(0, self.last_row)[:, None]
         found = shares * (own + copied[:, None] * (rows == self.last_row + 1))
@@ -784,7 +783,8 @@ class FP8Matmul(torch.autograd.Function):
 
 class CastedLinear(nn.Linear):
     """nn.Linear that trains in FP8 with static per-tensor scales and evaluates in the dtype of its
-    input. x: (..., in_features) -> (..., out_features), any number of rows. `x_scale`, `w_scale`
+    input. x: (..., in_features) -> (..., out_features), any number of rows; out: which of the
+    features, all unless given. `x_scale`, `w_scale`
     and `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
     products are divided by them again. All three lie in `scale`, which stays fp32 whatever the
     module is cast to. FP8 needs CUDA, training mode, `use_fp8` (see `fp8_supported`) and features
@@ -812,15 +812,16 @@ class CastedLinear(nn.Linear):
             self.scale = self.scale.to(self.weight.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.type_as(x)
+    def forward(self, x: Tensor, out=slice(None)) -> Tensor:
+        weight = self.weight[out]
+        bias = None if self.bias is None else self.bias[out].type_as(x)
         aligned = self.in_features % 16 == self.out_features % 16 == 0
         if not (self.use_fp8 and self.training and x.is_cuda and aligned):
-            return F.linear(x, self.weight.type_as(x), bias)
+            return F.linear(x, weight.type_as(x), bias)
         rows = x.reshape(-1, self.in_features)
         pad = -rows.size(0) % 16
         padded = F.pad(rows, (0, 0, 0, pad)) if pad else rows
-        y = FP8Matmul.apply(padded, self.weight, self.scale)
+        y = FP8Matmul.apply(padded, weight, self.scale)
         y = y[: rows.size(0)].type_as(x)
         y = y.view(*x.shape[:-1], y.size(1))
         return y if bias is None else y + bias
@@ -1331,8 +1332,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for pair in pairs:
             input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
-            sampled = step < span(self.hp.sampled, self.hp.steps)
-            loss = self.forward(input_ids, targets, self.window, sampled)
+            loss = self.forward(
+                input_ids, targets, self.window, step < span(self.hp.sampled, self.hp.steps)
+            )
             loss.backward()
             total += loss.detach() / sequences
         every = self.hp.log_norms

@@ -132,6 +132,20 @@ def test_where_fp8_is_off_it_is_plain_linear(why):
     assert torch.equal(layer(wide), F.linear(wide, layer.weight)), "fp32 stays fp32 on the CPU"
 
 
+@pytest.mark.parametrize("fp8", [True, False])
+def test_some_of_the_outputs_are_those_of_all_and_so_are_their_gradients(fp8):
+    layer, x, grad = make((32,), bias=True)
+    layer.use_fp8 = fp8
+    chosen, few = torch.arange(95, -1, -3), layer(x, torch.arange(95, -1, -3))  # 32 of 96
+    others = torch.zeros_like(grad)
+    others[:, chosen] = grad[:, chosen]
+    assert torch.equal(plain(few), plain(layer(x))[:, chosen])
+    inputs = x, layer.weight, layer.bias
+    want = torch.autograd.grad(layer(x), inputs, others)
+    for a, b in zip(torch.autograd.grad(few, inputs, grad[:, chosen]), want):
+        assert b.any() and relative_error(plain(a), plain(b)) < 4e-3
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_the_scale_tensor_is_what_is_used(index):
     layer, x, grad = make((32,))

@@ -88,7 +88,7 @@ def logit_gradient(model, x: Tensor, targets: Tensor, tokens: int) -> Tensor:
     """Gradient of a mean over `tokens` tokens with respect to the head's output for these rows, as backward gets it.
     x: (n, D) -> (n, V) in the dtype of x."""
     z = model.lm_head(x).detach().requires_grad_()
-    with torch.enable_grad(), mock.patch.object(model.lm_head, "forward", lambda z: z):
+    with torch.enable_grad(), mock.patch.object(model.lm_head, "forward", lambda z, rows: z):
         return torch.autograd.grad(model.losses(z, z.new_zeros(len(z)), targets).sum() / tokens, z)[0]
 
 

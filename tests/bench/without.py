@@ -20,6 +20,7 @@ FOLDER = Path(".cache", "without")
 KNOBS = dict(
     average="--average=0",
     batch_stages="--batch_stages=2x20480",  # of the preset eighth: as many tokens
+    candidates="--sampled=0",
     decay="--muon_decay=0,--head_decay=0,--table_decay=0",
     fp8="--fp8=False",
     momentum="--momentum_warmup=0,--momentum_cooldown=0",
@@ -56,9 +57,9 @@ LINES = dict(  # name: [(what stands there, what does without)]
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
     pointer=[
         ("        self.pointer = Pointer(hp)\n", ""),
-        ("        copied = self.pointer(x, input_ids, targets)\n        return self.losses(x, copied, targets)",
-         "        return self.losses(x, 0.0, targets)"),
-        ("own + copied * shares[:, self.last_row + 1]", "own"),
+        ("        copied = self.pointer(x, input_ids, targets)\n        candidates", "        candidates"),
+        ("self.losses(x, copied, targets, *", "self.losses(x, 0.0, targets, *"),
+        ("shares * (own + copied[:, None] * (rows == self.last_row + 1))", "shares * own"),
         ("        self.pointer, self.losses = model.pointer, model.losses\n", "        self.losses = model.losses\n"),
         ("        parts = self.model, self.features, self.pointer, self.losses\n"
          "        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)\n",
