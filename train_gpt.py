@@ -80,7 +80,7 @@ class Hyperparameters:
     val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
-    batch_stages: str = "8x16384 16x16384 24x16384 32x16384"  # [SEQUENCESxTOKENS] empty = one
+    batch_stages: str = "8x16384 8x32768 16x24576 16x32768"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
@@ -164,9 +164,11 @@ SMALL = dict(
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
-    "24gb": dict(val_seq_len=64 * 1024),
+    "24gb": dict(
+        batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=64 * 1024
+    ),
     "eighth": dict(
-        batch_stages="1x16384 2x16384 3x16384 4x16384", val_tokens=2_097_152, val_every=0
+        batch_stages="1x16384 1x32768 2x24576 2x32768", val_tokens=2_097_152, val_every=0
     ),
     "tiny": dict(
         SMALL, train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2,
