@@ -219,7 +219,7 @@ else
         "if memory runs out, lower --train_seq_len and --val_seq_len, or take --preset=tiny"
     preset=${preset:-$fits} machine="$gpus GPUs of at least $((mib / 1024)) GiB"
 fi
-case $preset in cpu|tiny|eighth) processes=1 ;; esac  # their steps have few sequences
+case $preset in cpu|tiny|eighth|long|quick) processes=1 ;; esac  # their steps have few sequences
 processes=${NPROC:-$processes}
 [ "$gpus" -eq 0 ] || [ $processes -le "$gpus" ] || die "NPROC=$NPROC is more than the $gpus GPUs that torch sees."
 check $processes "--preset=$preset" "$@" || exit

@@ -219,7 +219,8 @@ def test_bias_is_a_keyword_and_is_added_on_both_paths():
 def test_the_model_scales_its_gradient_by_the_length_of_a_sequence():
     """2^19 belongs to the mean over 48K tokens: a shorter mean has larger gradients, and a smaller scale."""
     for length in (256, 1024):
-        head = small_model(small_hp(train_seq_len=length, x_scale=3.0, w_scale=64.0)).lm_head
+        model = small_model(small_hp(train_seq_len=length, x_scale=3.0, w_scale=64.0))
+        head = model.lm_head
         assert head.scale.tolist() == pytest.approx([3.0, 64.0, 2.0**19 * length / (48 * 1024)])
         assert len(model.fp8_layers) == 2 * len(model.blocks) + 1 and head in model.fp8_layers
         assert all(layer.scale[2] == head.scale[2] for layer in model.fp8_layers)

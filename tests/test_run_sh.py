@@ -818,7 +818,7 @@ def test_nvidia_smi_spares_the_start_of_torch_unless_that_is_for_cpus(machine):
     calls = machine.fineweb().as_is()
     assert "2 GPUs of at least 40 GiB, processes: 2, preset: 40gb" in machine.out
     assert not [call for call in calls if "import torch" in call]
-    for preset in ("tiny", "eighth"):
+    for preset in ("tiny", "eighth", "long", "quick"):
         machine.as_is(f"--preset={preset}", "--data_dir=here")
         assert f"processes: 1, preset: {preset}" in machine.out
     machine.torch("2.13.0+cpu").as_is()
