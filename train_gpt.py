@@ -76,8 +76,8 @@ class Hyperparameters:
 
     # -- data
     data_dir: str = "data/fineweb10B"  # [path] folder with *train*.bin and *val*.bin shards
-    train_seq_len: int = 48 * 1024  # [tokens] of a sequence; giving it clears the stages
-    val_seq_len: int = 4 * 64 * 1024  # [tokens] packed validation sequence, a multiple of 128
+    train_seq_len: int = 49_152  # [tokens] of a sequence; giving it clears the stages
+    val_seq_len: int = 262_144  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
     batch_stages: str = "8x16384 8x32768 16x24576 16x32768"  # [SEQUENCESxTOKENS] empty = one
@@ -135,7 +135,7 @@ class Hyperparameters:
     fp8: bool = True  # [switch] FP8 head and MLPs where the GPU passes a probe; False = bf16
     x_scale: float = 4.48  # [x] of the head's input before its e4m3 cast
     w_scale: float = 280.0  # [x] of the head's weight before its e4m3 cast
-    grad_scale: float = 2.0**25  # [x] of a 48K-token mean's logit gradient before its e5m2 cast
+    grad_scale: float = 2.0**25  # [x] of a 48K-token mean's gradients before their e5m2 casts
     grad_comm: str = "bf16"  # [bf16|fp8] what gradients travel in between ranks
     # -- run
     seed: int = 1  # [integer] of the initial weights
@@ -151,7 +151,7 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
 
-CANDIDATES = 16_384  # rows of V in a sampled softmax, a third of them, or half as many as tokens
+CANDIDATES = 16_384  # rows of V, a third, in a sampled softmax; half of its tokens, if more
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
 GATE = 12  # channels that a gate reads: of attention's input, or half of it, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
@@ -168,16 +168,14 @@ SHORT = dict(
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
-    "24gb": dict(
-        batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=64 * 1024
-    ),
+    "24gb": dict(val_seq_len=65_536),
     "eighth": dict(
         batch_stages="1x16384 1x32768 2x24576 2x32768", val_tokens=2_097_152, val_every=0
     ),
     "long": dict(SHORT, steps=850),  # the fewest seconds to 4.13 nats on one H100
     "quick": dict(SHORT, steps=400),  # to 4.41
     "tiny": dict(
-        SMALL, train_seq_len=8 * 1024, val_seq_len=16 * 1024, sequences_per_step=2,
+        SMALL, train_seq_len=8192, val_seq_len=16_384, sequences_per_step=2,
         epochs=5, steps=400, layer_pattern="LSSSSL", value_pattern="01..01", late_layer=4,
         mixed_layers="2 4", bigram_rows=50_000, bigram_dim=96, model_dim=384, num_heads=3
     ),
@@ -321,8 +319,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def plus(x: Tensor, y: Tensor) -> Tensor:
-    """x + y. In bf16 Inductor would make `addmm` of that and of the matmul in y, and copy x first.
-    """
+    """x + y, added in fp32: in bf16 Inductor would join it with y's matmul to `addmm`, which copies
+    x first."""
     return (x.float() + y).type_as(x)
 
 
@@ -392,7 +390,8 @@ class MLP(nn.Module):
     def __init__(self, hp):
         super().__init__()
         hidden = hp.mlp_ratio * hp.model_dim
-        # inputs: normed, below D^0.5, and a square: in e4m3, to 448; weights stay below 1.7
+        # e4m3 ends at 448: 8 x the normed input (below D^0.5), 256 x weights (below 1.75), and
+        # 1 x the square, which may saturate. The gradients': `set_grad_scale`
         self.up = CastedLinear(hp.model_dim, hidden, 8.0, 256.0)
         self.down = CastedLinear(hidden, hp.model_dim, 1.0, 256.0)
         self.up.weight = uniform_matrix(hidden, hp.model_dim)
@@ -487,7 +486,7 @@ class Block(nn.Module):
         if self.attn is not None:
             seen = norm(x) if seen is None else seen
             x = plus(x, self.attn(seen, values, rotary, masks))
-        return plus(x, self.mlp(norm(x)))
+        return x + self.mlp(norm(x))
 
 
 # ---- 4. GPT
@@ -581,8 +580,9 @@ class GPT(nn.Module):
         """Rows of V for the softmax of a training sequence, and their weights, (C,) each. Every
         target is one, and the pointer's row, with weight 1. Others come from a stride through V,
         begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
-        strides the mean of the sum is that of the whole softmax (arXiv:1412.2007; PR 360 of
-        modded-nanogpt). targets: (T,) int64; C has room for twice what is seen in text."""
+        strides the mean of the sum is nearly that of the whole softmax (arXiv:1412.2007; PR 360 of
+        modded-nanogpt). targets: (T,) int64; C has room for twice what text has, and a target
+        without room would have an infinite loss."""
         V = self.embed.num_embeddings
         C = min(V, max(CANDIDATES, len(targets) // 2))
         needed = torch.zeros(V, device=targets.device)
@@ -606,7 +606,7 @@ class GPT(nn.Module):
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
         same pass over V, or over `candidates`."""
-        # exp2 is an instruction of the GPU, exp eight more
+        # a GPU has an instruction for exp2, and takes nine for exp
         bits = (self.logits(x, rows) - self.hp.logit_cap) / math.log(2)
         shares = weights * bits.exp2()
         rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
@@ -619,14 +619,14 @@ class GPT(nn.Module):
         """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
         mean over 48K tokens, and a mean over `seq_len`, if fewer, has larger ones."""
         for layer in self.fp8_layers:
-            layer.scale[2].fill_(self.hp.grad_scale * seq_len / (48 * 1024))
+            layer.scale[2].fill_(self.hp.grad_scale * seq_len / 49_152)
 
 
 def place(model: GPT, device) -> GPT:
     """Move to the device; on CUDA value embeddings and bigrams are bf16, and with them all
     activations; the head stays fp32. A CPU is 6x slower in bf16."""
     model.to(device)
-    if torch.device(device).type == "cuda":
+    if model.embed.weight.is_cuda:
         model.value_embeds.bfloat16()
         model.bigrams.bfloat16()
     return model
@@ -783,7 +783,7 @@ class FP8Matmul(torch.autograd.Function):
         x8, w8, scale, *inv = ctx.saved_tensors
         g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
         grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
-        # (in, N) x (N, out): the small operand goes first; fp32 out, as sequences are summed
+        # (in, N) x (N, out): the head's small operand goes first; fp32 out, as sequences are summed
         x8_t, g8 = x8.t().contiguous(), column_major(g8)
         grad_w = torch._scaled_mm(x8_t, g8, inv[0], inv[2], out_dtype=torch.float32).t()
         return grad_x, grad_w.contiguous(), None
@@ -809,8 +809,9 @@ class CastedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         # no buffer, since casts of a model reach those, and fp16 would make inf of 2^19; nor saved:
         # weights load into nn.Linear and back, strictly
-        scales = [x_scale, w_scale, grad_scale]
-        self.scale = torch.tensor(scales, dtype=torch.float32, device=device)
+        self.scale = torch.tensor(
+            [x_scale, w_scale, grad_scale], dtype=torch.float32, device=device
+        )
         self.use_fp8 = True
 
     def _apply(self, fn, recurse=True):
@@ -1317,8 +1318,8 @@ class Trainer:
     def set_schedules(self, step: int):
         """Set all that changes between steps: window, rates, momentum, and at a stage's border
         FP8's gradient scale and the divisor. Compiled code sees them as tensors, so nothing
-        recompiles. A new stage's shapes come from `prefetch`, their graphs from `warm_up`; weights,
-        moments and the place in the stream just go on."""
+        recompiles. The graphs of a new stage's shapes and of the whole softmax are from `warm_up`;
+        weights, moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
         self.window.fill_(window_at(step, hp))
@@ -1388,7 +1389,7 @@ class Trainer:
         each has its own fp64 sum. each: nothing, or fp32 zeros (pieces, val_seq_len) to fill with
         the loss of each token."""
         self.window.fill_(window_at(step, self.hp))
-        self.model.eval()  # all that it does: the head leaves FP8
+        self.model.eval()  # all that it does: head and MLPs leave FP8
         length = self.hp.val_seq_len
         pieces, rows = math.ceil(val_tokens / length), math.gcd(length, HEAD_ROWS)
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
@@ -1412,18 +1413,20 @@ class Trainer:
         return float(sums.sum() / val_tokens)
 
     def warm_up(self):
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each stage, a
-        validation and the end. Then put the weights back and empty the optimizers."""
+        """Compile and load every kernel on made-up tokens, off the clock: the first step of each
+        stage and of the whole softmax, the last one, a validation and the end. Then put the weights
+        back and empty the optimizers."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         validated = self.hp.val_seq_len * self.world_size
         longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
         dummy = TokenStream([(np.arange(longest + 1) * 7919 % 256).astype("<u2")])
-        for stage in stages(self.hp):
+        full = math.ceil(span(self.hp.sampled, self.hp.steps))  # first step over all of V
+        firsts = [stage.first for stage in stages(self.hp)]
+        for step in {*firsts, full, self.hp.steps - 1}:
+            stage = stage_at(step, self.hp)
             pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
-            self.train_step(stage.first, pairs)
-        self.train_step(self.hp.steps - 1, pairs)
+            self.train_step(step, pairs)
         self.evaluate(dummy, validated, 0)
-        self.average(self.hp.steps - 1)
         self.blend()
         self.model.load_state_dict(kept)
         for optimizer in self.optimizers:
