@@ -322,7 +322,7 @@ def test_a_resumed_run_is_no_run_of_a_trial(taken):
 
 
 @pytest.mark.parametrize("old, new, words", [
-    ("F.relu(linear", "F.gelo(linear", "gelo"),
+    ("F.relu(self.up", "F.gelo(self.up", "gelo"),
     ("    def forward(self, x):  # (T, D)\n        hidden",
      "    def forward(self, x):\n        raise ValueError('mine')\n        hidden", "ValueError('mine')"),
     ("EOT = 50256", "EOT = 50256 / 0", "ZeroDivisionError")])
