@@ -76,7 +76,7 @@ def show(value, spec: str) -> str:
 
 def listing(only: str | None, records: list[Record]) -> str:
     """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
-    tracks, metas, out, empty = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]], []
+    tracks, metas, out, empty, clocks = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]], [], set()
     if only and only not in tracks:
         raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
     for name, track in tracks.items():
@@ -88,7 +88,8 @@ def listing(only: str | None, records: list[Record]) -> str:
         if not (own or only):
             empty.append(title)
             continue
-        out += ["", f"{title}. {safe(track['clock'])}"]
+        out += ["", f"{title}. {'The same clock.' if track['clock'] in clocks else safe(track['clock'])}"]
+        clocks.add(track["clock"])
         out += [] if own else ["No record yet."]
         machine = lambda meta: (meta["hardware"]["count"], str(meta["hardware"]["gpu"]))
         own.sort(key=lambda meta: (machine(meta), rank(track, meta)))
