@@ -156,7 +156,7 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
     for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
-        assert want.any() and relative_error(got, want) < 1e-5
+        assert want.any() and relative_error(got, want) < 1e-4
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
 
 
@@ -365,7 +365,7 @@ def test_the_model_is_the_one_written_out(pattern, values, late):
     single = [i for i, p in enumerate(params, 1) if p.numel() == 1]  # one alone may be next to zero
     fast, slow = ([*grads, torch.cat([grads[i].flatten() for i in single])] for grads in (fast, slow))
     for i, (name, got, want) in enumerate(zip(("features", *names, "single values"), fast, slow)):
-        assert want.any() and (i in single or relative_error(got, want) < 2e-4), name
+        assert want.any() and (i in single or relative_error(got, want) < 1e-3), name
 
 
 def test_a_model_by_itself_trains_on_a_cpu():
@@ -382,7 +382,7 @@ def test_a_model_by_itself_trains_on_a_cpu():
 
 def test_what_a_model_starts_with():
     model = small_model(small_hp())
-    starts = dict(smear=0.0, copy_scale=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, down=0.0, network_out=0.0)
+    starts = dict(smear=0.0, copy_scale=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, network_out=0.0)
     assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
     assert not model.mix_input.skip_weights.any()
     for name, p in model.named_parameters():
@@ -390,6 +390,7 @@ def test_what_a_model_starts_with():
         assert want is None or torch.equal(p, torch.full_like(p, want)), name
     assert all(block.lambdas.tolist() == pytest.approx([1.1, 0, 0.05]) for block in model.blocks)
     assert model.embed.weight is model.lm_head.weight and not model.bigrams.weight.any()
+    assert not any(block.mlp.down.weight.any() for block in model.blocks)
     for matrix, std in ((model.embed.weight, 0.005), (model.value_embeds["0"].weight, 0.01),
                         (model.blocks[0].attn.qkv, 0.5 / 8), (model.blocks[0].mlp.up.weight, 0.5 / 8),
                         (model.pointer.key, 0.5 / 8)):
