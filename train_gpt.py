@@ -18,10 +18,10 @@ RECIPE: all that decides a step's loss and time, to be read from top to bottom; 
 HARNESS: what makes a run safe and pleasant
     12 command line   13 data   14 run folder   15 checkpoints   16 the run   17 main
 
-Letters: B = blocks of 128 tokens in a sequence, C = tokens of the pointer's chunks, D = model
-width, H = heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix,
-n, N = any count. Names with an @ are those of the speedrun's contributors who found or brought a
-technique.
+Letters: B = blocks of 128 tokens in a sequence, C = tokens of a pointer's chunk, or candidates of
+a softmax, D = model width, H = heads, K = head width, T = tokens of a sequence, V = vocabulary
+rows, R x C = a matrix, n, N = any count. Names with an @ are those of the speedrun's contributors
+who found or brought a technique.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a m
 SMALL = dict(
     batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_chunk=512, sampled=0.0
 )
-SHORT = dict(
+SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5, untuned
     batch_stages="1x32768", val_tokens=2_097_152, layer_pattern="SSLSSL", value_pattern="01..23",
     late_layer=3, mixed_layers="1 3 4", head_lr=0.006, muon_lr=0.012
 )
@@ -303,7 +303,8 @@ class Rotary(nn.Module):
 
     def forward(self, x):  # (T, H, K)
         cos, sin = self.turns[:, : x.size(0), None]
-        other = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # without cat, which would store both
+        # channel i turns with i + K / 2; no cat, for which Inductor would store both halves
+        other = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
         return (x * cos + other * sin).type_as(x)
 
 
@@ -440,9 +441,9 @@ class Pointer(nn.Module):
 
     def weights(self, x, input_ids):
         """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
-        chunks, (n, C, 2 C) fp32, which sum to less than 1: a score of 0 more means "copy nothing";
-        ids of both chunks, (n, 2 C)). The softmax subtracts no maximum: scores are below 16 x
-        `copy_scale`, and cut where exp would end."""
+        chunks, (n, C, 2 C) fp32, which sum to less than 1: the 1 added below them means "copy
+        nothing"; ids of both chunks, (n, 2 C)). The softmax subtracts no maximum: scores are below
+        K x attn_scale x copy_scale, 15 at first, and cut where a sum of 2 C would overflow."""
         n = 2  # chunks, doubled until they are short enough, as far as the length can be halved
         while len(x) > n * self.hp.copy_chunk:
             n *= 2
@@ -605,7 +606,7 @@ class GPT(nn.Module):
         p(target) = softmax[target] + softmax[last_row + 1] * copied, with copied (n,) from
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
         Logits never exceed the cap, so it serves as the softmax's maximum; all is picked in the
-        same pass over V, or over `candidates`."""
+        same pass over V, or over `candidates`: rows (C,) int64 and weights (C,)."""
         # a GPU has an instruction for exp2, and takes nine for exp
         bits = (self.logits(x, rows) - self.hp.logit_cap) / math.log(2)
         shares = weights * bits.exp2()
@@ -791,9 +792,9 @@ class FP8Matmul(torch.autograd.Function):
 
 class CastedLinear(nn.Linear):
     """nn.Linear that trains in FP8 with static per-tensor scales and evaluates in the dtype of its
-    input. x: (..., in_features) -> (..., out_features), any number of rows; out: which of the
-    features, all unless given. `x_scale`, `w_scale`
-    and `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
+    input. x: (..., in_features) -> (..., out_features), any number of rows, or only the features
+    `out`, a slice or (C,) int64, of which FP8 wants a multiple of 16. `x_scale`, `w_scale` and
+    `grad_scale` multiply the input, the weight and the incoming gradient before their casts;
     products are divided by them again. All three lie in `scale`, which stays fp32 whatever the
     module is cast to. FP8 needs CUDA, training mode, `use_fp8` (see `fp8_supported`) and features
     divisible by 16; otherwise the weight is cast to the input's dtype. Scales: NanoGPT speedrun,
@@ -991,8 +992,8 @@ class BF16Exchange:
         self.world_size = world_size
 
     def start(self, collective, sent: Tensor, size: int):
-        """Send `sent` (n,), gradients or bf16 updates. Returns what waits for the (size,) that each
-        rank receives."""
+        """Send `sent` (n,), gradients or bf16 updates. Returns a function that waits and gives the
+        (size,) that this rank receives."""
         if self.world_size == 1:
             return lambda: sent
         received = sent.new_empty(size)
