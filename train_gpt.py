@@ -2450,7 +2450,7 @@ def verdict(error: BaseException):
     text = f"{error!r} {error.__cause__!r}"  # a loader's end has its thread's for a cause
     if re.search("MemoryError|allocate memory|not enough memory|bad_alloc", text):
         return 6, (
-            "out of memory: --preset=24gb or a shorter --train_seq_len or --val_seq_len needs less"
+            "out of memory: shorter --batch_stages, --train_seq_len or --val_seq_len need less"
         )
     if isinstance(error, RunEnd):
         return error.code, str(error)

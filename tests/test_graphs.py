@@ -30,7 +30,7 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(tg, "compiled", lambda function: torch.compile(
         function, backend="eager", dynamic=False, fullgraph=True))
-    hp = small_hp(batch_stages="1x256 2x256 1x512", copy_chunk=128, steps=6, average=1.0,
+    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_chunk=128, steps=6, sampled=0.5, average=1.0,
                   model_dim=128, num_heads=2)
     model, full = model_of(hp, 384, "cpu"), tg.Hyperparameters()
     assert len(kinds(model, hp)) == len(kinds(model_of(full, tg.VOCAB["gpt2"], "meta"), full))

@@ -238,8 +238,8 @@ def test_candidates_are_all_targets_and_others_that_stand_for_the_rest(monkeypat
         counts[rows] += 1
     assert all(torch.equal(a, b) for a, b in zip((rows, weights), model.candidates(targets)))
     rest = [row for row in range(ROWS) if row not in needed]
-    assert counts[list(needed)].eq(ROWS).all() and counts[rest].eq(ROWS * (220 - 5) / (ROWS - 5)).all() or (
-        counts[rest].max() - counts[rest].min() <= 5), "but for the few that the needed ones displace"
+    assert counts[list(needed)].eq(ROWS).all()
+    assert counts[rest].max() - counts[rest].min() <= 5, "equal but for the few that the needed ones displace"
     monkeypatch.setattr(tg, "CANDIDATES", 1000)
     rows, weights = model.candidates(torch.arange(257).repeat(2))
     assert sorted(rows.tolist()) == list(range(ROWS)) and weights.eq(1).all(), "all, where there is room"
