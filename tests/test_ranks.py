@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,14 +27,15 @@ KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", tra
              window_max=128)
 STAGES = dict(batch_stages="4x128 8x128 4x256")
 EIGHT = dict(batch_stages="8x128 16x128 8x256")
-# As the default: longer sequences, then more of them; an average at the end
-WHOLE = dict(batch_stages="8x128 8x256 16x256", average=1.0,
+# As the default: longer sequences, then more of them; candidates until the last step; an average at the end
+WHOLE = dict(batch_stages="8x128 8x256 16x256", average=1.0, sampled=3.0,
              momentum_warmup=2.0, momentum_cooldown=1.0)
 STILL = dict(head_decay=0.0, table_decay=0.0, muon_decay=0.0)  # so that norms of updates are those of the change
 WAYS = dict(bf16=STILL, fp8=STILL | dict(grad_comm="fp8"), stages=STAGES, eight=EIGHT, whole=WHOLE)
 WORLDS = {8: ["eight", "whole"], 4: ["bf16", "fp8", "stages", "whole"], 2: ["bf16", "fp8", "stages", "whole"]}
 
 
+@mock.patch.object(tg, "CANDIDATES", 200)  # of 384 rows, where a way has candidates
 def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     """STEPS training steps of this rank, late by half a second if `slow`; returns what the tests look at."""
     hp = small_hp(**KNOBS, **WAYS[way], steps=STEPS, log_norms=STEPS)
