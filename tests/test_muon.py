@@ -327,7 +327,8 @@ KINDS = {  # pattern of names: kind, and its optimizer, rate, betas and decay in
     r"blocks.\d.attn.(value_)?gate": ("gates", tg.Adam, 0.016, (0.9, 0.99), 0.0),
     r"mix_(v|input|head).network_(in|out)": ("mixes", tg.Adam, 0.002, (0.9, 0.99), 0.0),
     r"(mix_(input|head).)?skip_weights": ("skip_weights", tg.Adam, 0.01, (0.9, 0.99), 0.0),
-    r"blocks.\d.(attn.qkv|attn.out|mlp.up.weight)|pointer.(query|key|key_before)": ("matrices", tg.Muon, 0.025, None, 1.2),
+    r"blocks.\d.(attn.qkv|attn.out|mlp.up.weight)|pointer.(query|key|key_before)": (
+        "matrices", tg.Muon, 0.025, None, 1.2),
     r"blocks.\d.mlp.down.weight": ("down", tg.Muon, 0.05, None, 0.6)}
 
 
