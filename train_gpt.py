@@ -143,7 +143,6 @@ class Hyperparameters:
     checkpoint_every: int = 0  # [steps] between checkpoints; 0 = none
     resume: str = ""  # [path] checkpoint to go on from, or latest; empty = start afresh
     save: bool = True  # [switch] write the final weights to the run folder
-    target_loss: float = 0.0  # [nats] say at the end whether it was met; 0 = none
     log_norms: int = 0  # [steps] between norms of gradients and updates by kind; 0 = none
 
     @property
@@ -1533,7 +1532,7 @@ def train(trainer: Trainer, stream: TokenStream, run):
 
 PLACES = ("data_dir", "resume", "save")  # say where things lie, never what is computed
 # Runs that differ in these alone compute the same numbers: `latest` goes on from one to the other.
-ASIDE = (*PLACES, *"val_every checkpoint_every target_loss log_norms".split())
+ASIDE = (*PLACES, *"val_every checkpoint_every log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
@@ -1545,7 +1544,7 @@ MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share sampled late_layer "
     "lr_batch logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
-    "val_every checkpoint_every target_loss log_norms"
+    "val_every checkpoint_every log_norms"
 ).split()
 MAY_BE_NEGATIVE = ("seed", "lr_floor")
 
@@ -2531,10 +2530,7 @@ def main(argv: list[str] | None = None):
             notes.append(
                 f"{file.name} lies beside the script and was imported: it is not kept here"
             )
-    run = train_once(argv, source, notes)
-    if run.hp.target_loss:
-        miss = run.val_loss - run.hp.target_loss
-        run.log.say(f"target {'missed' if miss > 0 else 'met'} by {abs(miss):.6f}")
+    train_once(argv, source, notes)
     if dist.is_initialized():
         os._exit(0)  # gloo's threads may abort an ordinary exit
 
