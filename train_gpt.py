@@ -2245,11 +2245,14 @@ class Run:
                 optimizer.load_state_dict(state)
                 optimizer.param_groups = groups  # rates are the knobs', not the file's
                 for p, values in made.items():
-                    found, due = optimizer.state[p], values.items()
-                    found |= {key: t.copy_(found[key].view_as(t)) for key, t in due}
+                    found = optimizer.state[p]
+                    if "average" in found:  # only runs near their end have it
+                        values["average"] = p.clone()
+                    for key, value in values.items():
+                        found[key] = value.copy_(found[key].view_as(value))
             self.trainer.model.load_state_dict(saved["model"])
-        self.step, self.clock.train_ms = saved["step"], saved["train_ms"]
-        self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
+            self.step, self.clock.train_ms = int(saved["step"]), float(saved["train_ms"])
+            self.log.emit("resume", dict(step=self.step, from_run_id=saved["run_id"]))
 
     @property
     def tokens(self) -> int:

@@ -74,7 +74,9 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
                    lambda model, adam, muon: state(adam).update(step=torch.zeros(2)),
                    lambda model, adam, muon: state(adam).update(exp_avg=0.5),
                    lambda model, adam, muon: state(muon).pop("momentum_buffer"),
-                   lambda model, adam, muon: adam["state"].clear()):
+                   lambda model, adam, muon: adam["state"].clear(),
+                   lambda model, adam, muon: state(muon).update(average=torch.zeros(3)),
+                   lambda model, adam, muon: state(muon).update(average="an average")):
         other = copy.deepcopy(whole)
         change(other["model"], *other["optimizers"][0])
         torch.save(other, here / "other.pt")
@@ -91,6 +93,10 @@ def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys):
     for change in (dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")):
         torch.save(saved | change, here / "other.pt")
         assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
+    for change in (dict(train_ms="soon"), dict(train_ms=None), dict(run_id=torch.zeros(2))):
+        torch.save(saved | change, here / "other.pt")
+        assert "--resume=other.pt holds weights of another" in ended(
+            capsys, here, "--resume=other.pt", "--val_every=1", code=5)
 
 
 def test_want_of_memory_is_no_damage_to_a_checkpoint(here, capsys, monkeypatch):
