@@ -1420,9 +1420,10 @@ class Trainer:
         validated = self.hp.val_seq_len * self.world_size
         longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
         dummy = TokenStream([(np.arange(longest + 1) * 7919 % 256).astype("<u2")])
-        full = math.ceil(span(self.hp.sampled, self.hp.steps))  # first step over all of V
+        last = self.hp.steps - 1
+        full = min(math.ceil(span(self.hp.sampled, last + 1)), last)  # first step over all of V
         firsts = [stage.first for stage in stages(self.hp)]
-        for step in {*firsts, full, self.hp.steps - 1}:
+        for step in {*firsts, full, last}:
             stage = stage_at(step, self.hp)
             pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
             self.train_step(step, pairs)
