@@ -2315,7 +2315,8 @@ class Run:
             )
         require(
             math.isfinite(loss),
-            f"the training loss is {loss} at step {step}: lower the learning rates",
+            f"the training loss is {loss} at step {step}: lower the learning rates, or, of data "
+            "with more kinds of token in a sequence than text has, take --sampled=0",
             3
         )
         return stop
