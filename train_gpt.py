@@ -1700,10 +1700,9 @@ def check_batches(hp, world_size: int):
     of_length, of_count = ["batch_stages"] * 2 if batches else PLAIN_BATCH
     lengths = {stage.seq_len: of_length for stage in stages(hp)}
     for length, name in (lengths | {hp.val_seq_len: "val_seq_len"}).items():
-        low = max(length // BLOCK * BLOCK, BLOCK)
         require(
             length % BLOCK == 0,
-            f"--{name} must be a multiple of {BLOCK}, such as {low} or {low + BLOCK}, not {length}"
+            f"--{name} must be a multiple of {BLOCK}, and is {length}"
         )
     shared = math.gcd(*(stage.sequences for stage in stages(hp)))
     require(
@@ -2186,10 +2185,7 @@ class Run:
             k: v for k, v in knobs.items()
             if k not in PLACES and v != getattr(Hyperparameters, k)
         }
-        shown = [
-            flag(name, knobs[name]) if name in PLACES else argument
-            for argument in argv for name in [argument[2:].partition("=")[0]]
-        ]
+        shown = [re.sub(r"=.*[/\\](?=.)", "=", argument) for argument in argv]  # no folders
         model = self.trainer.model
         # a checkpoint holds moments too, and averages for each rank; two are kept beside a third
         times = 9 + world_size if hp.checkpoint_every else hp.save
