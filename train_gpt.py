@@ -1725,7 +1725,7 @@ class Corpus(NamedTuple):
     train: TokenStream
     val: TokenStream
     facts: dict  # what the start event says of the data; hashes of shards on rank 0 alone
-    passes: int  # over the training stream, begun by the end of the run
+    notes: list[str]  # what the log warns of
     sources: list[str]  # of the validation documents, if they are told
     source_of: np.ndarray  # (val_tokens,) index of the source of each position scored, or (0,)
 
@@ -1734,7 +1734,8 @@ def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map, uint16 (count,). Refused 2 if it cannot be
     read, or if header and size disagree."""
     try:
-        head, size = np.fromfile(path, "<i4", 3), path.stat().st_size
+        size = path.stat().st_size  # 0 of a pipe, which would be waited for
+        head = np.fromfile(path, "<i4", 3) if size else np.zeros(3, "<i4")
     except OSError as error:
         raise Refused(
             2, f"{path} is a shard by its name or by manifest.json, and cannot be read "
@@ -1775,8 +1776,9 @@ def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
 
 def read_manifest(folder: Path):
     """(encoding, {shard: SHA-256 of its token bytes, if told}, [training shards, validation
-    shards]). The manifest tells the split, or else the name does; without one, GPT-2 tokens.
-    Refused 2 where the manifest cannot be used, or a shard is in both splits."""
+    shards], [a warning of each in neither]). The manifest tells the split, or else the name does;
+    without one, GPT-2 tokens. Refused 2 where the manifest cannot be used, or a shard is in both
+    splits."""
     path, manifest, known = folder / "manifest.json", dict(encoding="gpt2"), {}
     words = {shard: shard.name for shard in folder.glob("*.bin")}
     try:
@@ -1796,7 +1798,11 @@ def read_manifest(folder: Path):
         raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
     for shard in set(train).intersection(val):
         raise Refused(2, f"{shard} says both train and val: rename it, or let manifest.json decide")
-    return encoding, known, [train, val]
+    notes = [
+        f"{shard.name} is left out: it says neither train nor val" for shard in sorted(words)
+        if shard not in train + val
+    ]
+    return encoding, known, [train, val], notes
 
 
 def read_sources(folder: Path, scored: np.ndarray):
@@ -1849,7 +1855,7 @@ def load_corpus(hp, thorough: bool) -> Corpus:
     """Open and check every shard of `hp.data_dir`; `thorough` (rank 0) also reads, hashes and
     compares all tokens."""
     folder = Path(hp.data_dir)
-    encoding, known, found = read_manifest(folder)
+    encoding, known, found, left_out = read_manifest(folder)
     require(
         all(found),
         f"--data_dir={hp.data_dir} is not a folder with *train*.bin and *val*.bin, whole words: "
@@ -1863,6 +1869,7 @@ def load_corpus(hp, thorough: bool) -> Corpus:
         f"--val_tokens={val.total - 1} is the most"
     )
     passes = count_passes(hp, train.total)
+    notes = [f"the training stream is begun {passes} times"] * (passes > 1) + left_out
     shards = opened[0] | opened[1] if thorough else {}
     with ThreadPoolExecutor(4) as pool:  # hashing and scanning both leave the interpreter's lock
         scan = lambda shard: scan_shard(*shard, encoding, known)
@@ -1875,7 +1882,7 @@ def load_corpus(hp, thorough: bool) -> Corpus:
             for path, tokens in opened[0].items()
         ]
     )
-    return Corpus(encoding, train, val, facts, passes, *read_sources(folder, scored))
+    return Corpus(encoding, train, val, facts, notes, *read_sources(folder, scored))
 
 
 # ---- 14. Run folder: log.txt for people, metrics.jsonl as evidence, the script; and the clock
@@ -2171,8 +2178,8 @@ class Run:
     ):
         self.hp, self.rank, self.world_size = hp, rank, world_size
         self.step, self.val_loss, self.peak_val = 0, None, 0
-        self.notes, self.handlers = [*notes], contextlib.ExitStack()
         corpus, knobs = load_corpus(hp, thorough=rank == 0), public_knobs(hp)
+        self.notes, self.handlers = [*notes, *corpus.notes], contextlib.ExitStack()
         self.corpus, self.facts = corpus, dict(
             script_sha256=hashlib.sha256(source).hexdigest(), knobs=knobs, data=corpus.facts
         )
@@ -2408,8 +2415,6 @@ class Run:
         if self.saved:
             self.restore(self.saved)
             del self.saved
-        if self.corpus.passes > 1:
-            self.notes.append(f"the training stream is begun {self.corpus.passes} times")
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)

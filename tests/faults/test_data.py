@@ -55,10 +55,13 @@ def test_the_split_is_the_manifests_where_it_tells_one(tmp_path):
     listed(tmp_path, dict(name="train_a.bin", split="val"), dict(name="train_b.bin"),
            dict(name="books.bin", split="train"), dict(name="test.bin", split="test"))
     assert read(tmp_path) == [[2, 1], [4, 0]]
+    assert load(tmp_path).notes == ["test.bin is left out: it says neither train nor val"]
 
 
 def test_names_without_the_words_are_no_shards(tmp_path):
     assert "whole words" in refusal(shards(tmp_path, "training_0.bin", "validation_0.bin"))
+    shards(tmp_path, "train_0.bin", "val_0.bin")
+    assert [note.split()[0] for note in load(tmp_path).notes] == ["training_0.bin", "validation_0.bin"]
 
 
 def test_a_shard_of_both_splits_is_refused(tmp_path):
@@ -107,6 +110,14 @@ def test_a_shard_that_cannot_be_opened(tmp_path):
     shard.chmod(0)
     if hasattr(os, "geteuid") and os.geteuid():
         assert "Permission denied" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mknod, lambda path: path.symlink_to("/dev/null")])
+def test_a_shard_without_bytes_is_not_waited_for(tmp_path, make):
+    shard = make_corpus(tmp_path) / "val_000000.bin"
+    shard.unlink()
+    make(shard)
+    assert "val_000000.bin is not a token shard" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "val_docs.json"])
