@@ -1756,8 +1756,9 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
-    """SHA-256 of the token bytes, hex. Refused 2 if `known` has another, or if a token is not of
-    the encoding: a GPU would only say assert."""
+    """SHA-256 of the token bytes, hex. Refused 2 if `known`, where it is kept with its path, has
+    another for it, or another path with it, or if a token is not of the encoding: a GPU would only
+    say assert."""
     bad = tokens > EOT if encoding == "gpt2" else (tokens > 255) & (tokens != EOT)
     require(
         not bad.any(),
@@ -1765,11 +1766,15 @@ def scan_shard(path: Path, tokens, encoding: str, known: dict) -> str:
         "have: make the shard again, or check its manifest.json"
     )
     found = hashlib.sha256(tokens).hexdigest()
-    expected = known.get(path) or found
+    expected = str(known.get(path) or found).lower()
     require(
         found == expected,
         f"{path} has SHA-256 {found:.12} and its manifest says {expected:.12}: it was changed or "
         "damaged; get it again"
+    )
+    require(
+        known.setdefault(found, path) == path,
+        f"{path} holds the same tokens as {known[found]}: leave one of them out"
     )
     return found
 

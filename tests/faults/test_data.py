@@ -58,6 +58,27 @@ def test_the_split_is_the_manifests_where_it_tells_one(tmp_path):
     assert load(tmp_path).notes == ["test.bin is left out: it says neither train nor val"]
 
 
+@pytest.mark.parametrize("make", [
+    lambda old, new: new.write_bytes(old.read_bytes()), lambda old, new: new.symlink_to(old),
+    lambda old, new: listed(new.parent, dict(name=f"../{new.parent.name}/{old.name}"))])
+def test_the_same_tokens_twice_are_refused(tmp_path, make):
+    """As training and validation, or as two of either: a copy, a link, a name that says it another way."""
+    shards(tmp_path / "data", "train_0.bin", "val_0.bin")
+    make(tmp_path / "data/train_0.bin", tmp_path / "data/val_1.bin")
+    sentence = refusal(tmp_path / "data")
+    assert "holds the same tokens as" in sentence and sentence.count("train_0.bin") + sentence.count("val_1.bin") == 2
+
+
+def test_a_hash_may_have_capitals_and_must_be_text(tmp_path):
+    shards(tmp_path, "train_0.bin", "val_0.bin")
+    digest = load(tmp_path).facts["train"][0]["sha256"]
+    listed(tmp_path, dict(name="train_0.bin", sha256=digest.upper()))
+    assert load(tmp_path).facts["train"][0]["sha256"] == digest
+    for other in (12345, ["a"], True):
+        listed(tmp_path, dict(name="train_0.bin", sha256=other))
+        assert "its manifest says" in refusal(tmp_path)
+
+
 def test_names_without_the_words_are_no_shards(tmp_path):
     assert "whole words" in refusal(shards(tmp_path, "training_0.bin", "validation_0.bin"))
     shards(tmp_path, "train_0.bin", "val_0.bin")
