@@ -1565,6 +1565,8 @@ def say(text: str, stream=None):
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
+    except UnicodeError:  # a folder's name, where the terminal is ASCII
+        say(ascii(text), stream)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -2444,7 +2446,7 @@ class Run:
         )
         with self.handlers:
             self.log.emit("end", facts)
-            weights = f"--weights={self.log.folder}/weights.pt --data_dir={self.hp.data_dir}"
+            weights = f"--weights={self.log.folder}/weights.pt --data_dir='{self.hp.data_dir}'"
             self.log.say(
                 f"kept in {self.log.folder}; once complete:\n  ./run.sh plot {self.log.folder} "
                 f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER"

@@ -480,6 +480,14 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path, tail, lines):
     assert (end["status"], end["steps"]) == ("complete", 10)
 
 
+def test_a_name_that_the_terminal_cannot_show(tmp_path):
+    make_corpus(tmp_path / "d\xe9")
+    done = subprocess.run(command(tmp_path, "--data_dir=d\xe9"), cwd=tmp_path, capture_output=True, encoding="ascii",
+                          env=environment() | dict(PYTHONIOENCODING="ascii", PYTHONUTF8="1"), timeout=300)
+    assert (done.returncode, done.stderr) == (0, "") and "--data_dir='d\\xe9'" in done.stdout.replace("\\'", "'")
+    assert [row["status"] for row in events(run_folders(tmp_path)[0], "end")] == ["complete"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
 @pytest.mark.parametrize("what, code", [
     ("--help | head -2", 0), ("--help > /dev/full", 0), ("--stepps=3 2> /dev/full", 2), ("--stepps=3 2>&1 | true", 2)])
