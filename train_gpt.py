@@ -1545,9 +1545,8 @@ MAY_BE_ZERO = (
     "cooldown momentum_warmup momentum_cooldown average average_share sampled late_layer "
     "lr_batch logit_shift adam_eps head_lr table_lr scalar_lr gate_lr skip_lr mix_lr head_decay "
     "table_decay muon_lr muon_decay muon_beta2 muon_momentum muon_momentum_start "
-    "val_every checkpoint_every log_norms"
+    "val_every checkpoint_every log_norms seed lr_floor"
 ).split()
-MAY_BE_NEGATIVE = ("seed", "lr_floor")
 
 
 class Refused(RunEnd):
@@ -1644,10 +1643,11 @@ def help_text() -> str:
 def check(hp, world_size: int):
     """Refused 2 on the first knob whose value cannot work, with the values that can."""
     for name, value in dataclasses.asdict(hp).items():
-        if type(value) in (int, float) and name not in MAY_BE_NEGATIVE:
-            zero = name in MAY_BE_ZERO
-            bound = "not be below" if zero else "be above"
-            require(value >= 0 if zero else value > 0, f"--{name} must {bound} 0, and is {value}")
+        if type(value) in (int, float):
+            require(
+                value > 0 or value == 0 and name in MAY_BE_ZERO,
+                f"--{name}={value} is too small: --help says what it means"
+            )
         if type(value) is tuple:
             require(
                 0 <= min(value) <= max(value) < 1,
@@ -1704,7 +1704,7 @@ def check_batches(hp, world_size: int):
     for length, name in (lengths | {hp.val_seq_len: "val_seq_len"}).items():
         require(
             length % BLOCK == 0,
-            f"--{name} must be a multiple of {BLOCK}, and is {length}"
+            f"--{name}: {length} tokens are no multiple of {BLOCK}, as a sequence must be"
         )
     shared = math.gcd(*(stage.sequences for stage in stages(hp)))
     require(

@@ -484,7 +484,7 @@ def refused(machine, *arguments, code=2, **environment):
     ("steps=5", "unknown argument", 2), ("--steps", "unknown argument", 2), ("--preset", "unknown argument", 2),
     ("--preset=80bg", "unknown preset '80bg'", 2), ("--preset=", "unknown preset ''", 2),
     ("--preset=.*", "unknown preset", 2),
-    ("--steps=0", "--steps must be above 0", 2), ("--steps=many", "--steps takes", 2),
+    ("--steps=0", "--steps=0 is too small", 2), ("--steps=many", "--steps takes", 2),
     ("--train_seq_len=1000", "multiple of 128", 2), ("--layer_pattern=LX", "--layer_pattern", 2),
     ("--data_dir=nowhere", "--data_dir=nowhere is not a folder with", 2), ("--data_dir=", "--data_dir= is not", 2),
     ("--data_dir=run.sh", "--data_dir=run.sh is not a folder", 2),
