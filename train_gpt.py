@@ -1738,10 +1738,10 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         size = path.stat().st_size  # 0 of a pipe, which would be waited for
         head = np.fromfile(path, "<i4", 3) if size else np.zeros(3, "<i4")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise Refused(
             2, f"{path} is a shard by its name or by manifest.json, and cannot be read "
-            f"({error.strerror}): get it again, or make the data anew"
+            f"({error!r}): get it again, or make the data anew"
         ) from None
     require(
         head.tobytes() != b"version http",
@@ -1750,9 +1750,9 @@ def open_shard(path: Path) -> np.ndarray:
     magic, version, count = [*head.tolist(), 0, 0, 0][:3]
     require(
         (magic, version, size) == (MAGIC, VERSION, HEADER_BYTES + 2 * count) and count > 0,
-        f"{path} is not a token shard, or was cut short or damaged: it begins with {magic} "
-        f"{version}, not {MAGIC} {VERSION}, or holds not {count} tokens, by its header, but "
-        f"{(size - HEADER_BYTES) // 2}, by its size; get it again"
+        f"{path} is not a token shard, or was cut short or damaged: its {size} bytes, which begin "
+        f"with {magic} {version} {count}, should begin with {MAGIC} {VERSION} and the count of "
+        f"tokens, and be {HEADER_BYTES} and two for each; get it again"
     )
     return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
 
@@ -1787,8 +1787,8 @@ def read_manifest(folder: Path):
     without one, GPT-2 tokens. Refused 2 where the manifest cannot be used, or a shard is in both
     splits."""
     path, manifest, known = folder / "manifest.json", dict(encoding="gpt2"), {}
-    words = {shard: shard.name for shard in folder.glob("*.bin")}
     try:
+        words = {shard: shard.name for shard in folder.glob("*.bin")}
         if os.path.lexists(path):  # a link that leads nowhere is no absence
             manifest = json.loads(path.read_text(encoding="utf-8"))
         encoding, files = manifest["encoding"], manifest.get("files", [])
@@ -1823,7 +1823,7 @@ def read_sources(folder: Path, scored: np.ndarray):
     with contextlib.suppress(Exception):
         told = json.loads(path.read_text(encoding="utf-8"))
         names, found = told["sources"], np.array(told["doc_source"])[docs]
-        if len(np.bincount(found)) <= len(names):  # bincount takes whole numbers from 0 on
+        if len(np.bincount(found)) <= len(set(names)):  # bincount takes whole numbers from 0 on
             return names, found
     raise Refused(
         2, f'{path} cannot be used: it must hold {{"sources": [names], "doc_source": [an index of '
@@ -1848,12 +1848,12 @@ def count_passes(hp, total: int) -> int:
         "are needed, by --train_seq_len or --batch_stages"
     )
     reads = tokens_before(hp.steps, hp)
-    enough = math.ceil(reads / (total - longest))
     for step, (_, passes) in enumerate(sequences(hp, total)):
         require(
             passes <= hp.epochs,
             f"--steps={hp.steps} reads {reads} tokens, and the data has {total}, enough for {step} "
-            f"of these steps: take --epochs={enough}, or fewer --steps"
+            f"of these steps: take --epochs={math.ceil(reads / (total - longest))}, or fewer "
+            "--steps"
         )
     return passes
 

@@ -29,9 +29,9 @@ def refusal(folder, **changed):
 @pytest.mark.parametrize("damage, words", [
     (dict(magic=1), "not a token shard"),
     (dict(version=2), "not a token shard"),
-    (dict(count=2**31 - 1), "by its header"),
-    (dict(count=-5), "by its header"),
-    (dict(count=499), "by its header"),
+    (dict(count=2**31 - 1), "should begin with 20240520 1"),
+    (dict(count=-5), "should begin with 20240520 1"),
+    (dict(count=499), "should begin with 20240520 1"),
 ])
 def test_bad_headers(tmp_path, damage, words):
     make_corpus(tmp_path)
@@ -90,7 +90,9 @@ def test_manifest(tmp_path):
     '{"sources": ["a"], "doc_source": [0, 0, 0, 1]}', '{"sources": ["a"], "doc_source": [0, 0, 0, -1]}',
     '{"sources": ["a"], "doc_source": [0, 0, 0, 0.5]}', '{"sources": ["a"], "doc_source": [0, 0, 0, "a"]}',
     '{"sources": ["a"], "doc_source": {"0": 0}}', '{"sources": ["a"], "doc_source": 0}',
-    '{"sources": 1, "doc_source": [0, 0, 0, 0]}', '{"sources": [], "doc_source": []}', "\xff"])
+    '{"sources": 1, "doc_source": [0, 0, 0, 0]}', '{"sources": ["a", "a"], "doc_source": [0, 0, 1, 0]}',
+    '{"sources": [["a"], ["b"]], "doc_source": [0, 1, 0, 0]}', '{"sources": null, "doc_source": [0, 0, 0, 0]}',
+    '{"sources": [], "doc_source": []}', "\xff"])
 def test_sources_that_cannot_be_used(tmp_path, told):
     """1,200 tokens are scored, of 4 documents."""
     folder = make_corpus(tmp_path)

@@ -141,6 +141,16 @@ def test_a_shard_without_bytes_is_not_waited_for(tmp_path, make):
     assert "val_000000.bin is not a token shard" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800.bin"])
+def test_a_listed_name_that_no_file_can_have(tmp_path, name):
+    listed(make_corpus(tmp_path), dict(name=name, split="train"))
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_a_folder_whose_name_is_too_long():
+    assert "name too long" in refusal("x" * 300)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "val_docs.json"])
 def test_a_link_that_leads_nowhere_is_no_absence(tmp_path, name):
     """Bytes would be taken for GPT-2's tokens, in silence."""
