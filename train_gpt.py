@@ -1470,7 +1470,7 @@ class Outcome:
             dist.all_reduce(values)
         self.values = values.to("cpu", non_blocking=True)
         if loss.is_cuda:
-            self.event = torch.cuda.Event(enable_timing=True)
+            self.event = torch.cuda.Event()
             self.event.record()
 
     def wait(self) -> tuple[float, bool, list[float]]:
@@ -1977,22 +1977,16 @@ class Clock:
 
     def __init__(self, log: RunLog, cuda: bool):
         self.log, self.cuda, self.began = log, cuda, time.perf_counter()
-        self.train_ms, self.since, self.started, self.peak = 0.0, None, None, 0
+        self.train_ms, self.since, self.peak = 0.0, None, 0
 
-    def read(self, event=None) -> dict:
-        """Now, or when the GPU passed a recorded CUDA event."""
+    def read(self) -> dict:
         now = time.perf_counter() - self.began
-        if event:
-            now = self.since + self.started.elapsed_time(event) / 1e3
         running = (now - (self.since or now)) * 1e3
         return dict(train_ms=self.train_ms + running, wall_s=now)
 
     def start(self):
         if self.since is None:
             self.since = self.switch("start")["wall_s"]
-            if self.cuda:
-                self.started = torch.cuda.Event(enable_timing=True)
-                self.started.record()
 
     def stop(self):
         """It also keeps the peak of allocated memory."""
@@ -2297,7 +2291,7 @@ class Run:
         """Await a step's loss and write its line. True if a rank wants to stop; RunEnd 3 if the
         loss is not finite."""
         loss, stop, squares = outcome.wait()
-        hp, now = self.hp, self.clock.read(outcome.event)
+        hp, now = self.hp, self.clock.read()
         at, stage = self.step, stage_at(self.step, hp)
         self.step += 1
         step, ms = self.step, now["train_ms"]
