@@ -42,7 +42,6 @@ import queue
 import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import threading
@@ -1907,18 +1906,11 @@ LINES = {
     "step_avg:{step_avg:.2f}ms",
     "warning": "warning: {text}",
     "resume": "resumed from {from_run_id} at step {step}",
-    "end": "val_loss: {val_loss:.6f}\ntrain_time_ms: {train_ms:.0f}\nsteps: {steps}\n"
+    "end": "val_loss: {val_loss}\ntrain_time_ms: {train_ms:.0f}\nsteps: {steps}\n"
     "tokens: {tokens}\ntokens_per_s: {tokens_per_s}\n"
     "peak_train_mib: {peak_train_mib}\npeak_val_mib: {peak_val_mib}\n"
     "reserved_mib: {reserved_mib}\nexit: {code} {reason}",
 }
-
-
-class Filler(string.Formatter):
-    """Fills in a line; what does not apply is n/a."""
-
-    def format_field(self, value, spec):
-        return "n/a" if value is None else super().format_field(value, spec)
 
 
 @contextlib.contextmanager
@@ -1953,7 +1945,8 @@ class RunLog:
     def emit(self, event: str, facts: dict, file=True, **shown):
         """An event: a row of facts for metrics.jsonl, and its line, if any, for log.txt and the
         screen, which may show more than the facts."""
-        line = Filler().format(LINES.get(event, ""), **facts | shown)
+        shown = {k: "n/a" if v is None else v for k, v in (facts | shown).items()}
+        line = LINES.get(event, "").format(**shown)
         if line:
             self.say(line)
         if self.rank or not file:
