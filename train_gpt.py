@@ -2101,8 +2101,15 @@ PACKAGES = "torch numpy tiktoken huggingface_hub triton".split()
 
 def init_distributed():
     """(rank, world size, device) from torchrun's environment; without it one rank, no group."""
-    places = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-    rank, local, world_size = (int(os.environ.get(*place)) for place in places.items())
+    places = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    values = [os.environ.get(*place) for place in places.items()]
+    fine = all(map(str.isdecimal, values))
+    rank, local, world_size = map(int, values) if fine else (0, 0, 0)
+    require(
+        rank < world_size,
+        f"{', '.join(places)} are {', '.join(values)}, which cannot be: unset them, or start by "
+        "torchrun"
+    )
     device, backend = torch.device("cpu"), dict(backend="gloo")
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -2119,10 +2126,10 @@ def init_distributed():
 
 
 def catch_signals(stack: contextlib.ExitStack):
-    """SIGTERM, SIGINT and SIGHUP ask for an end after the step: their times join the list. A second
-    SIGINT aborts, unless it comes within a second: then it is the launcher's echo of the first.
-    The stack's end brings back the handlers of before."""
-    caught = []
+    """SIGTERM, SIGINT and SIGHUP ask for an end after the step: the time of each one's first joins
+    the dict. A second SIGINT aborts, unless it comes within a second: then it is the launcher's
+    echo of the first. The stack's end brings back the handlers of before."""
+    caught = {}
 
     def handler(number, frame):
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
@@ -2412,9 +2419,8 @@ class Run:
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
-        if self.world_size > 1:
-            with contextlib.suppress(AttributeError):  # private to torch
-                dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
+        with contextlib.suppress(AttributeError, ValueError):  # private to torch, or no group
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
 
     def close(self, code: int, reason: str):
@@ -2455,10 +2461,11 @@ def verdict(error: BaseException):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if re.search("^Dist.*Error|gloo|NCCL|pair closure|by peer|Timed out waiting", text):
+    if re.search("^Dist.*Error|gloo|NCCL|MASTER_|pair closure|by peer|Timed out waiting", text):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
-            "or MASTER_PORT is in use; --resume=latest goes on"
+            "or MASTER_ADDR or MASTER_PORT is missing, wrong or in use; where a checkpoint was "
+            "written, --resume=latest goes on"
         )
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == __file__:
@@ -2495,8 +2502,9 @@ def train_once(argv: list[str], source: bytes, notes=()) -> Run:
     run = None
     try:
         hp = parse_overrides(argv)
-        check(hp, int(os.environ.get("WORLD_SIZE", 1)))
-        run = Run(hp, *init_distributed(), argv, source, notes)
+        place = init_distributed()
+        check(hp, place[1])
+        run = Run(hp, *place, argv, source, notes)
         run.train()
         run.close(0, "complete")
         return run

@@ -257,6 +257,30 @@ def test_a_second_ctrl_c_ends_at_once(here):
     assert process.wait(10) == 130 and process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("launcher", [
+    dict(RANK="1"), dict(RANK="-1", WORLD_SIZE="1"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE=""), dict(RANK="x"),
+    dict(LOCAL_RANK="first"), dict(RANK="2", WORLD_SIZE="2"), dict(WORLD_SIZE="2.0")])
+def test_a_launchers_variables_that_cannot_be(here, capsys, monkeypatch, launcher):
+    """A lone RANK=1 would train, print nothing, keep nothing and end with 0."""
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    said = ended(capsys, here, code=2)
+    assert "RANK, LOCAL_RANK, WORLD_SIZE are " in said and "unset them" in said and not list(here.glob("logs/*"))
+
+
+@pytest.mark.parametrize("launcher", [dict(), dict(MASTER_ADDR="127.0.0.1")])
+def test_a_meeting_place_that_cannot_be(here, launcher):
+    done = subprocess.run(command(here), env=environment() | dict(RANK="0", WORLD_SIZE="2", **launcher),
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "MASTER_ADDR or MASTER_PORT is missing" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("knob", ["--preset=MemoryError", "--data_dir=bad_alloc"])
+def test_the_users_words_are_no_want_of_memory(here, capsys, knob):
+    assert knob.partition("=")[2] in ended(capsys, here, knob, code=2)
+
+
 def test_a_port_in_use_is_named(here):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -264,7 +288,7 @@ def test_a_port_in_use_is_named(here):
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]), WORLD_SIZE="2", RANK="0")
         done = subprocess.run(command(here), env=environment() | place, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4 and "train_gpt: rank 0: a collective failed" in done.stderr, done.stderr
-    assert "MASTER_PORT is in use" in done.stderr and "Traceback" not in done.stderr
+    assert "MASTER_PORT is missing, wrong or in use" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep a file from being cut short, or its pages")
