@@ -2132,11 +2132,11 @@ def catch_signals(stack: contextlib.ExitStack):
     caught = {}
 
     def handler(number, frame):
-        if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 1:
-            os._exit(130)
         if not caught:
             say("stopping after this step, and saving; a second Ctrl-C: at once", sys.stderr)
-        caught.append(time.monotonic())
+        first = caught.setdefault(number, time.monotonic())
+        if number == signal.SIGINT and time.monotonic() - first > 1:
+            os._exit(130)
 
     for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):  # Windows lacks one
         number = getattr(signal, name)

@@ -1,6 +1,7 @@
 """Ends of a run in this process: the checkpoint of another set of parameters, no memory, no room, handlers of before;
 and in a process of its own, whose shard is cut short while it trains."""
 
+import contextlib
 import copy
 import errno
 import shutil
@@ -241,6 +242,22 @@ def test_a_signal_within_a_save_waits_for_it(here, capsys, monkeypatch, name):
     folder = run_folders(here)[0]
     steps = [row["step"] for row in events(folder, "checkpoint")]
     assert steps[0] == 2 and len(steps) == len([*folder.glob("checkpoints/*.pt")]) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send there")
+@pytest.mark.parametrize("names, at_once", [
+    (["SIGTERM", "SIGINT"], False), (["SIGHUP", "SIGTERM", "SIGINT"], False), (["SIGTERM", "SIGINT", "SIGINT"], True),
+    (["SIGINT", "SIGTERM", "SIGTERM"], False)])
+def test_only_a_second_ctrl_c_saves_nothing(monkeypatch, names, at_once):
+    now, left = [0.0], []
+    monkeypatch.setattr(t.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(t.os, "_exit", left.append)
+    with contextlib.ExitStack() as stack:
+        caught = t.catch_signals(stack)
+        for name in names:
+            signal.raise_signal(getattr(signal, name))
+            now[0] += 1.5
+    assert caught and left == [130] * at_once
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send there")
