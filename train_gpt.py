@@ -890,7 +890,8 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Te
     update: (N, R, C); second_moment: (N, max(R, C)) fp32, changed in place."""
     axis = 2 if update.size(1) >= update.size(2) else 1
     update = update.float()
-    second_moment.lerp_(update.square().mean(axis), 1 - beta2)
+    # as lerp, which takes one dtype: torch loads states in that of the parameter
+    second_moment += (1 - beta2) * (update.square().mean(axis) - second_moment)
     scaled = update * second_moment.clamp(min=1e-10).rsqrt().unsqueeze(axis)
     return scaled * (matrix_norms(update) / matrix_norms(scaled))
 

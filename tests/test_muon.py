@@ -23,7 +23,7 @@ def params(*shapes):
 
 def feed(params, step, scale=0.1):
     for i, p in enumerate(params):
-        p.grad = rand(*p.shape, seed=1000 * step + i) * scale * (i + 1)
+        p.grad = (rand(*p.shape, seed=1000 * step + i) * scale * (i + 1)).to(p.dtype)
 
 
 def train(optimizer, params, steps, first=0):
@@ -229,6 +229,19 @@ def both():
     """Two cases: (make an optimizer of parameters, their shapes)."""
     return [pytest.param(lambda ps: tg.Muon(ps, lr=0.02), SHAPES, id="muon"),
             pytest.param(lambda ps: tg.Adam(ps, lr=0.02), [(5,), (33, 70), (), (64, 64)], id="adam")]
+
+
+@pytest.mark.parametrize("make,shapes", both())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_state_of_parameters_of_any_dtype_goes_on(make, shapes, dtype):
+    """torch loads all of it in the parameter's dtype."""
+    ours = [p.data.to(dtype).requires_grad_() for p in params(*shapes)]
+    optimizer = make(ours)
+    for first in (0, 3):
+        before = [p.detach().clone() for p in ours]
+        train(optimizer, ours, 3, first=first)
+        assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(ours, before))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 @pytest.mark.parametrize("make,shapes", both())
