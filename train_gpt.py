@@ -680,8 +680,8 @@ def create_masks(
     = unlimited. max_window: the widest window that will come, which fixes the tables' width.
     O(B x max_window) memory, never T x T. The half window is rounded down; the block of a query is
     always visible. Raises ValueError for a length that is no multiple."""
-    length = len(input_ids)
-    if input_ids.ndim > 1 or length % block_size:
+    length = input_ids.numel()
+    if input_ids.ndim != 1 or length % block_size:
         raise ValueError(
             f"create_masks: ids of shape {tuple(input_ids.shape)} are not one packed sequence of a "
             f"multiple of {block_size} tokens: give one at a time, padded"

@@ -58,7 +58,7 @@ def test_tables_stay_narrow_and_full_blocks_are_used():
 def test_no_window_sees_the_whole_document_and_bad_lengths_are_refused():
     ids = random_documents(6 * BLOCK, torch.Generator().manual_seed(1))
     assert torch.equal(from_tables(tg.create_masks(ids)[0], "kv"), visible(ids, 99))
-    for shape in (100,), (1, 128), (128, 128), (1, 1, 256):
+    for shape in (100,), (1, 128), (128, 128), (1, 1, 256), ():
         with pytest.raises(ValueError, match=r"not one packed sequence .* multiple of 128") as caught:
             tg.create_masks(torch.zeros(shape, dtype=torch.int32))
         assert str(shape) in str(caught.value)
