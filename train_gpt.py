@@ -1681,6 +1681,10 @@ def check(hp, world_size: int):
         f"{len(layers)} layers, from 0 on"
     )
     require(
+        hp.bigram_dim <= hp.model_dim,
+        f"--bigram_dim={hp.bigram_dim} must not be above --model_dim={hp.model_dim}"
+    )
+    require(
         hp.window_min <= hp.window_max,
         f"--window_min={hp.window_min} must not be above --window_max={hp.window_max}"
     )

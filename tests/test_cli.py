@@ -60,6 +60,7 @@ def test_types():
     ("--table_betas=-0.1,0.9", ["--table_betas", "below 1"]),
     ("--scalar_betas=0.9,1", ["--scalar_betas", "below 1"]),
     ("--late_layer=99", ["--late_layer=99", "layers"]),
+    ("--bigram_dim=1000", ["--bigram_dim=1000", "--model_dim=768"]),
     ("--bigram_rows=0", ["--bigram_rows=0 is too small"]),
     ("--average=-1", ["--average=-1.0 is too small"]),
     ("--mixed_layers=3 11", ["--mixed_layers", "layers"]),
