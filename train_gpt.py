@@ -2005,10 +2005,6 @@ class Clock:
 
 # ---- 15. Checkpoints
 
-CHECKPOINT_KEYS = set(
-    "model optimizers step tokens train_ms knobs data encoding run_id script_sha256".split()
-)
-
 
 @contextlib.contextmanager
 def unusable(what):
@@ -2027,10 +2023,11 @@ def load_file(path: Path) -> dict:
     """A checkpoint, of plain tensors, on the CPU. Refused 5 if it is missing, damaged or another
     file."""
     with unusable(path):
+        require(path.is_file(), "it is no file")
         with zipfile.ZipFile(path) as archive:  # torch.load accepts flipped bits; it has checksums
             require(not archive.testzip(), "a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        require(saved.keys() >= CHECKPOINT_KEYS, "it holds no run of this script's kind")
+        require("optimizers" in saved, "it holds no run of this script's kind")
         require(
             all(v.isfinite().all() for v in tree_leaves(saved) if isinstance(v, Tensor)),
             "it holds numbers that are not finite"
@@ -2086,8 +2083,10 @@ def find_latest(now: dict, notes: list[str]) -> list:
                 notes.append(
                     f"{folder.name}/{path.name} is not usable; the next older one is tried"
                 )
-    advice = advice or ": name a file, or leave it out"
-    return [5, f"--resume=latest finds no usable checkpoint{advice}"]
+    return [
+        5, "--resume=latest finds no usable checkpoint"
+        f"{advice or ': name a file, or leave it out'}"
+    ]
 
 
 def public_knobs(hp) -> dict:
@@ -2236,6 +2235,7 @@ class Run:
             fixed = [
                 flag(k, saved["knobs"][k]) for k in FIXED + ["steps"] * moved if k in other
             ]
+            fixed += [f"{saved['tokens']} tokens read by step {step}"] * moved
         fixed += [f"{ranks} ranks"] * (ranks != self.world_size)
         require(
             not fixed, f"{path} was written with {' '.join(fixed)}: give the same to resume it"

@@ -703,7 +703,7 @@ def test_resume_where_the_stages_moved_is_refused(stages, tmp_path, monkeypatch,
     resume = f"--resume={checkpoint}"
     other = refused(resume, "--batch_stages=4x128 8x128 4x384")
     assert "was written with --batch_stages=4x128 8x128 4x256" in other
-    assert "with --steps=9: give the same" in refused(resume, "--steps=18", "--epochs=9")
+    assert "with --steps=9 3584 tokens read by step 5: give" in refused(resume, "--steps=18", "--epochs=9")
     assert not (tmp_path / "logs").exists()
     saved = torch.load(checkpoint)
     saved["model"]["extra"] = torch.zeros(1)

@@ -4,6 +4,8 @@ and in a process of its own, whose shard is cut short while it trains."""
 import contextlib
 import copy
 import errno
+import math
+import os
 import shutil
 import signal
 import socket
@@ -94,6 +96,11 @@ def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys):
     for change in (dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")):
         torch.save(saved | change, here / "other.pt")
         assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
+    os.mkfifo(here / "pipe.pt")
+    assert "pipe.pt is not usable" in ended(capsys, here, "--resume=pipe.pt", code=5)
+    for change in (dict(step=99), dict(step=-1), dict(step=math.nan), dict(step=True, tokens=7), dict(tokens=None)):
+        torch.save(saved | change, here / "other.pt")
+        assert "tokens read by step" in ended(capsys, here, "--resume=other.pt", code=2)
     for change in (dict(train_ms="soon"), dict(train_ms=None), dict(run_id=torch.zeros(2))):
         torch.save(saved | change, here / "other.pt")
         assert "--resume=other.pt holds weights of another" in ended(
