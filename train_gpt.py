@@ -1928,8 +1928,8 @@ def no_space(what: str):
         told = error if isinstance(error, OSError) else error.__context__
         reason = getattr(told, "strerror", None) or type(error).__name__
         raise Refused(
-            6, f"{what} cannot be written ({reason}): make room in logs/, or write less with "
-            "--save=False --checkpoint_every=0"
+            6, f"{what} cannot be written ({reason}): make room in logs/, a folder that you may "
+            "write to, or write less with --save=False --checkpoint_every=0"
         ) from error
 
 
@@ -2427,6 +2427,8 @@ class Run:
         with contextlib.suppress(AttributeError, ValueError):  # private to torch, or no group
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
+        for shard in self.corpus.train.shards + self.corpus.val.shards:
+            open_shard(Path(shard.filename))  # refuses what was cut short meanwhile
 
     def close(self, code: int, reason: str):
         """The end event, however the run ended."""
@@ -2458,7 +2460,8 @@ class Run:
 def verdict(error: BaseException):
     """(exit code, one sentence) of whatever ended a run; code 1 is a fault of the script."""
     text = f"{error!r} {error.__cause__!r}"  # a loader's end has its thread's for a cause
-    if re.search("MemoryError|allocate memory|not enough memory|bad_alloc", text):
+    short = re.search("MemoryError|allocate memory|not enough memory|bad_alloc", text)
+    if short and not isinstance(error, Refused):  # whose words may be the user's
         return 6, (
             "out of memory: shorter --batch_stages, --train_seq_len or --val_seq_len need less"
         )

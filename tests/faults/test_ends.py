@@ -327,3 +327,17 @@ def test_a_shard_that_is_cut_short_in_training_leaves_a_line_that_says_where(her
             break
     said = process.communicate(timeout=60)[1]
     assert process.returncode and "Bus error" in said and 'train_gpt.py", line ' in said and " in read" in said
+
+
+@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
+def test_a_shard_that_loses_its_end_in_training_is_named_once_all_is_saved(here, capsys, monkeypatch, name):
+    """What lies in the page that is left would be read as zeros."""
+    real = t.Trainer.train_step
+
+    def train_step(self, step, pairs):
+        os.truncate(here / "data" / name, (here / "data" / name).stat().st_size - 2 * (step == 1))
+        return real(self, step, pairs)
+
+    monkeypatch.setattr(t.Trainer, "train_step", train_step)
+    assert f"{name} is not a token shard, or was cut short" in ended(capsys, here, code=2)
+    assert (run_folders(here)[0] / "weights.pt").exists() and events(run_folders(here)[0], "end")[0]["code"] == 2
