@@ -198,7 +198,7 @@ def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
     assert out.splitlines()[-4:] == [
         f"kept in {folder}; once complete:", f"  ./run.sh plot {folder} --out curve.png",
         f"  ./run.sh compare {folder} ANOTHER",
-        f"  ./run.sh sample --weights={folder}/weights.pt --data_dir={here / 'data'}"]
+        f"  ./run.sh sample --weights={folder}/weights.pt --data_dir='{here / 'data'}'"]
     assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
 
 
