@@ -59,7 +59,7 @@ def read_groups(path: Path | None) -> dict[str, list[str]] | None:
 def read_text(folder, groups: dict | None = None, val_tokens: int | None = None) -> Text:
     """The validation stream of a folder, every token checked. Refused 2 if it, or its sources, cannot be used."""
     folder = Path(folder)
-    encoding, known, (_, paths) = tg.read_manifest(folder)
+    encoding, known, (_, paths), _ = tg.read_manifest(folder)
     shards = {path: tg.open_shard(path) for path in paths}
     tg.require(shards, f"{folder} is not a folder with *val*.bin shards")
     for path, tokens in shards.items():
