@@ -4,15 +4,20 @@
     python data/tokenize_text.py book.txt web.jsonl --out DIR  one document a text file, or a line's field "text"
     cat book.txt | python data/tokenize_text.py - --out DIR    standard input, read like a file
 
-Lines of JSON are known by their first, or by the name (.json, .jsonl, .ndjson); what is no text is refused.
+Lines of JSON are known by their first, or by the name (.json, .jsonl, .ndjson); what is no text is refused, and so is
+a text most of whose first lines are data, as in a piece of such a file.
 
 A shard is 256 int32 (magic, version, token count, zeros), then little-endian uint16 tokens, 50256 before each document,
 which may run on into the next shard. manifest.json, written last, tells the encoding, the source, what is held out for
 validation, and of each file the name, split, tokens and sha256: that of its token bytes, without the 1024-byte header.
-GPT-2's ranks, whose SHA-256 it tells too, are kept beside the shards for data/sample.py.
+GPT-2's ranks, whose SHA-256 it tells too, are kept beside the shards for data/sample.py. A folder with .bin files of
+other origin, or with a val_docs.json, which tells of the documents there, is refused.
 
 Of many documents a hash of each tells whether it is held out. Of few it might take none or half, so the last of them
-are held out, or the end of the last as a document of its own.
+are held out, or the end of the last as a document of its own; copies among them are left out, as they might lie on
+either side.
+
+Exit codes: 0 written; 2 bad knob or input; 6 no memory; 130 stopped by Ctrl-C. But for 0 the folder is as it was.
 """
 import argparse
 import ast
@@ -24,14 +29,26 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
+
+def quit_at_once(*_):
+    """What a Ctrl-C does before anything is made."""
+    print("tokenize_text.py: stopped, nothing was written.", file=sys.stderr)
+    os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, quit_at_once)  # until main() has the word: numpy's import takes a while
+
+import numpy as np  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 # The twin of these constants is in train_gpt.py (and in fineweb.py beside this file).
@@ -43,6 +60,9 @@ BYTE_ORDER = PRINTABLE + [b for b in range(256) if b not in PRINTABLE]  # token 
 BYTE_TO_TOKEN = np.argsort(BYTE_ORDER).astype(np.uint16)  # byte -> token
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# The SHA-256 of GPT-2's ranks as `rank_lines` writes them. Whether they are that file's, tiktoken's or another copy's,
+# any other ranks would give tokens that no reader of GPT-2's understands.
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # numpy's version and the SHA-256 of its documents joined by NUL: alike for any Python and system, so losses compare.
 EMBEDDED = "2.4.6", "1a38f381ee50b30d787830f4bdb2b5d034cdbb975996c1886f0122c17015ae85"
 ENOUGH = 14  # documents that a hash gives either split on average, before it is used: none is left, once in a million
@@ -55,12 +75,48 @@ SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 LONG = 10_000
 LONG_BLANK = re.compile(rf"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{{{LONG},}}")
 RANKS = "gpt2.tiktoken"  # the file of ranks beside the shards
+OWN_SHARD = re.compile(r"(train|val)_\d{6}\.bin")  # the names of our shards, which the next run replaces
+MOST_WORKERS, MOST_TOKENS = 4096, 2**31 - 1  # the latter is what a shard's header can hold
 JSON_NAMES = ".json", ".jsonl", ".ndjson"
 JSON_OBJECT = re.compile(r'\s*\[?\s*\{\s*"[^"\n]*"\s*:')  # how an object begins, alone or as the first of a list
+LOOKED_AT = 100  # lines, from the first on, by which data is told from text
+INVISIBLE = " \t\r\ufeff\u200b\u200c\u200d\u2060"
+# A line that is an object, as JSON or Python write one, perhaps behind a name, time or number: data: {"text": "..."}
+OBJECT_START = r"""[^{}"'()=]{0,80}\{\s*(["'])[^"'\n]*\1\s*:"""
+OBJECT_LINE = re.compile(OBJECT_START + r".*\},?")
+CUT_START = re.compile(OBJECT_START + r'\s*["\[{\d].*')  # the last line of a piece, cut within an object
+CUT_END = re.compile(r'.*["\]}\d]\s*\}')  # the first line of a piece
+NO_OBJECT = re.compile(r"(event|id|retry):.*|:.*|null|\[|\]")  # lines that come between such lines and tell nothing
 
 
 class Problem(Exception):
     """A user's mistake or the machine's refusal, told in one sentence; exit code 2."""
+
+
+def say(text, stream=None):
+    """Prints. Where nobody listens (a closed pipe, a full disk) this and what follows goes nowhere: the work does not
+    end for its listener. The twin is in fineweb.py."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def show_any_name():
+    """Lets standard output write what its encoding lacks as escapes: a path may hold anything. Twin in fineweb.py."""
+    if hasattr(sys.stdout, "reconfigure"):  # a closed one has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def unstoppable():
+    """A moment in which a Ctrl-C is not heard, for what must not be left half done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def numpy_docstrings(root):
@@ -92,13 +148,38 @@ def parsed(raw):
         return None
 
 
-def is_data(text):
-    """Whether a text is plainly JSON: it begins as an object, is a value, or each of its lines is one."""
-    if not re.match(r"\s*[\[{]", text):
+def first_lines(text):
+    """The first lines that are not blank, without what cannot be seen at their ends."""
+    lines = (match[0].strip(INVISIBLE) for match in re.finditer(r"[^\n]+", text))
+    return list(itertools.islice(filter(None, lines), LOOKED_AT))
+
+
+def is_data_by_lines(lines):
+    """Whether most of the lines are objects or lists, or all are strings, though the first may be cut or a comment."""
+    lines = [line for line in lines if not NO_OBJECT.fullmatch(line)]
+    if len(lines) < 2:
         return False
-    if JSON_OBJECT.match(text) or isinstance(parsed(text), (dict, list)):
+    data = [line.startswith(('["', "[{")) and isinstance(parsed(line.rstrip(",")), list) or
+            bool(OBJECT_LINE.fullmatch(line)) for line in lines]
+    data[0] = data[0] or bool(CUT_END.fullmatch(lines[0]))
+    data[-1] = data[-1] or bool(CUT_START.fullmatch(lines[-1]))
+    # A table within code has such lines too, with commas: there, nearly all must be.
+    if sum(data) > len(lines) * (3 / 4 if sum(line.endswith(",") for line in lines) > 1 else 1 / 2):
         return True
-    return all(isinstance(parsed(line), (dict, list)) for line in text.splitlines() if line.strip())
+    strings = sum(line[0] == '"' and isinstance(parsed(line), str) for line in lines)
+    return strings > 2 and strings >= 0.9 * (len(lines) - 1)
+
+
+def is_data(text):
+    """Whether a text is plainly JSON: it begins as an object, is a value, each of its lines is one, or most of the
+    first are."""
+    seen = text.lstrip(INVISIBLE + "\n")
+    if seen[:1] in ("[", "{"):
+        if JSON_OBJECT.match(seen) or isinstance(parsed(seen), (dict, list)):
+            return True
+        if all(isinstance(parsed(line), (dict, list)) for line in seen.splitlines() if line.strip()):
+            return True
+    return is_data_by_lines(first_lines(seen))
 
 
 def document(raw, where, is_json):
@@ -116,25 +197,43 @@ def document(raw, where, is_json):
         raise Problem(f"{where} is not UTF-8 text (byte {raw.index(0)} of it is zero); unpack it if it is packed, else "
                       "convert it to UTF-8 first")
     if is_data(text):
-        raise Problem(f'{where} is JSON, but no lines of {{"text": "..."}}; write it so, a line for each document')
+        raise Problem(f'{where} is JSON or the like, but not from its first line on lines of {{"text": "..."}}; write '
+                      "it so, a line for each document")
     return text
+
+
+def open_bytes(file):
+    if file != "-":
+        return open(file, "rb")
+    if sys.stdin is None:
+        raise Problem("standard input is closed; give it the text, as in `cat book.txt |`, or name a file instead of -")
+    return nullcontext(sys.stdin.buffer)
+
+
+def read_file(file, name):
+    """The documents of a file, or of standard input."""
+    with open_bytes(file) as stream:
+        head = []
+        for line in stream:
+            head.append(line)
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte-order mark alone is blank too
+                break
+        is_json = file.lower().endswith(JSON_NAMES) or isinstance(parsed(b"".join(head)), dict)
+        raws = itertools.chain(head, stream) if is_json else [b"".join(head) + stream.read()]
+        for number, raw in enumerate(raws, 1):
+            yield document(raw, f"{name} line {number}" if is_json else name, is_json)
 
 
 def read_documents(files):
     """The documents of all files, in the order given."""
     for file in files:
-        name, found, head = "standard input" if file == "-" else file, False, []
-        with (sys.stdin.buffer if file == "-" else open(file, "rb")) as stream:
-            for line in stream:
-                head.append(line)
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):  # a byte-order mark alone is blank too
-                    break
-            is_json = file.lower().endswith(JSON_NAMES) or isinstance(parsed(b"".join(head)), dict)
-            raws = itertools.chain(head, stream) if is_json else [b"".join(head) + stream.read()]
-            for number, raw in enumerate(raws, 1):
-                text = document(raw, f"{name} line {number}" if is_json else name, is_json)
+        name, found = "standard input" if file == "-" else file, False
+        try:
+            for text in read_file(file, name):
                 found = found or bool(text)
                 yield text
+        except OSError as error:
+            raise Problem(f"{name} cannot be read ({error.strerror or error}); check its name") from None
         if not found:
             raise Problem(f"{name} is empty; leave it out or give a file with text")
 
@@ -168,33 +267,43 @@ def tail_cut(texts, val_fraction):
 def hold_out(documents, val_fraction):
     """((split, text) of each document that is not empty, and how they were split, as the manifest tells it)."""
     documents = filter(None, documents)
-    enough = min(math.ceil(ENOUGH / min(val_fraction, 1 - val_fraction)), MOST_HELD)
+    enough = math.ceil(min(ENOUGH / min(val_fraction, 1 - val_fraction), MOST_HELD))
     first = list(itertools.islice(documents, enough))
     if len(first) == enough:
         documents = itertools.chain(first, documents)
         return ((split_of(text, val_fraction), text) for text in documents), {"rule": "hash", "asked": val_fraction}
-    index, at = tail_cut(first, val_fraction)
-    first[index:index + 1] = [first[index][:at], first[index][at:]]
-    pairs = [("val" if number > index else "train", text) for number, text in enumerate(first)]
+    texts = list(dict.fromkeys(first))  # a copy in the tail would be scored after the other was learnt
+    copies = len(first) - len(texts)
+    index, at = tail_cut(texts, val_fraction)
+    texts[index:index + 1] = [texts[index][:at], texts[index][at:]]
+    pairs = [("val" if number > index else "train", text) for number, text in enumerate(texts)]
     return pairs, {"rule": "tail", "asked": val_fraction, "documents": len(pairs) - 1, "from_document": index + 1,
-                   "from_character": at + 1}
+                   "from_character": at + 1, **({"copies_left_out": copies} if copies else {})}
+
+
+def rank_lines(pairs):
+    """The lines of a rank file, for pairs of token and rank."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in pairs)
 
 
 def gpt2_ranks(bpe_file=None):
     """{bytes: token} of GPT-2, from a rank file, or from tiktoken's own copy, which it fetches once."""
     try:
         import tiktoken
-        if not bpe_file:
+        if bpe_file:
+            lines = [line.split() for line in Path(bpe_file).read_bytes().splitlines()]  # a token in base64, its rank
+            pairs = [(base64.b64decode(token), int(rank)) for token, rank in lines]
+        else:
             own = tiktoken.get_encoding("gpt2")
-            return {own.decode_single_token_bytes(rank): rank for rank in range(END_OF_TEXT)}
-        pairs = [line.split() for line in Path(bpe_file).read_bytes().splitlines()]  # a token in base64, its rank
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        if [*ranks.values()] != [*range(END_OF_TEXT)] or [*ranks][:256] != [bytes([b]) for b in BYTE_ORDER]:
-            raise ValueError
-        return ranks
-    except (ImportError, OSError, ValueError) as error:  # no package, no network, no such file, or not these ranks
-        raise Problem(f"{bpe_file or 'tiktoken'} does not give GPT-2's vocabulary ({type(error).__name__}); name its "
-                      "rank file as --bpe_file") from None
+            pairs = [(own.decode_single_token_bytes(rank), rank) for rank in range(END_OF_TEXT)]
+        found = hashlib.sha256(rank_lines(pairs)).hexdigest()
+        reason = "" if found == GPT2_SHA256 else f"its ranks are others, with SHA-256 {found:.12}"
+    except (ImportError, OSError, ValueError) as error:  # no package, no network, no such file, or no ranks in it
+        reason = type(error).__name__
+    if reason:
+        raise Problem(f"{bpe_file or 'tiktoken'} does not give GPT-2's vocabulary ({reason}); name its rank file as "
+                      "--bpe_file")
+    return dict(pairs)
 
 
 def kept_ranks(folder):
@@ -269,6 +378,23 @@ def encode_unit(unit, encoding, bpe_file):
             for split, texts in unit.items()}
 
 
+@contextmanager
+def deaf_children():
+    """Processes started meanwhile hear no Ctrl-C, not even while they start: this process ends them, with one line. It
+    hears it afterwards, as half a start could not be ended."""
+    heard, before = [], signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    if hasattr(signal, "pthread_sigmask"):  # what is blocked here is so in children; Windows has no such thing
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            raise KeyboardInterrupt
+
+
 def encode_all(units, encoding, bpe_file, workers):
     """The units' tokens in order. Processes are spawned only where they pay: GPT-2's merges, more than one unit."""
     try:
@@ -279,16 +405,23 @@ def encode_all(units, encoding, bpe_file, workers):
     wave = list(itertools.islice(units, 4 * workers))  # what is in memory at a time
     if workers > 1 and len(wave) > 1 and encoding == "gpt2":
         try:
-            pool = ProcessPoolExecutor(min(workers, len(wave)), get_context("spawn"))
+            most = 61 if os.name == "nt" else workers  # Windows waits for no more at a time
+            pool = ProcessPoolExecutor(min(workers, len(wave), most), get_context("spawn"),
+                                       signal.signal, (signal.SIGINT, signal.SIG_IGN))
         except (ImportError, NotImplementedError, OSError) as error:  # no semaphores, for example no shared memory
-            print(f"No worker processes here ({error}): one process does the work.")
+            say(f"No worker processes here ({error}): one process does the work.")
     try:
-        with pool or nullcontext():
-            while wave:
-                yield from (pool.map if pool else map)(work, wave)
-                wave = list(itertools.islice(units, 4 * workers))
+        while wave:
+            with deaf_children():
+                results = (pool.map if pool else map)(work, wave)
+            yield from results
+            wave = list(itertools.islice(units, 4 * workers))
     except BrokenProcessPool:
         raise Problem(f"a worker process died; lower --workers (now {workers})") from None
+    finally:
+        with unstoppable():
+            if pool:
+                pool.shutdown(cancel_futures=True)
 
 
 def write_shards(out, encoded, limit):
@@ -310,16 +443,28 @@ def write_shards(out, encoded, limit):
 
 def keep_ranks(out, bpe_file):
     """Writes GPT-2's ranks as a part; what the manifest tells of them."""
-    raw = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in gpt2_ranks(bpe_file).items())
+    raw = rank_lines(gpt2_ranks(bpe_file).items())
     (out / (RANKS + ".part")).write_bytes(raw)
     return {"name": RANKS, "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def check_folder(out):
+    """Problem where a folder holds what training would read beside the new shards, and what tells of the old ones."""
+    for path in sorted(out.glob("*.bin")):
+        if not OWN_SHARD.fullmatch(path.name):
+            raise Problem(f"{path} was not made by this program, and training would read it beside the new shards; "
+                          "name another --out, or move it away")
+    if os.path.lexists(out / "val_docs.json"):
+        raise Problem(f"{out / 'val_docs.json'} tells the sources of the validation documents that are there, and the "
+                      "new ones may be others; move it away, or name another --out")
 
 
 def commit(out, facts, files):
     """Gives the parts their names; without a manifest, from the first rename to the last, the folder is unfinished."""
     (out / "manifest.json").unlink(missing_ok=True)
-    for path in [*out.glob("train_??????.bin"), *out.glob("val_??????.bin")]:  # a longer run's would mix with these
-        path.unlink()
+    for path in sorted(out.glob("*.bin")):
+        if OWN_SHARD.fullmatch(path.name):  # a longer run's would mix with these
+            path.unlink()
     for entry in files + ([facts["vocabulary"]] if "vocabulary" in facts else []):
         os.replace(out / (entry["name"] + ".part"), out / entry["name"])
     manifest = json.dumps({**facts, "files": files}, indent=1) + "\n"
@@ -333,12 +478,15 @@ class Knobs(argparse.ArgumentParser):
     def error(self, message):
         raise Problem(f"{message}; --help lists the knobs")
 
+    def print_help(self, file=None):
+        say(self.format_help(), file)
+
 
 def parse(argv):
     parser = Knobs(description="Text to token shards for train_gpt.py.", allow_abbrev=False)
     add, refuse = parser.add_argument, parser.error
     add("files", nargs="*", metavar="FILES", help="text or .jsonl, - for standard input; none: numpy's docstrings")
-    add("--out", help="folder for shards and ranks; those there are replaced (with no FILES: data/embedded)")
+    add("--out", help="folder for shards and ranks; an earlier run's are replaced (with no FILES: data/embedded)")
     add("--encoding", choices=("gpt2", "bytes"), help="default: gpt2, with no FILES bytes; bytes needs no vocabulary")
     add("--bpe_file", "--bpe-file", help="local rank file of GPT-2 instead of tiktoken's own")
     add("--val_fraction", "--val-fraction", type=float, default=0.07, help="share held out for validation (0.07)")
@@ -346,8 +494,13 @@ def parse(argv):
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes for GPT-2's encoding (all cores)")
     args = parser.parse_args(argv)
     args.encoding = args.encoding or ("gpt2" if args.files or args.bpe_file else "bytes")
-    if not (0 < args.val_fraction < 1 and args.shard_tokens > 0 and args.workers > 0):
-        refuse("--val_fraction must lie between 0 and 1, --shard_tokens and --workers be at least 1")
+    if not 0 < args.val_fraction < 1:
+        refuse(f"--val_fraction must lie between 0 and 1, and is {args.val_fraction}")
+    for name, most in (("shard_tokens", MOST_TOKENS), ("workers", MOST_WORKERS)):
+        if not 1 <= getattr(args, name) <= most:
+            refuse(f"--{name} must lie between 1 and {most}, and is {getattr(args, name)}")
+    if args.files.count("-") > 1:
+        refuse("- is given twice, and standard input can be read but once")
     if args.bpe_file and args.encoding == "bytes":
         refuse("--bpe_file is for --encoding gpt2, not for bytes")
     if args.files and not args.out:
@@ -357,6 +510,7 @@ def parse(argv):
 
 
 def run(args):
+    check_folder(args.out)
     documents, source = (read_documents(args.files), "files") if args.files else embedded_text()
     made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -371,36 +525,58 @@ def run(args):
         facts = {"encoding": args.encoding, "source": source, "held_out": held_out}
         if args.encoding == "gpt2":
             facts["vocabulary"] = keep_ranks(args.out, args.bpe_file)
-        commit(args.out, facts, files["train"] + files["val"])
+        with unstoppable():
+            commit(args.out, facts, files["train"] + files["val"])
     finally:
-        for path in [*args.out.glob("*_??????.bin.part"), *args.out.glob(RANKS + ".part")]:
-            path.unlink()
-        with suppress(OSError):  # it holds something, unless nothing came of it
-            for folder in made:
-                folder.rmdir()
-    print(f"Tokenized {source}, encoding {args.encoding}, into {args.out}:")
-    tokens = {split: sum(entry["tokens"] for entry in entries) for split, entries in files.items()}
-    share = tokens["val"] / sum(tokens.values())
-    print(f"train: {tokens['train']:,} tokens in {len(files['train'])} shard(s)")
-    print(f"val: {tokens['val']:,} tokens in {len(files['val'])} shard(s), {share:.3%} of all "
-          f"({args.val_fraction:.3%} asked)")
-    if held_out["rule"] == "tail":
-        print("Documents are few ({documents:,}), so val is their tail, from character {from_character:,} of document "
-              "{from_document:,} on.".format_map(held_out))
-    print(f"Next: ./run.sh --data_dir={args.out.relative_to(ROOT) if args.out.is_relative_to(ROOT) else args.out}")
+        with unstoppable():
+            for name in ("*_??????.bin", RANKS, "manifest.json"):
+                for path in sorted(args.out.glob(name + ".part")):
+                    path.unlink()
+            with suppress(OSError):  # it holds something, unless nothing came of it
+                for folder in made:
+                    folder.rmdir()
+    tell(args, source, held_out, files)
     return 0
 
 
+def tell(args, source, held_out, files):
+    """Prints what was made."""
+    say(f"Tokenized {source}, encoding {args.encoding}, into {args.out}:")
+    tokens = {split: sum(entry["tokens"] for entry in entries) for split, entries in files.items()}
+    share = tokens["val"] / sum(tokens.values())
+    say(f"train: {tokens['train']:,} tokens in {len(files['train'])} shard(s)")
+    say(f"val: {tokens['val']:,} tokens in {len(files['val'])} shard(s), {share:.3%} of all "
+        f"({args.val_fraction:.3%} asked)")
+    if held_out["rule"] == "tail":
+        say("Documents are few ({documents:,}), so val is their tail, from character {from_character:,} of document "
+            "{from_document:,} on.".format_map(held_out))
+    if "copies_left_out" in held_out:
+        say(f"Left out: {held_out['copies_left_out']:,} equal to an earlier one, as a copy of what is learnt would be "
+            "scored.")
+    name = args.out.relative_to(ROOT) if args.out.is_relative_to(ROOT) else args.out
+    say(f"Next: ./run.sh --data_dir={shlex.quote(str(name))}")
+
+
 def main(argv=None):
+    show_any_name()
+    code = 2
     try:
         return run(parse(argv))
+    except KeyboardInterrupt:
+        code, message = 130, "stopped, nothing was written"
+    except MemoryError:
+        code, message = 6, "memory ran out; cut the text into smaller files, or lower --workers"
     except Problem as problem:
         message = problem
     except OSError as error:
         message = f"{error.filename or '--out'} cannot be used ({error.strerror}); check its name and the free space"
-    print(f"tokenize_text.py: {message}.", file=sys.stderr)
-    return 2
+    say(f"tokenize_text.py: {message}.", sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if signal.getsignal(signal.SIGINT) == quit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has come anyway
+    sys.exit(code)

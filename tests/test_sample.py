@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -174,12 +175,13 @@ def test_bytes_become_text(logs, capsys, monkeypatch):
 
 
 @pytest.fixture
-def rank_file(tmp_path):
+def rank_file(tmp_path, monkeypatch):
     """A file in the shape of GPT-2's ranks: its single bytes, then numbers; and its tokens."""
     pytest.importorskip("tiktoken")
     ranks = [bytes([b]) for b in tokenize_text.BYTE_ORDER] + [b"<%05d>" % i for i in range(256, 50256)]
     file = tmp_path / "ranks"
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    monkeypatch.setattr(tokenize_text, "GPT2_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     return file, ranks
 
 

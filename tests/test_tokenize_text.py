@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "data" / "tokenize_text.py"
 spec = importlib.util.spec_from_file_location("tokenize_text", SCRIPT)
 tokenize_text = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tokenize_text)
+REAL_SHA256 = tokenize_text.GPT2_SHA256
 
 
 def read_shards(out):
@@ -90,7 +92,19 @@ def rank_file(tmp_path_factory):
             tokens.append(pair)
     path = tmp_path_factory.mktemp("ranks") / "ranks.tiktoken"
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-    return path, tokens
+    with pytest.MonkeyPatch.context() as patch:  # for these tests they are GPT-2's
+        patch.setattr(tokenize_text, "GPT2_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        yield path, tokens
+
+
+@pytest.fixture(scope="session")
+def program(rank_file, tmp_path_factory):
+    """The command of the program to which `rank_file` is GPT-2's, in its workers too."""
+    path = tmp_path_factory.mktemp("program") / "tokenize.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport tokenize_text\n"
+                    f"tokenize_text.GPT2_SHA256 = {hashlib.sha256(rank_file[0].read_bytes()).hexdigest()!r}\n"
+                    "if __name__ == '__main__':\n    sys.exit(tokenize_text.main())\n")
+    return [sys.executable, str(path)]
 
 
 def test_embedded_text_is_the_pinned_one(tmp_path, capsys):
@@ -266,7 +280,7 @@ def test_many_runs_of_blanks_take_no_longer_than_text(rank_file):
     assert time.monotonic() - start < 5, "a search that begins anew at each blank takes minutes"
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, rank_file):
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, rank_file, program):
     pytest.importorskip("tiktoken")
     texts = texts_for_test(200)
     big = tmp_path / "big.txt"
@@ -274,7 +288,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, rank_file):
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     made = {}
     for workers in ("1", "2"):
-        run = subprocess.run([sys.executable, str(SCRIPT), file, str(big), "--out", str(tmp_path / workers),
+        run = subprocess.run([*program, file, str(big), "--out", str(tmp_path / workers),
                               "--bpe_file", str(rank_file[0]), "--workers", workers, "--shard_tokens", "300000"],
                              capture_output=True, text=True, timeout=120, check=False)
         assert run.returncode == 0, run.stderr
@@ -332,6 +346,19 @@ BAD_INPUTS = {
     "broken.txt": (b'{"text": "a"}\n{"text": \n', "broken.txt line 2"),
     "other.data": (b'\xef\xbb\xbf\n{"body": "a"}\n', "other.data line 2 is not JSON with a string"),
     "prose.JSON": (b"once upon a time\n", "prose.JSON line 1 is not JSON"),
+    "cut_first.txt": (b'rest of it"}\n{"text": "b"}\n', "cut_first.txt is JSON or the like"),
+    "cut_both.txt": (b'rest of it"}\n{"text": "b', "cut_both.txt is JSON"),
+    "comment.txt": (b'# the web\n{"text": "a"}\n{"text": "b"}\n', "comment.txt is JSON"),
+    "logged.txt": (b'2026-01-01 12:00 begun\n{"text": "a"}\n{"text": "b"}\n', "logged.txt is JSON"),
+    "null.txt": (b'null\n{"text": "a"}\n{"text": "b"}\n', "null.txt is JSON"),
+    "two_marks.txt": (b'\xef\xbb\xbf\xef\xbb\xbf{"text": "a"}\n', "two_marks.txt is JSON"),
+    "no_width.txt": ('\u200b{"text": "a"}\n'.encode(), "no_width.txt is JSON"),
+    "events.txt": (b'event: x\ndata: {"text": "a"}\n\nevent: x\ndata: {"text": "b"}\n', "events.txt is JSON"),
+    "table.txt": (b'1\t{"text": "a"}\n2\t{"text": "b"}\n', "table.txt is JSON"),
+    "python.txt": (b"{'text': 'a'}\n{'text': 'b'}\n", "python.txt is JSON"),
+    "strings.txt": (b'"one"\n"two"\n"three"\n', "strings.txt is JSON"),
+    "of_array.txt": (b' {"text": "a"},\n {"text": "b"},\n {"text": "c"}\n', "of_array.txt is JSON"),
+    "of_lists.txt": (b'"b", 1]\n["a", 1]\n["b", 2]\n', "of_lists.txt is JSON"),
     "deep.txt": (b'{"a": [' + b"[" * 100_000, "deep.txt is JSON"),
     "empty.txt": (b"", "empty.txt is empty"),
     "empty.jsonl": (b'\n{"text": ""}\n', "empty.jsonl is empty"),
@@ -352,7 +379,12 @@ def test_lines_of_json_are_known_by_what_they_hold(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["[1] a note\n[2] another\n", "{{template}}\n", "[1]\nOne\n", "{ \"quoted\" words }",
-                                  "1\n2\n3\n", "\"Yes,\" he said.\n", "[" * 100_000])
+                                  "1\n2\n3\n", "\"Yes,\" he said.\n", "[" * 100_000, "null\n", "a rose\nis a rose\n",
+                                  "\"Yes.\"\n\"No.\"\n", "see {\"a\": \"b\"}", "[[A note]]\n[[Another]]\n[[Third]]\n",
+                                  "Ask:\n{\"a\": 1}\nIt says:\n{\"b\": 2}\n", "One:\n\n```json\n{\"a\": 1}\n```\n",
+                                  "WORDS = [\n    \"a\",\n    \"b\",\n    \"c\",\n    \"d\",\n]\n",
+                                  "import re\nRULES = [\n    {\"a\": 1},\n    {\"a\": 2},\n    {\"a\": 3},\n]\n",
+                                  "a = {\"x\": 1}\nb = {\"y\": 2}\nc = {\"z\": 3}\n", "p { color: red }\nq { x: y }\n"])
 def test_prose_that_looks_a_little_like_json_is_prose(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     assert list(tokenize_text.read_documents([str(tmp_path / "a.txt")])) == [text]
@@ -391,8 +423,9 @@ def test_copies_alone_leave_a_split_empty(tmp_path, capsys):
     (["abcde " * 200], 0.1, " abcde" * 20 + " "),  # at a word's
     (["x" * 1000], 0.2, "x" * 200),
     (["ab"], 0.07, "b"), (["ab"], 0.9999, "b"), (["a", "b"], 0.07, "b"),
-    (["x" * 100] * 10, 0.1, "x" * 100), (["x" * 100] * 10, 0.07, "x" * 100), (["x" * 100] * 10, 0.3, "x" * 300),
-    (["x" * 10] * 3, 0.07, "xx"), (["x" * 990, "y" * 10], 0.5, "x" * 490 + "y" * 10),
+    ([c * 100 for c in "abcdefghij"], 0.1, "j" * 100), ([c * 100 for c in "abcdefghij"], 0.07, "j" * 100),
+    ([c * 100 for c in "abcdefghij"], 0.3, "h" * 100 + "i" * 100 + "j" * 100),
+    (["x" * 10, "y" * 10, "z" * 10], 0.07, "zz"), (["x" * 990, "y" * 10], 0.5, "x" * 490 + "y" * 10),
 ])
 def test_of_few_documents_the_tail_is_held_out(tmp_path, capsys, texts, fraction, val):
     """Without a loss, near the share asked, told on the screen and in the manifest."""
@@ -439,6 +472,8 @@ def test_standard_input_alone_and_a_single_character(tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["a.txt"], "--out"), (["--val_fraction", "1"], "--val_fraction"), (["--workers", "0"], "--workers"),
     (["--shard_tokens", "0"], "--shard_tokens"), (["--shard_tokens", "many"], "many"), (["--outt", "x"], "--outt"),
+    (["--val_fraction", "nan"], "--val_fraction"), (["--workers", "9" * 20], "--workers"),
+    (["--shard_tokens", "9" * 20], "--shard_tokens"), (["-", "-", "--out", "x"], "- is given twice"),
     (["--encoding", "utf8"], "utf8"), (["--encoding", "bytes", "--bpe_file", "x"], "--bpe_file"),
 ])
 def test_bad_knobs(capsys, arguments, words):
@@ -455,6 +490,27 @@ def test_bad_rank_file(tmp_path, capsys, content):
     file = write_jsonl(tmp_path / "a.jsonl", texts_for_test(5))
     assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--bpe_file", str(path)]) == 2
     assert str(path) in (error := sentence(capsys)) and "--bpe_file" in error
+
+
+def test_other_ranks_than_gpt2s_are_refused(tmp_path, rank_file, capsys):
+    """Each has 50,256 ranks in order, and begins with GPT-2's bytes, or has a line too many."""
+    pytest.importorskip("tiktoken")
+    tokens = [base64.b64encode(token) for token in rank_file[1]]
+    swapped = [*tokens[:300], tokens[301], tokens[300], *tokens[302:]]
+    lines = [b"%b %d" % (token, rank) for rank, token in enumerate(tokens)]
+    bad = tmp_path / "bad"
+    for others in ([b"%b %d" % (token, rank) for rank, token in enumerate(swapped)], [*lines, lines[-1]], lines[::-1]):
+        bad.write_bytes(b"\n".join(others))
+        with pytest.raises(tokenize_text.Problem, match="bad does not give GPT-2's vocabulary .its ranks are others"):
+            tokenize_text.gpt2_ranks(bad)
+    bad.write_bytes(b"\r\n".join(lines))
+    assert [*tokenize_text.gpt2_ranks(bad)] == rank_file[1], "line ends do not matter"
+
+
+def test_the_hash_of_gpt2s_ranks_is_tiktokens():
+    """Its r50k_base has the same ranks, in a file with this hash."""
+    source = pytest.importorskip("tiktoken_ext.openai_public").__loader__.get_source("tiktoken_ext.openai_public")
+    assert f'r50k_base.tiktoken",\n        expected_hash="{REAL_SHA256}"' in source
 
 
 def test_ranks_are_kept_beside_the_shards(tmp_path, rank_file, capsys):
@@ -502,6 +558,119 @@ def test_out_is_a_file(tmp_path, capsys):
     (tmp_path / "taken").write_text("x")
     assert tokenize_text.main(["--out", str(tmp_path / "taken")]) == 2
     assert "taken" in sentence(capsys)
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000001.bin", "train_second.bin", "books.bin", "train_1.bin"])
+def test_shards_of_another_origin_are_not_mixed_with(tmp_path, capsys, name):
+    (tmp_path / "a.txt").write_text("words and words\n" * 50)
+    make = partial(tokenize_text.main, [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--encoding", "bytes"])
+    assert make() == 0 and make() == 0, "its own it replaces"
+    (tmp_path / "out" / name).write_bytes(b"")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert make() == 2 and name in sentence(capsys)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_sources_of_earlier_documents_are_not_taken_for_those_of_new_ones(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "val_docs.json").write_text("{}")
+    assert tokenize_text.main(["--out", str(tmp_path / "out")]) == 2
+    assert "val_docs.json tells the sources" in sentence(capsys) and len([*(tmp_path / "out").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("texts, left", [("aa", "a"), ("aba", "ab"), ("abcabc", "abc")])
+def test_of_few_documents_copies_are_left_out(tmp_path, capsys, texts, left):
+    """A copy in the tail would be scored after the other was learnt."""
+    texts, left = ([f"{name} words of it\n" * 20 for name in names] for names in (texts, left))
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    assert tokenize_text.main([file, "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 0
+    assert f"Left out: {len(texts) - len(left)} equal to an earlier one" in capsys.readouterr().out
+    manifest, tokens = read_shards(tmp_path / "out")
+    assert b"".join(documents_of(np.concatenate([*tokens.values()]))).decode() == "".join(left)
+    assert manifest["held_out"]["copies_left_out"] == len(texts) - len(left)
+    assert manifest["held_out"]["documents"] == len(left)
+
+
+def run_program(tmp_path, *arguments, program=(sys.executable, str(SCRIPT)), more="", **keywords):
+    """The program on a.txt; `more`: of the shell's line."""
+    if not (tmp_path / "a.txt").exists():
+        (tmp_path / "a.txt").write_text("words and words\n" * 50)
+    line = f'"$@" {more}'
+    return subprocess.run(["sh", "-c", line, "sh", *program, "a.txt", *arguments], cwd=tmp_path, capture_output=True,
+                          timeout=60, check=False, **keywords)
+
+
+needs_sh = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+
+
+@needs_sh
+@pytest.mark.parametrize("more", ["| true", ">/dev/full", ">&-", "2>&-", "| head -1"])
+def test_nobody_has_to_listen(tmp_path, more):
+    if "full" in more and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    line = "; echo $? >code" if "|" not in more else ""
+    program = "sh", "-c", '"$@"; echo $? >code', "sh", sys.executable, str(SCRIPT)
+    done = run_program(tmp_path, "--encoding", "bytes", "--out", "out", program=program, more=more + line)
+    assert (tmp_path / "code").read_text() == "0\n" and b"Error" not in done.stderr, done.stderr
+    read_shards(tmp_path / "out")
+
+
+@needs_sh
+@pytest.mark.parametrize("encoding, name", [("ascii", "o\xe9 x".encode()), ("utf-8:strict", b"o\xff x")])
+def test_a_name_that_the_screen_cannot_show(tmp_path, encoding, name):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = run_program(tmp_path, "--encoding", "bytes", "--out", name, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(b"Next: ./run.sh --data_dir='") and last.endswith(b" x'"), "a blank is quoted"
+
+
+@needs_sh
+def test_a_closed_standard_input_is_said(tmp_path):
+    done = run_program(tmp_path, "-", "--out", "out", more="<&-")
+    assert done.returncode == 2 and done.stderr.startswith(b"tokenize_text.py: standard input is closed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_is_named(tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    assert tokenize_text.main([str(tmp_path / "folder"), "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 2
+    assert "folder cannot be read (Is a directory)" in sentence(capsys)
+
+
+def test_the_smallest_share_is_one_character(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    assert tokenize_text.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--encoding", "bytes",
+                               "--val_fraction", "1e-320"]) == 0
+    assert documents_of(read_shards(tmp_path / "out")[1]["val"]) == [b"s"]
+
+
+def test_no_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise MemoryError
+    monkeypatch.setattr(tokenize_text, "document", full)
+    (tmp_path / "a.txt").write_text("words")
+    assert tokenize_text.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--encoding", "bytes"]) == 6
+    assert "memory ran out" in sentence(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a Ctrl-C for a group of processes")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, rank_file, program, workers):
+    """The terminal gives it to the workers too, while they start or work."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of a long document, the next\n" for i in range(300_000)))
+    arguments = "a.txt", "--out", "new/out", "--bpe_file", str(rank_file[0]), "--workers", workers
+    run = subprocess.Popen([*program, *arguments],
+                           cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "new/out").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.8)  # the workers of two are there, more or less
+    os.killpg(run.pid, signal.SIGINT)
+    said, error = run.communicate(timeout=60)
+    assert (run.returncode, said, error) == (130, b"", b"tokenize_text.py: stopped, nothing was written.\n")
+    assert not (tmp_path / "new").exists()
 
 
 def test_importing_does_nothing(tmp_path):
