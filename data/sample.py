@@ -11,19 +11,31 @@ last_row and use_flex, its pointer if it has one, place, BLOCK and EOT.
 
 GPT-2's vocabulary is --bpe_file, else what data/tokenize_text.py kept beside the shards, else tiktoken's own.
 
-Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no script that fits them; 6 no memory.
+Exit codes: 0 printed; 2 bad knob, or no vocabulary; 5 no usable weights, or no script that fits them; 6 no memory; 130
+stopped by Ctrl-C.
 """
 import contextlib
 import math
 import os
+import signal
 import sys
 import types
 import zipfile
 from pathlib import Path
 
-import tokenize_text
-import torch
-from tokenize_text import Knobs, Problem
+
+def quit_at_once(*_):
+    """What a Ctrl-C does while torch is imported, which takes seconds."""
+    print("no sample: stopped.", file=sys.stderr)
+    os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, quit_at_once)
+
+import tokenize_text  # noqa: E402
+import torch  # noqa: E402
+from tokenize_text import Knobs, Problem, say  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 2048  # tokens that the model sees of what came before; nothing is cached, so more would be slow
@@ -56,6 +68,13 @@ def load(path):
             raise ValueError(f"it does not hold {', '.join(sorted(KEYS))}")
         if saved["encoding"] not in DEFAULT_TOKENS:
             raise ValueError(f"encoding {saved['encoding']!r} is none of {', '.join(DEFAULT_TOKENS)}")
+        for key in ("model", "knobs"):
+            if not isinstance(saved[key], dict):
+                raise ValueError(f"its {key} is no table of names")
+        for name, tensor in saved["model"].items():
+            wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+            if not wide.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
         return saved
     except Exception as error:  # every kind of damage raises another
         if no_memory(error):
@@ -71,8 +90,14 @@ def find(weights):
         try:
             return path, load(path)
         except Unusable as problem:
-            print(f"sample.py: {problem}; the next older one is tried.", file=sys.stderr)
+            say(f"sample.py: {problem}; the next older one is tried.", sys.stderr)
     raise Unusable("there is no usable logs/*/weights.pt here; train first, or name a file as --weights")
+
+
+def script_beside(weights):
+    """The train_gpt.py beside weights; a link to weights has it where it leads, or else beside itself."""
+    places = [path.with_name("train_gpt.py") for path in (weights.resolve(), weights)]
+    return next(filter(Path.is_file, places), places[-1])
 
 
 def load_script(path):
@@ -84,7 +109,7 @@ def load_script(path):
     sys.modules[script.__name__] = script  # where dataclasses look for it
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(script))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # one that ends itself would end this, as if a sample had been printed
         raise Unusable(f"{path} cannot be imported ({reason(error)}); put the script there that trained it") from None
     return script
 
@@ -94,7 +119,7 @@ def fitting(path):
     """Turns what goes wrong between weights and script into Unusable."""
     try:
         yield
-    except Exception as error:  # a name that is not there, a shape that differs, whatever the script raises
+    except (Exception, SystemExit) as error:  # a name that is not there, a shape that differs, whatever it raises
         if no_memory(error):
             raise
         raise Unusable(f"{path} does not fit the train_gpt.py beside it ({reason(error)}); put the script there that "
@@ -173,6 +198,8 @@ def parse(argv):
         refuse(f"--tokens must be at least 1, and is {args.tokens}")
     if not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
         refuse(f"--temperature must be 0 or lie between 0.01 and 100, and is {args.temperature}")
+    if args.data_dir and not Path(args.data_dir).is_dir():
+        refuse(f"--data_dir={args.data_dir} is no folder: name that of the shards, or leave it out")
     if not 0 <= args.seed < 2**63:
         refuse(f"--seed must lie between 0 and 2^63 - 1, and is {args.seed}")
     return args
@@ -187,7 +214,7 @@ def run(args):
         encode, decode = tokenize_text.codec(saved["encoding"], bpe_file)
     except Problem as problem:
         raise Problem(f"{problem}, or as --data_dir the folder of shards that keeps it") from None
-    script = load_script(path.with_name("train_gpt.py"))
+    script = load_script(script_beside(path))
     count = args.tokens or DEFAULT_TOKENS[saved["encoding"]]
     with fitting(path):
         hp, model = build(script, saved)
@@ -195,13 +222,15 @@ def run(args):
         new = generate(script, hp, model, ids, count, args.temperature, args.seed)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
-    print(f"sample: {args.prompt}{decode(new)}", flush=True)
+    say(f"sample: {args.prompt}{decode(new)}")
     return 0
 
 
 def main(argv=None):
     try:
         return run(parse(argv))
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
     except Unusable as problem:
         code, message = 5, problem
     except Problem as problem:
@@ -210,12 +239,13 @@ def main(argv=None):
         if not no_memory(error):
             raise
         code, message = 6, "memory ran out; a shorter --prompt needs less, or CUDA_VISIBLE_DEVICES= takes the CPU"
-    print(f"no sample: {message}.", file=sys.stderr)
+    say(f"no sample: {message}.", sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if signal.getsignal(signal.SIGINT) == quit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has come anyway
+    sys.exit(code)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -301,6 +302,70 @@ def test_damaged_weights_are_passed_over(logs, capsys):
     assert "a checksum is wrong" in refusal(capsys, 5, f"--weights={newest}")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_do_not_load(logs, capsys, value, dtype):
+    model = torch.load(logs / "weights.pt")["model"]
+    name = next(key for key, tensor in model.items() if tensor.ndim == 2)
+    model[name] = model[name].to(dtype)
+    model[name][1, 1] = value
+    resave(logs / "weights.pt", model=model)
+    assert f"{name} holds NaN or infinity" in refusal(capsys, 5, f"--weights={logs / 'weights.pt'}")
+    assert sample.main([]) == 5 and "the next older one is tried" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [dict(knobs=None), dict(knobs=[1]), dict(model=None), dict(model=dict(a=1)),
+                                    dict(encoding=[]), dict(encoding=None)])
+def test_weights_of_another_shape_are_none(logs, capsys, change):
+    resave(logs / "weights.pt", **change)
+    assert "is missing, damaged or no weights" in refusal(capsys, 5, f"--weights={logs / 'weights.pt'}")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("import sys; sys.exit(0)\n", "cannot be imported (SystemExit"),
+    ("\nclass GPT:\n    def __init__(self, *_):\n        raise SystemExit\n", "does not fit the train_gpt.py")])
+def test_a_script_that_ends_itself_is_no_sample(logs, capsys, line, words):
+    with open(logs / "train_gpt.py", "a") as script:
+        script.write(line)
+    assert words in refusal(capsys, 5)
+
+
+def test_a_link_to_weights_finds_their_script(logs, capsys, tmp_path):
+    expected = said(capsys, "--tokens=5")
+    (tmp_path / "train_gpt.py").write_text("raise ValueError('another script')\n")
+    (tmp_path / "link.pt").symlink_to(logs / "weights.pt")
+    assert said(capsys, "--tokens=5", "--weights=link.pt") == expected
+    shutil.copy(logs / "train_gpt.py", tmp_path)
+    (logs / "train_gpt.py").unlink()
+    assert said(capsys, "--tokens=5", "--weights=link.pt") == expected, "a folder of links has it beside the link"
+
+
+def test_ctrl_c_is_one_line(logs, capsys, monkeypatch):
+    """While torch is imported as well as later."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", stop)
+    assert "stopped" in refusal(capsys, 130)
+    process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / "data/sample.py"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "numpy" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "") and "no sample: stopped.\n" in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("more", [">/dev/full", "| true"])
+def test_nobody_has_to_listen(logs, more):
+    line = f'{{ "$@"; echo $? >code; }} {more}'
+    command = ["sh", "-c", line, "sh", sys.executable, ROOT / "data/sample.py", "--tokens=2"]
+    done = subprocess.run(command, cwd=logs.parents[1], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and (logs.parents[1] / "code").read_text() == "0\n"
+
+
 def test_no_weights(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no usable logs/*/weights.pt" in refusal(capsys, 5)
@@ -359,7 +424,7 @@ def test_memory(logs, capsys, monkeypatch, place, error):
 
 @pytest.mark.parametrize("argument", [
     "--tokens=0", "--tokens=many", "--temperature=-1", "--temperature=nan", "--temperature=0.001", "--temperature=inf",
-    "--seed=-1", "--seed=9223372036854775808", "--temp=1", "words",
+    "--seed=-1", "--seed=9223372036854775808", "--temp=1", "words", "--data_dir=/nope", "--data_dir=run.sh",
 ])  # fmt: skip
 def test_bad_knobs(capsys, argument):
     sentence = refusal(capsys, 2, argument)
