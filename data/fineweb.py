@@ -9,19 +9,25 @@ run the same line again, and a run with nothing to fetch only verifies, without 
 the last 10 MB that came, while a file cut by the end of this program starts anew.
 
 manifest.json, written last, tells the encoding, the source (with the hub's commit) and of each file the name, split,
-tokens and sha256: that of its token bytes, without the 1024-byte header.
+tokens and sha256: that of its token bytes, without the 1024-byte header. A folder with .bin files of other origin is
+refused. No access token is ever printed, nor what an error says of one: only where it was found.
+
+Exit codes: 0 all is here and verified; 2 bad knob, folder or environment, no network; 130 stopped by Ctrl-C.
 """
 import argparse
 import errno
 import hashlib
+import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "kjj0/fineweb10B-gpt2"
@@ -35,6 +41,23 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 class Problem(Exception):
     """What stopped us, told in one sentence; exit code 2."""
+
+
+def say(text, stream=None):
+    """Prints. Where nobody listens (a closed pipe, a full disk) this and what follows goes nowhere: the work does not
+    end for its listener. The twin is in tokenize_text.py."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def show_any_name():
+    """Lets standard output write what its encoding lacks as escapes: a path may hold anything. Twin in
+    tokenize_text.py."""
+    if hasattr(sys.stdout, "reconfigure"):  # a closed one has not
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def shard_names(shards):
@@ -90,17 +113,64 @@ def status_of(error):
     return None
 
 
+def token_place():
+    """Where the hub's library finds an access token: the name of a variable or the path of a file; None if nowhere."""
+    from huggingface_hub import constants
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return None
+    where = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()), None)
+    return where or (constants.HF_TOKEN_PATH if os.path.lexists(constants.HF_TOKEN_PATH) else None)
+
+
+def check_token():
+    """Problem where the access token is none that a header can hold. The library would show it, or blame the network.
+    """
+    where, advice = token_place(), "or remove it, as the data set needs none"
+    if not where:
+        return
+    try:
+        token = os.fsencode(os.environ[where]) if where in os.environ else Path(where).read_bytes()
+    except FileNotFoundError:  # a link that leads nowhere: there is none, to the library too
+        return
+    except OSError as error:
+        raise Problem(f"the access token in {where} cannot be read ({error.strerror}); mend it, {advice}") from None
+    if not all(32 <= byte < 127 for byte in token.strip().replace(b"\r", b"").replace(b"\n", b"")):
+        raise Problem(f"the access token in {where} is not plain ASCII text; write it so, {advice}")
+
+
 def token_advice():
     """What to do about a hub that answers 401 or 403: its library sends a token from the environment or its file."""
-    from huggingface_hub import constants
-    where = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()), None)
-    if where or Path(constants.HF_TOKEN_PATH).is_file():
-        return (f"renew the access token in {where or constants.HF_TOKEN_PATH}, which may have expired, or remove it, "
-                "as the data set needs none")
+    where = token_place()
+    if where:
+        return f"renew the access token in {where}, which may have expired, or remove it, as the data set needs none"
     return "no access token was sent, so check HF_ENDPOINT, or set HF_TOKEN if that hub wants one"
 
 
-def patiently(call, what, wait_for_network):
+def endpoint_advice(before=""):
+    """`before`, and to look at HF_ENDPOINT where that is set."""
+    if not os.environ.get("HF_ENDPOINT"):
+        return ""
+    return f"{before}check HF_ENDPOINT, the https:// address of a hub, or unset it"
+
+
+def revision_advice(asked, out, old_commit):
+    """What to do about a hub that has no such revision."""
+    if asked:
+        return "check --revision, or leave it out" + endpoint_advice("; ")
+    if old_commit:
+        manifest = out / "manifest.json"
+        return f"the commit is that of {manifest}, and --revision=main takes the newest{endpoint_advice('; ')}"
+    return endpoint_advice() or "try again later, or train on your own text with data/tokenize_text.py"
+
+
+def reason_of(error):
+    """The type of an error, with its first line where that comes from the system, and cannot hold a token or password.
+    """
+    words = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return f"{type(error).__name__}: {words}" if words.startswith("[") else type(error).__name__
+
+
+def patiently(call, what, advice, wait_for_network):
     """call(), tried again while the hub answers 5xx or 429 (its library retries no 500) and, if asked, while the line
     is down. Which classes the library raises differs from version to version, so all are read by status."""
     for pause in (*PAUSES, None):
@@ -109,25 +179,24 @@ def patiently(call, what, wait_for_network):
         except Exception as error:  # noqa: BLE001
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise Problem(f"the disk is full while fetching {what}; free some space and run this again") from None
-            if isinstance(error, UnicodeEncodeError):  # in a header, which holds nothing else of the user's
-                raise Problem(f"the hub cannot be asked for {what} in plain ASCII; {token_advice()}") from None
-            status, why = status_of(error), f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].rstrip(".")
+            status = status_of(error)
             if status and 400 <= status < 500 and status not in (408, 429):
-                advice = token_advice() if status in (401, 403) else "check --revision, or leave it out"
+                advice = token_advice() if status in (401, 403) else advice
                 raise Problem(f"the hub refuses {what} (HTTP {status}); {advice}") from None
             if pause is None or not (status or wait_for_network):
-                reason = f"HTTP {status}" if status else why
-                raise Problem(f"the hub cannot be reached for {what} ({reason}); run this again with a network, or "
-                              "train on your own text with data/tokenize_text.py") from None
+                reason = f"HTTP {status}" if status else reason_of(error)
+                endpoint = endpoint_advice() and endpoint_advice() + ", "
+                raise Problem(f"the hub cannot be reached for {what} ({reason}); {endpoint}run this again with a "
+                              "network, or train on your own text with data/tokenize_text.py") from None
             time.sleep(pause)
 
 
-def hub_files(names, revision, endpoint):
-    """(commit, {name: (bytes, SHA-256)}) as the hub records them."""
+def hub_files(names, revision, advice, endpoint):
+    """(commit, {name: (bytes, SHA-256)}) as the hub records them; advice: what to do where it has no such revision."""
     from huggingface_hub import HfApi
     what = f"{REPO} at revision {revision or 'main'}"
     info = patiently(lambda: HfApi(endpoint=endpoint).dataset_info(REPO, revision=revision, files_metadata=True,
-                                                                   timeout=30), what, wait_for_network=False)
+                                                                   timeout=30), what, advice, wait_for_network=False)
     listed = {file.rfilename: (file.lfs.size, file.lfs.sha256) for file in info.siblings or [] if file.lfs}
     missing = [name for name in names if name not in listed]
     if missing:
@@ -142,7 +211,7 @@ def fetch(out, name, commit, sha256, endpoint):
     for attempt in range(2):
         path = Path(patiently(lambda again=attempt > 0: hf_hub_download(
             REPO, name, repo_type="dataset", revision=commit, local_dir=staging, endpoint=endpoint,
-            force_download=again), name, wait_for_network=True))
+            force_download=again), name, revision_advice(None, out, None), wait_for_network=True))
         found, entry = inspect(path)
         if found == sha256:
             break
@@ -186,6 +255,24 @@ def folder(path):
         raise
 
 
+def check_folder(out):
+    """Problem where a folder holds what training would read beside FineWeb's shards."""
+    known = shard_names(LAST_SHARD)
+    for path in sorted(out.glob("*.bin")):
+        if path.name not in known:
+            raise Problem(f"{path} is none of FineWeb's files, and training would read it beside them; name another "
+                          "--out, or move it away")
+
+
+def tell_of_others(out):
+    """Says which shards are here that no hash was compared of: of another commit, or copied here."""
+    _, entries = read_manifest(out)
+    others = [path.name for path in sorted(out.glob("*.bin")) if path.name not in entries]
+    if others:
+        them = f"{others[0]} and {len(others) - 1} more" if others[1:] else others[0]
+        say(f"Here, but not verified: {them}; training reads it too, so ask for more shards, or remove it")
+
+
 def check_space(out, needed):
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -202,24 +289,25 @@ def verify_only(out, names, entries):
     def told(name, result, _):
         if result[1] != entries[name]:
             bad.append(name)
-            print(f"{name}: missing or not as manifest.json says; fetching it again")
+            say(f"{name}: missing or not as manifest.json says; fetching it again")
     in_threads(lambda name: inspect(out / name), names, told)
     return not bad
 
 
-def download(out, names, revision, endpoint):
+def download(out, names, asked, old_commit, endpoint):
     """Brings `out` to what the hub has under `names`; the commit and the manifest's entries for them."""
-    commit, wanted = hub_files(names, revision, endpoint)
-    print(f"{REPO} at commit {commit}")
+    advice = revision_advice(asked, out, old_commit)
+    commit, wanted = hub_files(names, asked or old_commit, advice, endpoint)
+    say(f"{REPO} at commit {commit}")
     present = in_threads(lambda name: inspect(out / name), names, lambda *_: None)
     entries = {name: entry for name, (sha256, entry) in present.items() if entry and sha256 == wanted[name][1]}
     todo = [name for name in names if name not in entries]
     total = sum(wanted[name][0] for name in todo)
     check_space(out, total)
-    print(f"{len(entries)} of {len(names)} files are here and verified, {len(todo)} to fetch, {total / 1e9:.2f} GB")
+    say(f"{len(entries)} of {len(names)} files are here and verified, {len(todo)} to fetch, {total / 1e9:.2f} GB")
 
     def told(name, entry, done):
-        print(f"{name}: {entry['tokens']:,} tokens, SHA-256 as the hub's ({done} of {len(todo)})", flush=True)
+        say(f"{name}: {entry['tokens']:,} tokens, SHA-256 as the hub's ({done} of {len(todo)})")
     entries.update(in_threads(lambda name: fetch(out, name, commit, wanted[name][1], endpoint), todo, told))
     return commit, entries
 
@@ -240,31 +328,59 @@ def parse(argv):
     return args
 
 
+def check_endpoint():
+    """Problem where HF_ENDPOINT is no address, which the library would show, with the password that may be in it."""
+    parts = None
+    with suppress(ValueError):
+        parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://default")
+        parts = parts if parts.hostname and parts.port != 0 else None  # asking for a port that is none fails
+    if parts is None or parts.scheme not in ("http", "https"):
+        raise Problem(f"HF_ENDPOINT is no address; {endpoint_advice()}")
+
+
+def import_hub():
+    """Imports the hub's library, which reads the environment then, and lets it print no more than a progress bar."""
+    check_endpoint()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            import huggingface_hub.utils
+            from huggingface_hub import HfApi, hf_hub_download  # noqa: F401  read from their modules only now
+    except ValueError as error:
+        names = ", ".join(name for name in sorted(os.environ) if name.startswith("HF_"))
+        raise Problem(f"the hub's library cannot start ({type(error).__name__}); check {names or 'its variables'}, or "
+                      "unset what is not needed") from None
+    huggingface_hub.utils.logging.set_verbosity_error()  # its warnings of a retry are many lines long
+    if sys.stderr is None or not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+
+
 def run(args):
     names, out = shard_names(args.shards), args.out
+    check_folder(out)
     old_commit, entries = read_manifest(out)
     if args.revision in (None, old_commit) and verify_only(out, names, entries):
-        print(f"{len(names)} files verified against manifest.json of {REPO} at commit {old_commit}; nothing to fetch")
+        say(f"{len(names)} files verified against manifest.json of {REPO} at commit {old_commit}; nothing to fetch")
     else:
-        import huggingface_hub.utils
-        huggingface_hub.utils.logging.set_verbosity_error()  # its warnings of a retry are many lines long
-        if not sys.stderr.isatty():
-            huggingface_hub.utils.disable_progress_bars()
-        commit, fresh = download(out, names, args.revision or old_commit, os.environ.get("HF_ENDPOINT") or None)
+        import_hub()
+        check_token()
+        commit, fresh = download(out, names, args.revision, old_commit, os.environ.get("HF_ENDPOINT") or None)
         write_manifest(out, commit, {**(entries if commit == old_commit else {}), **fresh})
         shutil.rmtree(out / ".download", ignore_errors=True)
-        print(f"{len(names)} files verified against the hub; manifest.json written")
-    print(f"Next: ./run.sh --data_dir={out.relative_to(ROOT) if out.is_relative_to(ROOT) else out}")
+        say(f"{len(names)} files verified against the hub; manifest.json written")
+    tell_of_others(out)
+    name = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    say(f"Next: ./run.sh --data_dir={shlex.quote(str(name))}")
     return 0
 
 
 def main(argv=None):
+    show_any_name()
     try:
         args = parse(argv)
         with folder(args.out):
             return run(args)
     except KeyboardInterrupt:
-        print("\nStopped; the same line again goes on with what is missing.", flush=True)
+        say("\nStopped; the same line again goes on with what is missing.")
         os._exit(130)  # a plain exit would wait for the files under way
     except Problem as problem:
         message = str(problem)
@@ -272,7 +388,7 @@ def main(argv=None):
         message = f"{error.name} is not installed; install requirements.txt or start by ./run.sh"
     except OSError as error:
         message = f"{error.filename or '--out'} cannot be used ({error.strerror or error}); choose another --out"
-    print(f"fineweb.py: {message}.", file=sys.stderr)
+    say(f"fineweb.py: {message}.", sys.stderr)
     return 2
 
 

@@ -367,6 +367,130 @@ def test_a_token_that_no_header_can_hold(fineweb, hub, out, capsys, monkeypatch)
     assert "access token in HF_TOKEN" in sentence(capsys) and not out.exists()
 
 
+SECRET = "hf_Geheim"
+TOKENS = {"utf-16-le": SECRET.encode("utf-16-le"), "utf-16": SECRET.encode("utf-16"), "latin-1": b"hf_Geheim\xe9",
+          "utf-8": "hf_Geheim\u20ac".encode(), "zero": b"hf_Geheim\0", "folder": None, "loop": None}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_token_file_that_holds_none_is_named_and_not_shown(fineweb, hub, out, capsys, monkeypatch, tmp_path, kind):
+    from huggingface_hub import constants
+    path = tmp_path / "token"
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(path))
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(TOKENS[kind])
+    assert fineweb.main(["1", "--out", str(out)]) == 2
+    error = sentence(capsys)
+    assert f"the access token in {path} " in error and "network" not in error
+    assert "G" not in error.replace(str(path), "") and "hf_" not in error.replace(str(path), "") and not out.exists()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert fineweb.main(["0", "--out", str(out)]) == 0, "it is not read"
+
+
+def test_a_token_file_with_line_ends_serves(fineweb, hub, out, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_bytes(b" hf_good\r\n")
+    assert fineweb.main(["0", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("message", ["Illegal header value b'Bearer h\\x00f_Geheim'", "Invalid port: 'Geheim@host'"])
+def test_what_an_error_says_is_not_shown(fineweb, capsys, message):
+    def call():
+        raise RuntimeError(message)
+    with pytest.raises(fineweb.Problem) as told:
+        fineweb.patiently(call, "a file", "advice", wait_for_network=False)
+    assert "Geheim" not in str(told.value) and "(RuntimeError)" in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+def test_another_variable_that_the_library_refuses_is_named(out, tmp_path, name):
+    environment = {**os.environ, name: "Geheim", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, str(SCRIPT), "0", "--out", str(out)], env=environment, text=True,
+                         capture_output=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+    assert name in run.stderr and "Geheim" not in run.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "http://user:Geheim/x@host", "http://[::1", "not a url",
+                                      "ftp://127.0.0.1", "http://"])
+def test_an_address_that_is_none_is_named_by_its_variable(out, tmp_path, endpoint):
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run([sys.executable, str(SCRIPT), "0", "--out", str(out)], env=environment, text=True,
+                         capture_output=True, timeout=60, check=False)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+    assert "check HF_ENDPOINT" in run.stderr and "Geheim" not in run.stderr and not out.exists()
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 451])
+def test_a_hub_that_has_it_not_is_named_where_it_was_chosen(fineweb, hub, out, capsys, monkeypatch, status):
+    hub.refusal = status
+    assert fineweb.main(["0", "--out", str(out)]) == 2
+    error = sentence(capsys)
+    assert f"HTTP {status}" in error and "check HF_ENDPOINT" in error and "--revision" not in error
+    assert fineweb.main(["0", "--out", str(out), "--revision", "x"]) == 2
+    assert "check --revision" in (error := sentence(capsys)) and "check HF_ENDPOINT" in error
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert "HF_ENDPOINT" not in fineweb.revision_advice(None, out, None) + fineweb.revision_advice("x", out, None)
+
+
+def test_a_commit_of_the_manifest_that_the_hub_lacks(fineweb, hub, out, capsys):
+    assert fineweb.main(["0", "--out", str(out)]) == 0
+    capsys.readouterr()
+    del hub.commits[COMMIT]
+    assert fineweb.main(["1", "--out", str(out)]) == 2
+    error = sentence(capsys)
+    assert f"the commit is that of {out / 'manifest.json'}, and --revision=main takes the newest" in error
+    assert "leave it out" not in error
+    assert fineweb.main(["1", "--out", str(out), "--revision=main"]) == 0, "as it says"
+
+
+@pytest.mark.parametrize("name", ["train_000000.bin", "fineweb_train_000104.bin", "fineweb_train_1.bin", "books.bin"])
+def test_shards_of_another_origin_are_not_mixed_with(fineweb, hub, out, capsys, name):
+    out.mkdir()
+    (out / name).write_bytes(b"")
+    assert fineweb.main(["1", "--out", str(out)]) == 2
+    assert str(out / name) in sentence(capsys) and not hub.gets and [path.name for path in out.iterdir()] == [name]
+
+
+def test_shards_that_were_not_verified_are_told(fineweb, hub, out, capsys):
+    assert fineweb.main(["2", "--out", str(out)]) == 0
+    assert "not verified" not in capsys.readouterr().out
+    (out / "manifest.json").unlink()
+    for _ in range(2):
+        assert fineweb.main(["1", "--out", str(out)]) == 0
+        assert f"not verified: {NAMES[2]};" in capsys.readouterr().out
+    shutil.copy(out / NAMES[2], out / "fineweb_train_000003.bin")
+    assert fineweb.main(["1", "--out", str(out)]) == 0
+    assert f"not verified: {NAMES[2]} and 1 more;" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("more", ["| true", ">/dev/full", ">&-"])
+def test_nobody_has_to_listen(hub, out, tmp_path, more):
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
+    line = f'{{ "$@"; echo $? >code; }} {more}'
+    run = subprocess.run(["sh", "-c", line, "sh", sys.executable, str(SCRIPT), "1", "--out", str(out)], cwd=tmp_path,
+                         env=environment, text=True, capture_output=True, timeout=60, check=False)
+    assert run.stderr == "" and (tmp_path / "code").read_text() == "0\n" and complete(hub, out, NAMES[:2])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs names of any bytes")
+@pytest.mark.parametrize("encoding, name", [("ascii", "o\xe9 x".encode()), ("utf-8:strict", b"o\xff x")])
+def test_a_name_that_the_screen_cannot_show(hub, tmp_path, encoding, name):
+    environment = {**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1",
+                   "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    run = subprocess.run([sys.executable, str(SCRIPT), "0", "--out", name], cwd=tmp_path, env=environment,
+                         capture_output=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (0, b"")
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith(b"Next: ./run.sh --data_dir='") and last.endswith(b" x'"), "a blank is quoted"
+
+
 def test_a_failed_download_leaves_only_what_is_whole(fineweb, hub, out, capsys, tmp_path):
     hub.faults[NAMES[1]] = times(100, corrupt)
     assert fineweb.main(["1", "--out", str(out / "deeper")]) == 2
