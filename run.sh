@@ -11,8 +11,8 @@
 # Each installs first what it needs and lacks. A given --preset, --data_dir or NPROC wins over the choice made here.
 # A path is looked for where you stand, then in the folder of run.sh, which gets .venv, logs and downloads.
 
-say() { echo "run.sh: $*"; }
-die() { echo "run.sh: $*" >&2; exit 2; }
+say() { (trap '' PIPE; echo "run.sh: $*") 2>/dev/null || :; }  # a closed pipe or a full disk behind it ends nothing
+die() { (trap '' PIPE; echo "run.sh: $*" >&2); exit 2; }
 has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 words() { sed -n '2,/^$/s/^# \{0,1\}//p' run.sh; }
 torch_of() { "$1" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null; }

@@ -5,11 +5,14 @@
 To whom it may concern this process is the training: signals go on to it, and its exit code comes back, whatever becomes
 of the sample. (A shell cannot stand here: bash loses the exit code of a child that ends while a signal comes.) Without
 new weights (a failed or stopped run, --save=False) there is no sample.
+
+A script that ends with 0 and left no run in logs/ trained nothing: that is said, and the exit code is 1.
 """
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 HANDED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # Windows has not all of them
@@ -53,6 +56,15 @@ def saved_weights():
     return set(Path("logs").glob("*/weights.pt"))
 
 
+def runs():
+    return set(Path("logs").glob("*"))
+
+
+def may_leave_no_run(command):
+    """Whether to train nothing is a good end: of a complete run's --resume=latest, of a trial that asks no more."""
+    return "--resume=latest" in command or "TRIAL_SCRIPT" in os.environ
+
+
 def ranks_of(command):
     """The argument that leads to the ranks beside the shards, as weights know no more than the folder's name."""
     folders = [word.partition("=")[2] for word in command if word.startswith("--data_dir=")]
@@ -60,12 +72,17 @@ def ranks_of(command):
 
 
 def main(command):
-    before, child = saved_weights(), Child()
+    before, runs_before, child = saved_weights(), runs(), Child()
     code = child.run(command)
     new = sorted(saved_weights() - before, key=lambda path: path.stat().st_mtime)
     if code == 0 and new and not child.signalled:
         # The last, since another run may have ended meanwhile. Why there is no sample, it says itself in one sentence.
         child.run([command[0], str(SAMPLE), f"--weights={new[-1]}", *ranks_of(command)])
+    if code == 0 and not (child.signalled or runs() - runs_before or may_leave_no_run(command)):
+        code = 1
+        with suppress(OSError):  # nobody listens
+            os.write(2, b"run.sh: the script ended with 0, but left no run in logs/: nothing was trained; look whether "
+                        b"it still calls main().\n")
     if code < 0:  # die of the same signal
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

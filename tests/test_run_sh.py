@@ -50,8 +50,9 @@ case "$1 $2" in
     '-m pytest') echo "tested: ${SCRIPT:-all}"; exit 7 ;;
     'records/records.py '*|'data/sample.py '*)
         read -r line; echo "heard $line"; echo complaint >&2; exit "${TOOL:-0}" ;;
-    *train_gpt.py*|*my.py*|'-m torch'*)
+    *'.py --'*|'-m torch'*)
         env > "$KEPT/environment"
+        [ -n "$NO_RUN" ] || mkdir -p "logs/of process $$"
         [ -z "$WEIGHTS" ] || { mkdir -p "logs/$WEIGHTS"; echo weights > "logs/$WEIGHTS/weights.pt"; }
         [ -z "$SIGNALS" ] || exec "$REAL" -c "$LISTENER"
         exit "${CODE:-0}" ;;
@@ -86,7 +87,7 @@ class Machine:
             path.mkdir(parents=True)
         for name in ("run.sh", "requirements.txt", "requirements.lock", "data/then_sample.py", "data/check.py"):
             shutil.copy(ROOT / name, self.root / name)
-        (self.root / "train_gpt.py").touch()
+        (self.root / "train_gpt.py").write_text("pass\n")
         for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
         self.put("python3", INTERPRETER)
@@ -311,13 +312,45 @@ def test_shards_without_a_manifest_serve_where_there_is_no_network(machine):
 def test_another_script(machine):
     machine.as_is("my.py", code=2)
     assert machine.err == "run.sh: there is no script my.py.\n"
-    (machine.root / "my.py").touch()
+    (machine.root / "my.py").write_text("pass\n")
     assert machine.as_is("my.py", "--lr=1")[-1] == "my.py --preset=cpu --data_dir=data/embedded --lr=1"
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 75])
 def test_exit_codes_of_one_process_pass_through(machine, code):
     machine.as_is(CODE=str(code), code=code)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# words\n", '"""words"""\n', "..."])
+def test_a_script_without_a_statement_is_refused(machine, text):
+    (machine.root / "my.py").write_text(text)
+    assert machine.as_is("my.py", code=2) == []
+    assert machine.err.startswith("train_gpt: my.py holds no statement") and machine.err.count("\n") == 1
+
+
+def test_a_training_that_left_no_run_is_no_success(machine):
+    """A script that no longer calls main(), or ends itself."""
+    calls = machine.as_is(NO_RUN="1", code=1)
+    assert calls[-1].startswith("train_gpt.py") and "nothing was trained" in machine.err
+    assert machine.err.startswith("run.sh: ") and machine.err.count("\n") == 1
+    for code in (2, 75):
+        machine.as_is(NO_RUN="1", CODE=str(code), code=code)
+        assert machine.err == "", "it says itself why"
+    machine.as_is("--resume=latest", NO_RUN="1")  # the run is complete
+    machine.as_is(TRIAL_SCRIPT="my.py", NO_RUN="1")  # its seeds have been run
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("more", ["| true", ">/dev/full", ">&-"])
+def test_nobody_has_to_listen(machine, shell, more):
+    if "full" in more and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = [shutil.which("sh"), "-c", f'{{ "$@"; echo $? >code; }} {more}', "sh", shutil.which(shell),
+               str(machine.root / "run.sh")]
+    environment = {**machine.torch("2.13.0").environment, "PYTHON": "python3"}
+    done = subprocess.run(command, cwd=machine.kept, env=environment, text=True, capture_output=True, timeout=60)
+    assert (machine.kept / "code").read_text() == "0\n" and done.stderr == ""
+    assert "train_gpt.py --preset=cpu" in (machine.kept / "calls").read_text(), "it ran"
 
 
 def test_a_gpu_that_torch_cannot_use_is_said(machine):
@@ -531,6 +564,32 @@ def test_several_ranks_start_only_with_good_data_and_a_checkpoint(real):
     refused_with("holds token 60000")
 
 
+@pytest.mark.parametrize("odd, more", [
+    ("raise ValueError('embedded null byte')", ""), ("raise ValueError('embedded null byte')", "x = torch.ones(1)\n"),
+    ("raise TypeError('unsupported')", ""), ("raise KeyError('name')", ""),
+    ("raise OSError(5, 'Input/output error')", "")])
+def test_data_on_which_the_checks_fail_start_nothing(real, odd, more):
+    """What nobody foresaw of a manifest is one sentence still, not a page of every rank."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    source = source.replace("\ndef load_corpus(", f"\ndef load_corpus(hp, thorough):\n    {odd}\n\n\ndef usual(")
+    (real.root / "odd.py").write_text(source.replace("\nif __name__", f"\n{more}if __name__"))
+    sentence = refused(real.torch("2.13.0"), "odd.py", "--data_dir=data/mine", *TINY, PYTHON="python3", NPROC="2")
+    assert "--data_dir=data/mine holds a manifest.json" in sentence and "Error: " in sentence
+
+
+def test_a_fault_of_the_script_is_not_the_datas(real):
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    odd = source.replace("\ndef load_corpus(", "\ndef load_corpus(hp, thorough):\n    no_such_name\n\n\ndef usual(")
+    (real.root / "odd.py").write_text(odd)
+    assert real.as_is("odd.py", "--data_dir=data/mine", *TINY)[-1].startswith("odd.py "), "it tells that itself"
+
+
+def test_help_is_shown_on_any_terminal(real):
+    (real.root / "mine.py").write_text((ROOT / "train_gpt.py").read_text(encoding="utf-8").replace(
+        'steps: int', 'steps: int', 1).replace("def help_text(", "def help_text():\n    return 'é'\n\n\ndef usual("))
+    assert real.as_is("mine.py", "--help", PYTHONIOENCODING="ascii") == [] and "\\xe9" in real.out
+
+
 def test_several_ranks_are_checked_on_data_that_were_just_fetched(real):
     """The stand-in fetches nothing."""
     assert real.gpu(2, 81000).as_is(code=2) == ["data/fineweb.py"]
@@ -552,7 +611,7 @@ def test_each_script_says_what_it_refuses(real):
     (real.root / "broken.py").write_text(f"{source}\nx = = 1\n")
     assert "broken.py is no Python that can run" in refused(real, "broken.py", code=1)
     (real.root / "records").mkdir()
-    (real.root / "records/seeds.py").touch()
+    (real.root / "records/seeds.py").write_text("pass\n")
     assert "unknown argument" in refused(real, "records/seeds.py", "--stpes=5", TRIAL_SCRIPT="mine.py")
     assert real.as_is("records/seeds.py", "--preset=words", TRIAL_SCRIPT="mine.py")[-1].startswith("records/seeds.py ")
 
@@ -689,7 +748,7 @@ def test_help_names_all_words_and_installs_nothing(real):
         assert real.run(ask) == real.run("--steps=3", ask) == []
         assert real.out.startswith(words) and "\n  --steps=" in real.out and "\n  --preset=cpu" in real.out
     assert not (real.root / ".venv").exists()
-    (real.root / "other.py").touch()
+    (real.root / "other.py").write_text("pass\n")
     assert real.as_is("other.py", "--help") == ["other.py --help"] and real.out.startswith(words), "its own answer"
 
 
