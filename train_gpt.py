@@ -1226,8 +1226,9 @@ LOADER_DEADLINE = 60.0  # seconds that the training loop waits for a step's toke
 
 class RunEnd(Exception):
     """An end of the run that one sentence explains. `code` is the exit code: 2 refused before step
-    0, 3 non-finite loss, weight or moment, 4 rank, collective or loader deadline, 5 no usable
-    checkpoint, 6 no space or memory, 75 stopped by a signal, saved; 0: there is nothing to do."""
+    0, or a shard that was cut short since, once all is saved; 3 non-finite loss, weight or moment;
+    4 rank, collective or loader deadline; 5 no usable checkpoint; 6 no space or memory; 75 stopped
+    by a signal, saved; 0: there is nothing to do."""
 
     def __init__(self, code: int, sentence: str):
         super().__init__(sentence)
