@@ -339,5 +339,25 @@ def test_a_shard_that_loses_its_end_in_training_is_named_once_all_is_saved(here,
         return real(self, step, pairs)
 
     monkeypatch.setattr(t.Trainer, "train_step", train_step)
-    assert f"{name} is not a token shard, or was cut short" in ended(capsys, here, code=2)
-    assert (run_folders(here)[0] / "weights.pt").exists() and events(run_folders(here)[0], "end")[0]["code"] == 2
+    assert f"train_gpt: {name} was cut short while the run read it: all is saved" in ended(capsys, here, code=2)
+    run = run_folders(here)[0]
+    assert (run / "weights.pt").exists() and events(run, "end")[0]["code"] == 2
+    assert str(here) not in (run / "metrics.jsonl").read_text() + (run / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file that is mapped stays there")
+def test_a_shard_that_is_replaced_in_training_is_read_to_its_end(here, monkeypatch):
+    """The map keeps the old one."""
+    real = t.Trainer.train_step
+
+    def train_step(self, step, pairs):
+        if step == 1:
+            for path in sorted(here.glob("data/*.bin")):
+                content = path.read_bytes()
+                path.unlink()
+                path.write_bytes(content[:-2]) if "train" in path.name else None
+        return real(self, step, pairs)
+
+    monkeypatch.setattr(t.Trainer, "train_step", train_step)
+    main(here)
+    assert events(run_folders(here)[0], "end")[0]["status"] == "complete"
