@@ -2255,10 +2255,10 @@ class Run:
                 groups, made = optimizer.param_groups, optimizer.state
                 optimizer.load_state_dict(state)
                 optimizer.param_groups = groups  # rates are the knobs', not the file's
-                for p, values in made.items():
-                    found = optimizer.state[p]
+                for p in made | optimizer.state:
+                    found, values = optimizer.state[p], made[p]
                     if "average" in found:  # only runs near their end have it
-                        values["average"] = p.clone()
+                        values["average"] = torch.empty_like(p)
                     for key, value in values.items():
                         found[key] = value.copy_(found[key].view_as(value))
             self.trainer.model.load_state_dict(saved["model"])

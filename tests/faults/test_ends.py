@@ -68,6 +68,8 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
         monkeypatch.undo()
         monkeypatch.chdir(here)
     whole = torch.load(saved)
+    alone = max(i for group in whole["optimizers"][0][1]["param_groups"] for i in group["params"])
+    assert alone not in whole["optimizers"][0][1]["state"], "in a bucket of several, whose state is the first's"
     for change in (lambda model, adam, muon: model.pop("embed.weight"),
                    lambda model, adam, muon: adam["param_groups"].pop(),
                    lambda model, adam, muon: adam["param_groups"][0]["params"].append(99),
@@ -79,7 +81,8 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
                    lambda model, adam, muon: state(muon).pop("momentum_buffer"),
                    lambda model, adam, muon: adam["state"].clear(),
                    lambda model, adam, muon: state(muon).update(average=torch.zeros(3)),
-                   lambda model, adam, muon: state(muon).update(average="an average")):
+                   lambda model, adam, muon: state(muon).update(average="an average"),
+                   lambda model, adam, muon: muon["state"].update({alone: dict(average=torch.zeros(3))})):
         other = copy.deepcopy(whole)
         change(other["model"], *other["optimizers"][0])
         torch.save(other, here / "other.pt")
