@@ -1907,7 +1907,7 @@ LINES = {
     "attention: {attention}\ndata: {data[encoding]}, {data[val_tokens]} validation tokens "
     "{data[val_sha256]:.12}, {corpus.train.total} training tokens",
     "step": "step:{step}/{total} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms "
-    "step_avg:{step_avg:.2f}ms tokens_per_s:{tokens_per_s:.0f}",
+    "step_avg:{step_avg:.2f}ms",
     "val": "step:{step}/{total} val_loss:{val_loss:.6f} train_time:{train_ms:.0f}ms "
     "step_avg:{step_avg:.2f}ms",
     "warning": "warning: {text}",
@@ -1926,8 +1926,7 @@ def no_space(what: str):
         yield
     except (OSError, RuntimeError) as error:
         # torch.save hides a full disk behind a RuntimeError
-        told = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(told, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or repr(error.__context__ or error)
         raise Refused(
             6, f"{what} cannot be written ({reason}): make room in logs/, a folder that you may "
             "write to, or write less with --save=False --checkpoint_every=0"
@@ -2198,7 +2197,7 @@ class Run:
             k: v for k, v in knobs.items()
             if k not in PLACES and v != getattr(Hyperparameters, k)
         }
-        shown = [re.sub(r"=.*[/\\](?=.)", "=", argument) for argument in argv]  # no folders
+        shown = [re.sub(r"(?s)=.*[/\\](?=.)", "=", argument) for argument in argv]  # no folders
         model = self.trainer.model
         # a checkpoint holds moments too, and averages for each rank; two are kept beside a third
         times = 9 + world_size if hp.checkpoint_every else hp.save
@@ -2314,10 +2313,7 @@ class Run:
                 norms[f"{group['name']}.update"] = math.sqrt(next(left))
             facts["norms"] = norms
         kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
-        self.log.emit(
-            "step", facts, kept, total=hp.steps, step_avg=ms / step,
-            tokens_per_s=self.tokens / ms * 1e3
-        )
+        self.log.emit("step", facts, kept, total=hp.steps, step_avg=ms / step)
         if step == 10 < hp.steps:
             self.log.say(
                 f"about {ms / 6e5 * hp.steps:.1f} minutes of training for {hp.steps} steps, and "
@@ -2451,7 +2447,7 @@ class Run:
         )
         with self.handlers:
             self.log.emit("end", facts)
-            weights = f"--weights={self.log.folder}/weights.pt --data_dir='{self.hp.data_dir}'"
+            weights = f"--weights={self.log.folder}/weights.pt --data_dir={self.hp.data_dir!a}"
             self.log.say(
                 f"kept in {self.log.folder}; once complete:\n  ./run.sh plot {self.log.folder} "
                 f"--out curve.png\n  ./run.sh compare {self.log.folder} ANOTHER"
@@ -2474,11 +2470,11 @@ def verdict(error: BaseException):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if re.search("^Dist.*Error|gloo|NCCL|MASTER_|pair closure|by peer|Timed out waiting", text):
+    if re.search("^Dist.*Error|gloo|NCCL|rendezvous|pair closure|by peer|Timed out waiting", text):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
-            "or MASTER_ADDR or MASTER_PORT is missing, wrong or in use; where a checkpoint was "
-            "written, --resume=latest goes on"
+            "or RANK, MASTER_ADDR or MASTER_PORT is missing, wrong or in use; where a checkpoint "
+            "was written, --resume=latest goes on"
         )
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == __file__:

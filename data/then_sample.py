@@ -61,8 +61,9 @@ def runs():
 
 
 def may_leave_no_run(command):
-    """Whether to train nothing is a good end: of a complete run's --resume=latest, of a trial that asks no more."""
-    return "--resume=latest" in command or "TRIAL_SCRIPT" in os.environ
+    """Whether to leave no run here is a good end: of a complete run's --resume=latest, of a trial that asks no more, of
+    a rank that keeps nothing, as all but the first do."""
+    return "--resume=latest" in command or "TRIAL_SCRIPT" in os.environ or os.environ.get("RANK", "0") != "0"
 
 
 def ranks_of(command):

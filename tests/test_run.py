@@ -484,7 +484,7 @@ def test_a_name_that_the_terminal_cannot_show(tmp_path):
     make_corpus(tmp_path / "d\xe9")
     done = subprocess.run(command(tmp_path, "--data_dir=d\xe9"), cwd=tmp_path, capture_output=True, encoding="ascii",
                           env=environment() | dict(PYTHONIOENCODING="ascii", PYTHONUTF8="1"), timeout=300)
-    assert (done.returncode, done.stderr) == (0, "") and "--data_dir='d\\xe9'" in done.stdout.replace("\\'", "'")
+    assert (done.returncode, done.stderr) == (0, "") and "--data_dir='d\\xe9'" in done.stdout
     assert [row["status"] for row in events(run_folders(tmp_path)[0], "end")] == ["complete"]
 
 

@@ -6,6 +6,7 @@ import copy
 import errno
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -99,8 +100,9 @@ def test_a_checkpoint_with_other_facts_than_a_run_writes(here, capsys):
     for change in (dict(data={}), dict(knobs=None), dict(optimizers=None), dict(script_sha256=None), dict(step="1")):
         torch.save(saved | change, here / "other.pt")
         assert "other.pt is not usable" in ended(capsys, here, "--resume=other.pt", code=5)
-    os.mkfifo(here / "pipe.pt")
-    assert "pipe.pt is not usable" in ended(capsys, here, "--resume=pipe.pt", code=5)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(here / "pipe.pt")
+        assert "pipe.pt is not usable" in ended(capsys, here, "--resume=pipe.pt", code=5)
     for change in (dict(step=99), dict(step=-1), dict(step=math.nan), dict(step=True, tokens=7), dict(tokens=None)):
         torch.save(saved | change, here / "other.pt")
         assert "tokens read by step" in ended(capsys, here, "--resume=other.pt", code=2)
@@ -160,7 +162,7 @@ def test_a_full_disk_is_called_that(here, capsys, monkeypatch, place):
     module, name = place.split(".")
     monkeypatch.setattr(getattr(t, module), name, full_disk)
     said = ended(capsys, here, code=6)
-    assert "weights.pt cannot be written (No space left on device): make room" in said
+    assert re.search(r"weights.pt cannot be written \(.*No space left on device.*\): make room", said)
     assert not list(here.glob("logs/*/*.p*t"))
 
 
@@ -184,7 +186,7 @@ def test_little_room_is_told_before_the_first_step(here, capsys, monkeypatch):
 def test_the_reason_of_a_failed_write_is_its_own():
     """And not that of an exception which was being handled when it came."""
     for outer, inner, reason in ((None, OSError(errno.ENOSPC, "full"), "full"), (OSError(errno.ENOENT, "none"), OSError(
-            errno.EACCES, "denied"), "denied"), (None, RuntimeError("x"), "RuntimeError")):
+            errno.EACCES, "denied"), "denied")):
         with pytest.raises(t.Refused, match=f"it cannot be written .{reason}.: make room") as caught:
             try:
                 raise outer or KeyError
@@ -201,7 +203,7 @@ def test_the_last_lines_name_the_folder_and_what_to_do_with_it(here, capsys):
     assert out.splitlines()[-4:] == [
         f"kept in {folder}; once complete:", f"  ./run.sh plot {folder} --out curve.png",
         f"  ./run.sh compare {folder} ANOTHER",
-        f"  ./run.sh sample --weights={folder}/weights.pt --data_dir='{here / 'data'}'"]
+        f"  ./run.sh sample --weights={folder}/weights.pt --data_dir={str(here / 'data')!a}"]
     assert out.count("validating on 1200 tokens\n") == 2 and "training on 2,048 tokens by the CPU" in out
 
 
@@ -295,11 +297,11 @@ def test_a_launchers_variables_that_cannot_be(here, capsys, monkeypatch, launche
     assert "RANK, LOCAL_RANK, WORLD_SIZE are " in said and "unset them" in said and not list(here.glob("logs/*"))
 
 
-@pytest.mark.parametrize("launcher", [dict(), dict(MASTER_ADDR="127.0.0.1")])
+@pytest.mark.parametrize("launcher", [dict(), dict(RANK="0"), dict(RANK="0", MASTER_ADDR="127.0.0.1")])
 def test_a_meeting_place_that_cannot_be(here, launcher):
-    done = subprocess.run(command(here), env=environment() | dict(RANK="0", WORLD_SIZE="2", **launcher),
+    done = subprocess.run(command(here), env=environment() | dict(WORLD_SIZE="2", **launcher),
                           capture_output=True, text=True, timeout=60)
-    assert done.returncode == 4 and "MASTER_ADDR or MASTER_PORT is missing" in done.stderr, done.stderr
+    assert done.returncode == 4 and "RANK, MASTER_ADDR or MASTER_PORT is missing" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 
