@@ -256,11 +256,11 @@ def folder(path):
 
 
 def check_folder(out):
-    """Problem where a folder holds what training would read beside FineWeb's shards."""
+    """Problem where a folder holds what training may read beside FineWeb's shards."""
     known = shard_names(LAST_SHARD)
     for path in sorted(out.glob("*.bin")):
         if path.name not in known:
-            raise Problem(f"{path} is none of FineWeb's files, and training would read it beside them; name another "
+            raise Problem(f"{path} is none of FineWeb's files, and training may read it beside them; name another "
                           "--out, or move it away")
 
 
@@ -330,11 +330,11 @@ def parse(argv):
 
 def check_endpoint():
     """Problem where HF_ENDPOINT is no address, which the library would show, with the password that may be in it."""
-    parts = None
-    with suppress(ValueError):
+    fine = False
+    with suppress(ValueError):  # as asking for a port that is none
         parts = urlsplit(os.environ.get("HF_ENDPOINT") or "https://default")
-        parts = parts if parts.hostname and parts.port != 0 else None  # asking for a port that is none fails
-    if parts is None or parts.scheme not in ("http", "https"):
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    if not fine:
         raise Problem(f"HF_ENDPOINT is no address; {endpoint_advice()}")
 
 

@@ -32,6 +32,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
@@ -109,14 +110,20 @@ def show_any_name():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def on_ctrl_c(handler):
+    """Sets what a Ctrl-C does, and returns what it did; None outside the main thread, which alone may set it."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGINT, handler) or signal.SIG_DFL
+
+
 @contextmanager
 def unstoppable():
     """A moment in which a Ctrl-C is not heard, for what must not be left half done."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = on_ctrl_c(signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        on_ctrl_c(before)
 
 
 def numpy_docstrings(root):
@@ -167,7 +174,7 @@ def is_data_by_lines(lines):
     if sum(data) > len(lines) * (3 / 4 if sum(line.endswith(",") for line in lines) > 1 else 1 / 2):
         return True
     strings = sum(line[0] == '"' and isinstance(parsed(line), str) for line in lines)
-    return strings > 2 and strings >= 0.9 * (len(lines) - 1)
+    return strings > 20 and strings >= 0.9 * (len(lines) - 1)  # fewer may be a dialogue
 
 
 def is_data(text):
@@ -382,7 +389,8 @@ def encode_unit(unit, encoding, bpe_file):
 def deaf_children():
     """Processes started meanwhile hear no Ctrl-C, not even while they start: this process ends them, with one line. It
     hears it afterwards, as half a start could not be ended."""
-    heard, before = [], signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    heard = []
+    before = on_ctrl_c(lambda *_: heard.append(True))
     if hasattr(signal, "pthread_sigmask"):  # what is blocked here is so in children; Windows has no such thing
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -390,7 +398,7 @@ def deaf_children():
     finally:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
+        on_ctrl_c(before)
         if heard:
             raise KeyboardInterrupt
 
@@ -449,10 +457,10 @@ def keep_ranks(out, bpe_file):
 
 
 def check_folder(out):
-    """Problem where a folder holds what training would read beside the new shards, and what tells of the old ones."""
+    """Problem where a folder holds what training may read beside the new shards, and what tells of the old ones."""
     for path in sorted(out.glob("*.bin")):
         if not OWN_SHARD.fullmatch(path.name):
-            raise Problem(f"{path} was not made by this program, and training would read it beside the new shards; "
+            raise Problem(f"{path} was not made by this program, and training may read it beside the new shards; "
                           "name another --out, or move it away")
     if os.path.lexists(out / "val_docs.json"):
         raise Problem(f"{out / 'val_docs.json'} tells the sources of the validation documents that are there, and the "
@@ -522,6 +530,9 @@ def run(args):
             if not entries:
                 raise Problem(f"no document fell to {split}; give more that differ (copies fall together) or another "
                               "--val_fraction")
+        if len({entry["sha256"] for entries in files.values() for entry in entries}) < sum(map(len, files.values())):
+            raise Problem(f"two shards would hold the same tokens, which training refuses; raise --shard_tokens (now "
+                          f"{args.shard_tokens}), or give a text that repeats itself less")
         facts = {"encoding": args.encoding, "source": source, "held_out": held_out}
         if args.encoding == "gpt2":
             facts["vocabulary"] = keep_ranks(args.out, args.bpe_file)

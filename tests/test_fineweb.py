@@ -423,7 +423,7 @@ def test_an_address_that_is_none_is_named_by_its_variable(out, tmp_path, endpoin
     run = subprocess.run([sys.executable, str(SCRIPT), "0", "--out", str(out)], env=environment, text=True,
                          capture_output=True, timeout=60, check=False)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
-    assert "check HF_ENDPOINT" in run.stderr and "Geheim" not in run.stderr and not out.exists()
+    assert "HF_ENDPOINT is no address; check" in run.stderr and "Geheim" not in run.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("status", [400, 404, 410, 451])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -356,7 +357,7 @@ BAD_INPUTS = {
     "events.txt": (b'event: x\ndata: {"text": "a"}\n\nevent: x\ndata: {"text": "b"}\n', "events.txt is JSON"),
     "table.txt": (b'1\t{"text": "a"}\n2\t{"text": "b"}\n', "table.txt is JSON"),
     "python.txt": (b"{'text': 'a'}\n{'text': 'b'}\n", "python.txt is JSON"),
-    "strings.txt": (b'"one"\n"two"\n"three"\n', "strings.txt is JSON"),
+    "strings.txt": (b'"one"\n"two"\n"three"\n' * 10, "strings.txt is JSON"),
     "of_array.txt": (b' {"text": "a"},\n {"text": "b"},\n {"text": "c"}\n', "of_array.txt is JSON"),
     "of_lists.txt": (b'"b", 1]\n["a", 1]\n["b", 2]\n', "of_lists.txt is JSON"),
     "deep.txt": (b'{"a": [' + b"[" * 100_000, "deep.txt is JSON"),
@@ -659,7 +660,7 @@ def test_no_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, rank_file, program, workers):
     """The terminal gives it to the workers too, while they start or work."""
-    (tmp_path / "a.txt").write_text("".join(f"line {i} of a long document, the next\n" for i in range(300_000)))
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of a long document, the next\n" for i in range(1_500_000)))
     arguments = "a.txt", "--out", "new/out", "--bpe_file", str(rank_file[0]), "--workers", workers
     run = subprocess.Popen([*program, *arguments],
                            cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -671,6 +672,28 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, rank_file, program, wor
     said, error = run.communicate(timeout=60)
     assert (run.returncode, said, error) == (130, b"", b"tokenize_text.py: stopped, nothing was written.\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_shards_of_the_same_tokens_are_not_written(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("0123456789" * 1000)
+    code = tokenize_text.main([str(tmp_path / "a.txt"), "--encoding", "bytes", "--out", str(tmp_path / "out"),
+                               "--shard_tokens", "1000"])
+    assert code == 2 and "--shard_tokens (now 1000)" in sentence(capsys) and not (tmp_path / "out").exists()
+
+
+def test_a_thread_may_tokenize(tmp_path):
+    """Handlers of signals belong to the main one."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(99)))
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(tokenize_text.main, [str(tmp_path / "a.txt"), "--encoding", "bytes", "--out",
+                                                str(tmp_path / "out")]).result()
+    assert not code and (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("lines", [
+    ['"No."', '"Yes."', '"Why?"', '"I must go," she said.'], ['"To be."', '"Or not."', '"So."']])
+def test_a_dialogue_is_no_data(lines):
+    assert not tokenize_text.is_data("\n".join(lines))
 
 
 def test_importing_does_nothing(tmp_path):
