@@ -31,7 +31,6 @@ import trials
 from decide import MARGIN, Estimate, Undecided, p_below, welch
 from runs import (
     CLAIMS,
-    LIMITS,
     META,
     NAME,
     PRIVATE,
@@ -45,13 +44,13 @@ from runs import (
     Run,
     check_pauses,
     check_run,
-    decode,
     differing,
     entries,
     fit,
     read_bytes,
     read_record,
     read_run,
+    read_text,
     read_tracks,
     safe,
     script_knobs,
@@ -61,6 +60,7 @@ from sets import (
     LIST_MARKS,
     LOGS,
     ROOT,
+    every_record,
     find_record,
     folders,
     in_turns,
@@ -76,10 +76,8 @@ from sets import (
 
 def same(found, wanted, digits: float = 1e-9) -> bool:
     """Equal; floats to `digits`, since a sum may be taken in another order."""
-    kinds = {type(found), type(wanted)}
-    if kinds == {list}:
-        return len(found) == len(wanted) and all(same(f, w, digits) for f, w in zip(found, wanted))
-    return math.isclose(found, wanted, rel_tol=digits, abs_tol=1e-12) if kinds <= {int, float} else found == wanted
+    pairs = zip_longest(*(value if isinstance(value, list) else [value] for value in (found, wanted)))
+    return all(a == b or None not in (a, b) and math.isclose(a, b, rel_tol=digits, abs_tol=1e-12) for a, b in pairs)
 
 def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
     """The part of meta.json's result that needs no distribution. The gain stands where both sets ran interleaved."""
@@ -104,24 +102,21 @@ def changed_knobs(run: Run) -> dict:
 
 def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
     """Everything but the duplicates, which need the other records. Undecided if scipy is missing, at the end."""
-    meta, name = record.meta, record.folder.name
-    if not record.runs or meta["track"] not in tracks:
-        yield from differing(name, [("track", "the name of a track", meta["track"] in tracks, True),
-                                    ("schema", "a list of runs", bool(record.runs), True)])
+    meta, name, track = record.meta, record.folder.name, tracks.get(record.meta["track"])
+    if not (track and record.runs):
+        yield "track", f"{name}: there are no runs, or there is no track {meta['track']}"
         return
-    for label, runs in record.sets.items():
-        for run, entry in zip(runs, entries(meta)[label]):
+    for (label, runs), (_, listed) in zip(record.sets.items(), entries(meta)):
+        for run, entry in zip(runs, listed):
             yield from check_run(run)
             own = run.meta() if run.complete else {}
             yield from differing(run.name, [("headline", f"{k} in its logs", v, entry[k]) for k, v in own.items()])
         yield from check_pauses(runs)
         seeds, recipes = [run.seed for run in runs], {run.recipe for run in runs}
-        shared = label != "runs" and record.runs[0].recipe in recipes
         yield from differing(f"{name}/{label}", [
             ("knobs", "the number of recipes (script and knobs, seed aside)", len(recipes), len(runs[:1])),
-            ("knobs", "having the recipe of runs/", shared, False),
+            ("knobs", "having the recipe of runs/", label != "runs" and record.runs[0].recipe in recipes, False),
             ("seeds", "the list of seeds that come twice", sorted({s for s in seeds if seeds.count(s) > 1}), [])])
-    track = tracks[meta["track"]]
     for rows in (rows_of_meta(record), rows_of_recipes(record), rows_of_track(record, track), rows_of_readme(record)):
         yield from differing(name, rows)
     yield from check_left_out(record)
@@ -242,19 +237,19 @@ def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
     """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, noise aside,
     unless the seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
     seen, curves = {}, []
-    runs = [(f"{record.folder.name}/{label}/", run) for record in records for label, runs in record.sets.items()
+    runs = [(record.folder.name, label, run) for record in records for label, runs in record.sets.items()
             for run in runs]
-    for place, run in runs:
-        points, own = run.vals + run.steps, place + run.name
+    for name, label, run in runs:
+        points, own = run.vals + run.steps, f"{name}/{label}/{run.name}"
+        curve = [(step, loss or 0) for step, _, loss, _ in reversed(points)]  # late points differ most
         doubles = [("run id", seen.setdefault(run.name, own)),
                    ("curve of training times", seen.setdefault(tuple(p[3] for p in points), own))]
-        curve = [(p[0], p[2] or 0) for p in reversed(points)]  # late points differ most
-        doubles += [("curve of losses", where + other.name) for where, other, curve_there in curves
-                    if (other.seed != run.seed or where == place) and alike(curve, curve_there)]
-        curves.append((place, run, curve))
+        doubles += [("curve of losses", other) for other, seed, place, there in curves
+                    if (seed != run.seed or place == (name, label)) and alike(curve, there)]
+        curves.append((own, run.seed, (name, label), curve))
         for what, other in doubles:
             if other != own:
-                yield place.partition("/")[0], "duplicate", f"{own}: its {what} is that of {other}, not its own"
+                yield name, "duplicate", f"{own}: its {what} is that of {other}, not its own"
 
 def alike(a: list[tuple], b: list[tuple]) -> bool:
     return len(a) == len(b) and all(x[0] == y[0] and abs(x[1] - y[1]) < NEAR for x, y in zip(a, b))
@@ -275,18 +270,16 @@ def verify(names: list[str]) -> int:
             read.append(read_record(folder))
             for problem in check_record(read[-1], tracks):
                 problems.append((folder.name, *problem))
-        except (Bad, OSError) as bad:
-            problems.append((folder.name, getattr(bad, "code", "path"), str(bad)))
+        except Bad as bad:
+            problems.append((folder.name, bad.code, str(bad)))
         except Undecided as undecided:
-            missing = str(undecided) if not names or folder.name in names else missing
-    problems += check_duplicates(read)
-    if names:
-        problems = [row for row in problems if row[0] in names]
+            missing = undecided
+    problems = [row for row in [*problems, *check_duplicates(read)] if not names or row[0] in names]
     failed = {name for name, *_ in problems}
-    if not names and not problems:
-        text = decode(read_bytes(ROOT / "README.md", LIMITS["README.md"]), "README.md", "utf-8")
-        if listing(None, read) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS):
-            problems.append(("README.md", "readme", "its list of records is not what list --write writes"))
+    text = read_text(ROOT / "README.md")
+    if not names and not problems and (
+            listing(None, read) not in text or any(text.count(mark) != 1 for mark in LIST_MARKS)):
+        problems.append(("README.md", "readme", "its list of records is not what list --write writes"))
     report(problems)
     if missing:
         print(missing)
@@ -298,32 +291,28 @@ def verify(names: list[str]) -> int:
 
 def make_meta(args, name: str, sets: dict[str, list[Run]], track: dict) -> dict:
     """meta.json of a record of these sets, by the folders that they get."""
-    runs, baseline, first = sets["runs"], sets["baseline"], sets["runs"][0]
-    left, arms, result = [], [], plain_result(runs, baseline) | tested_result(runs, baseline, track)
-    for run, _, reason in (text.partition("=") for text in args.leave_out):
-        left.append(dict(run_id=Path(run).name, reason=reason))
-    for label, own in sets.items():
-        if label.startswith("arms/"):
-            sha, knobs = own[0].script_sha256, own[0].knobs
-            arms.append(dict(
-                name=label.removeprefix("arms/"), patch_sha256=None if sha == first.script_sha256 else sha,
-                changed={k: v for k, v in knobs.items() if k not in first.knobs or first.knobs[k] != v},
-                runs=[run.meta() for run in own]))
+    runs, baseline, *others = sets.values()
+    first, arms, result = runs[0], [], plain_result(runs, baseline) | tested_result(runs, baseline, track)
+    for label, own in zip([*sets][2:], others):
+        sha, knobs = own[0].script_sha256, own[0].knobs
+        arms.append(dict(name=label.removeprefix("arms/"), patch_sha256=None if sha == first.script_sha256 else sha,
+                         changed={k: v for k, v in knobs.items() if first.knobs.get(k, ...) != v},
+                         runs=[run.meta() for run in own]))
     facts = first.facts()
+    facts["data"] = dict(facts["data"], public=not args.private)
+    left = [dict(run_id=Path(run).name, reason=reason) for run, _, reason in
+            (text.partition("=") for text in args.leave_out)]
     return dict(
         format=1, name=name, track=args.track, claim=args.claim, date=name[:10], author=args.author, parent=args.parent,
-        summary=args.summary, script_sha256=first.script_sha256, changed=changed_knobs(first),
-        **facts | dict(data=dict(facts["data"], public=not args.private)), runs=[run.meta() for run in runs],
-        baseline=[run.meta() for run in baseline], arms=arms, left_out=left,
+        summary=args.summary, script_sha256=first.script_sha256, changed=changed_knobs(first), **facts,
+        runs=[run.meta() for run in runs], baseline=[run.meta() for run in baseline], arms=arms, left_out=left,
         result={key: result[key] for key in META["result"]})
 
 def add(args) -> int:
     """Pack run folders into a record: built aside, checked as `verify` would, and only then put in place."""
     tracks, name = read_tracks(), f"{time.strftime('%Y-%m-%d', time.gmtime())}_{args.name}"
-    if not NAME.fullmatch(name):
-        raise Bad("path", f"--name={safe(args.name, 80)} is not 1 to 40 letters and digits")
-    if (RECORDS / name).exists():
-        raise Bad("path", f"records/{name} is there already: take another --name")
+    if not NAME.fullmatch(name) or (RECORDS / name).exists():
+        raise Bad("path", f"--name={safe(args.name, 80)} is not 1 to 40 letters and digits, or taken today")
     args.parent = find_record(args.parent).name if args.parent else None
     if args.track not in tracks:
         raise Bad("track", f"there is no track {safe(args.track, 40)}: there are {', '.join(tracks)}")
@@ -335,38 +324,36 @@ def add(args) -> int:
         raise Bad("schema", "--arm takes NAME=RUN..., each name once, and --leave-out takes RUN=REASON")
     found = lambda run: Path(run) if (Path(run) / "metrics.jsonl").exists() else LOGS / run
     sets = {label: [read_run(found(run)) for run in own] for label, own in given.items()}
-    broken = [(name, *problem) for own in sets.values() for run in own for problem in check_run(run)]
-    first = sets["runs"][0]
-    if first.script is None:
-        broken.append((name, "script", f"{first.name} holds no train_gpt.py, and a record needs the script that ran"))
-    if broken:
-        report(broken)
-        print("nothing was added")
-        return 1
-    meta = make_meta(args, name, sets, tracks[args.track])
-    fit(meta, META, "meta.json")  # before files are written under names that it gives
+    problems = [(name, *problem) for own in sets.values() for run in own for problem in check_run(run)]
+    if sets["runs"][0].script is None:
+        raise Bad("script", "the first run's folder holds no train_gpt.py, and a record needs the script that ran")
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=RECORDS)) / name
     try:
-        for label, run in ((label, run) for label, own in sets.items() for run in own):
-            (part / label / run.name).mkdir(parents=True, exist_ok=True)
-            for file in RUN_FILES:
-                (part / label / run.name / file).write_bytes(read_bytes(run.folder / file, LIMITS[file]))
-        (part / "train_gpt.py").write_bytes(first.script)
-        (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        (part / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
-        record, others = read_record(part), [read_record(folder) for folder in folders()]
-        problems = [(name, *problem) for problem in check_record(record, tracks)]
-        problems += [problem for problem in check_duplicates([*others, record]) if problem[0] == name]
+        if not problems:
+            write_record(part, sets, make_meta(args, name, sets, tracks[args.track]))
+            record = read_record(part)
+            problems = [(name, *problem) for problem in check_record(record, tracks)]
+            problems += [row for row in check_duplicates([*every_record(), record]) if row[0] == name]
+        report(problems)
         if problems:
-            report(problems)
             print("nothing was added")
             return 1
         part.rename(RECORDS / name)
         print(f"records/{name} is made. Say in its README.md, below the table, what changed and why.")
-        write_list(sorted([*others, record], key=lambda r: r.folder.name))
+        write_list(every_record())
         return 0
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
+
+def write_record(folder: Path, sets: dict[str, list[Run]], meta: dict) -> None:
+    fit(meta, META, "meta.json")  # before files are written under names that it gives
+    for label, run in ((label, run) for label, own in sets.items() for run in own):
+        (folder / label / run.name).mkdir(parents=True)
+        for file in RUN_FILES:
+            (folder / label / run.name / file).write_bytes(read_bytes(run.folder / file))
+    (folder / "train_gpt.py").write_bytes(sets["runs"][0].script)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
 
 def skeleton(meta: dict) -> str:
     private = [] if meta["data"]["public"] else [PRIVATE, ""]
@@ -379,71 +366,79 @@ def skeleton(meta: dict) -> str:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="records.py", description="Work with records; see records/README.md.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    def command(name, text, *arguments):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for argument, options in arguments:
-            sub.add_argument(argument, **options)
-    arg = lambda name, **options: (name, options)
-    switch = lambda name, text: arg(name, action="store_true", help=text)
-    several = lambda name, **options: arg(name, nargs="+", action="extend", default=[], **options)
+    several, switch = dict(nargs="+", action="extend", default=[]), dict(action="store_true")
     a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas; "
                  "NAME=A,B joins runs of several scripts under a name of yours")
-    margin = arg("--margin", type=float, default=MARGIN, help="losses count as equal where the interval of their "
-                 f"difference holds 0 and lies within this; {MARGIN} nats by default")
-    target = arg("--target", type=float, help="print p of a mean loss below it; default: that of a record's track")
-    command("list", "records by track, best first", arg("track", nargs="?"),
-            switch("--write", "put the tables between the marks of README.md"))
-    command("verify", "recompute everything from raw logs; a line a problem", arg("names", nargs="*"))
-    command("add", "pack run folders into a record, if verify would pass it",
-            arg("runs", nargs="+", help="folders of logs/, or their names"),
-            arg("--name", required=True, help="1 to 40 letters and digits; today's date comes before it"),
-            arg("--track", required=True), arg("--claim", required=True, choices=CLAIMS),
-            arg("--author", required=True),
-            arg("--summary", required=True, help="at most 120 characters"),
-            arg("--parent", help="the record that this one starts from"),
-            several("--baseline", metavar="RUN", help="runs of the parent's script, in turns with these"),
-            arg("--arm", nargs="+", action="append", default=[], metavar="NAME=RUN", help="runs with other knobs"),
-            several("--leave-out", metavar="RUN=REASON", help="runs of this script and knobs, and why"),
-            switch("--private", "the text cannot be passed on"))
-    command("rerun", "run a record's own script again, and compare", arg("name"), switch("--yes", "do not ask"),
-            arg("--data", help="folder with the record's shards; default: looked for in data/"),
-            arg("--nproc", type=int, default=0, help="ranks; default: as recorded"),
-            arg("--seed", type=int, help="a recorded one, to compare with that run; default: the next unused"))
-    command("compare", "two sets of runs", arg("a", **a_set), arg("b", **a_set), margin, target)
-    command("plot", "losses of training and validation", arg("sets", nargs="+", **a_set),
-            arg("--x", choices=sets.AXES, default="time", help="against what, time by default"),
-            several("--mark", metavar="NAME=X,LOSS", help="points of which no log is here"),
-            arg("--out", default="plot.png", help="the picture, plot.png by default"))
-    command("import", "sort logs of the public speedrun into peers/", arg("paths", nargs="+"), target)
-    command("trial", "does B help? All other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value",
-            arg("a", help="a script"), arg("b", help="a script"),
-            arg("--runs", type=int, default=3, help="of each arm, 3 by default"), margin,
-            arg("--first-seed", type=int, default=1, help="seeds go on from this one; 1 by default"))
+    margin = dict(type=float, default=MARGIN, help="losses count as equal where the interval of their difference holds "
+                  f"0 and lies within this; {MARGIN} nats by default")
+    target = dict(type=float, help="print p of a mean loss below it; default: that of a record's track")
+    command = lambda name, text: commands.add_parser(
+        name, help=text, description=text, allow_abbrev=False).add_argument
+    option = command("list", "records by track, best first")
+    option("track", nargs="?")
+    option("--write", **switch, help="put the tables between the marks of README.md")
+    option = command("verify", "recompute everything from raw logs; a line a problem")
+    option("names", nargs="*")
+    option = command("add", "pack run folders into a record, if verify would pass it")
+    option("runs", nargs="+", help="folders of logs/, or their names")
+    option("--name", required=True, help="1 to 40 letters and digits; today's date comes before it")
+    option("--track", required=True)
+    option("--claim", required=True, choices=CLAIMS)
+    option("--author", required=True)
+    option("--summary", required=True, help="at most 120 characters")
+    option("--parent", help="the record that this one starts from")
+    option("--baseline", **several, metavar="RUN", help="runs of the parent's script, in turns with these")
+    option("--arm", nargs="+", action="append", default=[], metavar="NAME=RUN", help="runs with other knobs")
+    option("--leave-out", **several, metavar="RUN=REASON", help="runs of this script and knobs, and why")
+    option("--private", **switch, help="the text cannot be passed on")
+    option = command("rerun", "run a record's own script again, and compare")
+    option("name")
+    option("--yes", **switch, help="do not ask")
+    option("--data", help="folder with the record's shards; default: looked for in data/")
+    option("--nproc", type=int, help="ranks; default: as recorded")
+    option("--seed", type=int, help="a recorded one, to compare with that run; default: the next unused")
+    option = command("compare", "two sets of runs")
+    option("a", **a_set)
+    option("b", **a_set)
+    option("--margin", **margin)
+    option("--target", **target)
+    option = command("plot", "losses of training and validation")
+    option("sets", nargs="+", **a_set)
+    option("--x", choices=sets.AXES, default="time", help="against what, time by default")
+    option("--mark", **several, metavar="NAME=X,LOSS", help="points of which no log is here")
+    option("--out", default="plot.png", help="the picture, plot.png by default")
+    option = command("import", "sort logs of the public speedrun into peers/")
+    option("paths", nargs="+")
+    option("--target", **target)
+    option = command("trial", "does B help? Other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value")
+    option("a", help="a script")
+    option("b", help="a script")
+    option("--runs", type=int, default=3, help="of each arm, 3 by default")
+    option("--margin", **margin)
+    option("--first-seed", type=int, default=1, help="seeds go on from this one; 1 by default")
     return top
 
 def main(argv: list[str]) -> int:
-    for number, code in ((signal.SIGTERM, 143), (getattr(signal, "SIGHUP", signal.SIGTERM), 129)):
-        signal.signal(number, lambda *_, code=code: sys.exit(code))  # so that a training under way is ended too
+    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # so that a training under way is ended too
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     top = parser()
-    args, rest = top.parse_known_args(argv)
-    if rest and args.command != "trial":
-        top.error(f"unknown: {safe(' '.join(rest))}")
+    args, knobs = top.parse_known_args(argv)
+    if knobs and args.command != "trial":
+        top.error(f"unknown: {safe(' '.join(knobs))}")
     commands = {"list": sets.list_records, "verify": lambda args: verify(args.names), "add": add,
-                "rerun": lambda args: trials.rerun(args, verify), "compare": sets.compare, "plot": sets.plot,
-                "import": sets.import_logs, "trial": lambda args: trials.trial(args, rest)}
+                "rerun": lambda args: verify([args.name]) or trials.rerun(args), "compare": sets.compare,
+                "plot": sets.plot, "import": sets.import_logs, "trial": lambda args: trials.trial(args, knobs)}
     try:
         return commands[args.command](args)
     except Undecided as undecided:
         print(undecided)
         return 3
-    except Bad as bad:
-        print(f"records.py: {safe(bad)} ({bad.code})", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 3
-    except (OSError, UnicodeError) as error:
-        print(f"records.py: {safe(error, 300)}", file=sys.stderr)
+    except (Bad, OSError, UnicodeError, SyntaxError) as bad:
+        if isinstance(bad, BrokenPipeError):  # nobody reads any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 3
+        code = f" ({bad.code})" if isinstance(bad, Bad) else ""
+        print(f"records.py: {safe(bad)}{code}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, EOFError):
         print("records.py: stopped", file=sys.stderr)

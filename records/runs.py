@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import re
 import stat
 import statistics
@@ -20,15 +19,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 RECORDS = Path(__file__).resolve().parent
 RUN_FILES = ("log.txt", "metrics.jsonl")
 KIB = 1024
-LIMITS = {"log.txt": 8 * KIB * KIB, "metrics.jsonl": 8 * KIB * KIB, "train_gpt.py": 256 * KIB, "meta.json": 128 * KIB,
-          "README.md": 128 * KIB}  # bytes of one file; those of a record are limited together
-RECORD_BYTES, ARMS_BYTES, PICTURES, SPEEDRUN_LOG = 400 * KIB, 1024 * KIB, 100 * KIB, 8 * KIB * KIB
+FILE_BYTES, RECORD_BYTES, ARMS_BYTES, PICTURES = 8 * KIB * KIB, 400 * KIB, 1024 * KIB, 100 * KIB
 # Knobs that say where files lie, never what is computed: not compared. Of every script so far, bpe_file and weights of
 # older ones alone.
 PLACES = ("data_dir", "resume", "save", "bpe_file", "weights")
@@ -49,37 +47,33 @@ def safe(text, length: int = 2000) -> str:
     """`text` with control, bidirectional and other unprintable characters escaped, cut at `length`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:length])
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A plain file of at most `limit` bytes. Bad("path") for a link, a folder, a device or nothing, Bad("size")."""
+def read_bytes(path: Path) -> bytes:
+    """A plain file. Bad("path") for a link, a folder, a device or nothing, Bad("size") for more than FILE_BYTES."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             raise Bad("path", f"{safe(path.name)} is a link, or no plain file")
-        if found.st_size > limit:
-            raise Bad("size", f"{safe(path.name)} has {found.st_size} bytes, and {limit} are allowed")
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
-            return file.read(limit + 1)[:limit]
+        if found.st_size > FILE_BYTES:
+            raise Bad("size", f"{safe(path.name)} has {found.st_size} bytes, and {FILE_BYTES} are allowed")
+        return path.read_bytes()
     except OSError as error:
         raise Bad("path", f"{safe(path.name)} cannot be read ({error.strerror})") from None
 
-def decode(data: bytes, what: str, encoding: str = "ascii") -> str:
+def read_text(path: Path) -> str:
+    data = read_bytes(path)
     try:
-        return data.decode(encoding)
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise Bad("schema", f"{what} is not {encoding}: byte {error.start} is {data[error.start]:#04x}") from None
+        raise Bad("schema", f"{path.name} is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from None
 
 def strict_json(text: str, what: str):
-    """JSON without NaN, infinities or repeated keys."""
+    """JSON without repeated keys. That a number is finite is for `fit` to say."""
     def pairs(items):
         if len({key for key, _ in items}) < len(items):
             raise Bad("schema", f"{what} has a key twice")
         return dict(items)
-    def number(digits):
-        if not math.isfinite(float(digits)):
-            raise Bad("nan", f"{what} writes {digits[:20]} as a number")
-        return float(digits)
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=number)
+        return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise Bad("schema", f"{what} is not JSON ({safe(error)[:80]})") from None
 
@@ -87,85 +81,63 @@ MISSING = object()  # among the alternatives of a key: it may be absent
 
 
 def misfit(value, spec, where: str) -> str | None:
-    """Why `value` does not have the shape `spec`: a type, a pattern, a constant, a tuple of alternatives, [items], or a
-    dict of exactly these keys; a dict with the key `...` takes any keys. None if it fits."""
-    if isinstance(spec, tuple):
-        reasons = [misfit(value, s, where) for s in spec]
+    """Why `value` does not have the shape `spec`: a type, a pattern, a range, a constant, a tuple of alternatives,
+    [items], or a dict of exactly these keys; the key `...` stands for all others. None if it fits."""
+    if isinstance(spec, tuple):  # of none, where a key is unknown
+        reasons = [misfit(value, s, where) for s in spec] or [f"{where} is unknown"]
         return None if None in reasons else reasons[0]
-    if isinstance(spec, dict):
-        if not isinstance(value, dict):
-            return f"{where} is not an object"
-        keys = dict.fromkeys(value, spec[...]) if ... in spec else spec
-        missing = [k for k, s in keys.items() if k not in value and not (isinstance(s, tuple) and MISSING in s)]
-        odd = sorted([*missing, *(value.keys() - keys.keys())])
-        if odd:
-            return f"{where}: the key {safe(odd[0])[:40]} is {'missing' if odd[0] in keys else 'unknown'}"
-        return first_misfit((value[k], s, f"{where}.{safe(k)[:40]}") for k, s in keys.items() if k in value)
-    if isinstance(spec, list):
-        if not isinstance(value, list):
-            return f"{where} is not a list"
+    if isinstance(spec, dict) and isinstance(value, dict):
+        rest = spec.get(..., ())
+        return first_misfit((value.get(k, MISSING), spec.get(k, rest), f"{where}.{safe(k)[:40]}")
+                            for k in value | spec if k is not ...)
+    if isinstance(spec, list) and isinstance(value, list):
         return first_misfit((v, spec[0], f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(spec, re.Pattern):
-        fine, name = isinstance(value, str) and is_real(spec.fullmatch(value)), f"of the form {spec.pattern}"
-        name += ", with a day of the calendar" * ("day" in spec.groupindex)
+        fine, name = isinstance(value, str) and spec.fullmatch(value), f"of the form {spec.pattern}"
+    elif isinstance(spec, range):
+        fine, name = type(value) is int and value in spec, f"a count from {spec[0]} to {spec[-1]}"
     elif isinstance(spec, type):
         fine, name = type(value) is spec or (spec, type(value)) == (float, int), f"of type {spec.__name__}"
-        fine = fine and not (type(value) in (int, float) and abs(value) >= 2**63)
+        fine = fine and not (type(value) in (int, float) and not abs(value) < 2**63)  # which nan is not either
     else:
-        fine, name = type(value) is type(spec) and value == spec, f"{spec!r}"
-    return None if fine else f"{where} is {safe(repr(value))[:60]}, and not {name}"
+        fine, name = type(value) is type(spec) and value == spec, f"{spec!r:.60}"
+    return None if fine else f"{where} is {'missing' if value is MISSING else safe(repr(value))[:60]}, and not {name}"
 
 def first_misfit(parts) -> str | None:
     return next(filter(None, (misfit(*part) for part in parts)), None)
-
-def is_real(found: re.Match | None) -> bool:
-    """Did a pattern match, with a `day` in it, if it names one, that the calendar has?"""
-    day = found and found.groupdict().get("day")
-    with contextlib.suppress(ValueError):
-        return bool(time.strptime(day.replace("-", ""), "%Y%m%d") if day else found)
-    return False
-
-def moment(text: str) -> float:
-    """Seconds since 1970 of YYYYMMDD-HHMMSS, as a run id begins."""
-    return calendar.timegm(time.strptime(text[:15], "%Y%m%d-%H%M%S"))
 
 def fit(value, spec, where: str) -> None:
     reason = misfit(value, spec, where)
     if reason:
         raise Bad("schema", reason)
 
+def moment(text: str) -> float:
+    """Seconds since 1970 of a UTC that has the digits YYYYMMDDHHMMSS first. Bad if no calendar or clock has it."""
+    try:
+        return calendar.timegm(time.strptime("".join(re.findall("[0-9]", text))[:14], "%Y%m%d%H%M%S"))
+    except ValueError:
+        raise Bad("schema", f"{text} is no time of the calendar") from None
+
 # ---- The knobs of a script, read without running it
 
 UNREAD = object()  # the default of a knob that is no literal
+UNREADABLE = (SyntaxError, KeyError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
 SUMS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-        ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
         ast.Pow: math.pow}  # of floats, which overflows at once where a stranger has written 9**9**9
 
-def literal(node: ast.expr):
-    """The value of a literal, sums of numbers such as 48 * 1024 or 2.0**9 included, tuples as lists. ValueError for all
-    else, and for numbers that a knob cannot have."""
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return [literal(item) for item in node.elts]
-    if isinstance(node, ast.BinOp) and type(node.op) in SUMS:
-        sides = literal(node.left), literal(node.right)
-        if not {*map(type, sides)} <= {int, float}:
-            raise ValueError
-        value = SUMS[type(node.op)](*sides)
-    else:
-        value = ast.literal_eval(node)
-    if isinstance(value, (int, float)) and not abs(value) < 2**63:
-        raise ValueError
-    return value
-
-def default_of(node: ast.expr | None):
-    """What `= node` gives a field: a literal, or that in `knob(literal, ...)`; else UNREAD."""
+def literal(node: ast.expr | None):
+    """The value of a literal, of sums of numbers such as 48 * 1024 or 2.0**9, and of knob(a literal, ...); tuples as
+    lists. One of UNREADABLE for all else, and for numbers that are too long to be printed."""
     match node:
         case ast.Call(func=ast.Name(id="knob"), args=[first, *_]):
-            node = first
-    try:
-        return UNREAD if node is None else literal(node)
-    except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        return UNREAD
+            return literal(first)
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return [literal(item) for item in items]
+        case ast.BinOp(left=left, op=op, right=right):
+            return SUMS[type(op)](float(literal(left)), float(literal(right)))
+    value = ast.literal_eval(node)
+    str(value)
+    return value
 
 def defined_in(script: bytes) -> dict[str, ast.ClassDef | ast.FunctionDef]:
     """What a script defines at its top, by name, the last of a name."""
@@ -175,28 +147,37 @@ def defined_in(script: bytes) -> dict[str, ast.ClassDef | ast.FunctionDef]:
 def script_knobs(script: bytes) -> dict:
     """The knobs of a script by name, with their defaults: the fields of its class Hyperparameters, `name: type = 1` or
     `name: type = knob(1, ...)`. Empty if there is none, or if this is no Python."""
-    try:
-        own = defined_in(script).get("Hyperparameters")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return {}
-    return {field.target.id: default_of(field.value) for field in (own.body if own else ())
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)}
+    knobs = {}
+    with contextlib.suppress(*UNREADABLE):
+        for node in defined_in(script)["Hyperparameters"].body:
+            match node:
+                case ast.AnnAssign(target=ast.Name(id=name), value=value):
+                    knobs[name] = UNREAD
+                    with contextlib.suppress(*UNREADABLE):
+                        knobs[name] = literal(value)
+    return knobs
 
 # ---- Formats, all closed: an unknown key is refused
 
-ID, SHA = re.compile("(?P<day>[0-9]{8})-([01][0-9]|2[0-3])([0-5][0-9]){2}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
-DAY = re.compile("(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})")
+ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}")
+DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 NAME = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}")
-UTC = re.compile(f"{DAY.pattern}T([01][0-9]|2[0-3])(:[0-5][0-9]){{2}}Z")
+UTC = re.compile(f"{DAY.pattern}T[0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}}Z")
 TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
+BATCHES = re.compile("([1-9][0-9]{0,8}x[1-9][0-9]{0,8}( +|$))*")  # SEQUENCES x TOKENS of each stage
+RATES = re.compile("([0-9]{1,9}([.][0-9]{1,20})?( +|$))*")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
 REASON = re.compile(r".*\w.*", re.S)
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
+ONE_UP, ANY_COUNT = range(1, 10**6 + 1), range(10**6 + 1)  # so that a schedule can be listed
+RUN_KNOBS = dict(KNOBS, steps=ONE_UP, epochs=ONE_UP, sequences_per_step=ONE_UP, train_seq_len=ONE_UP, val_tokens=int,
+                 val_every=ANY_COUNT, checkpoint_every=ANY_COUNT, log_norms=(ANY_COUNT, MISSING),
+                 batch_stages=(BATCHES, MISSING), lr_stages=(RATES, MISSING))
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
 STAGE = dict(first=int, sequences=int, seq_len=int, lr=(float, MISSING), doc_cap=(0, MISSING))
-START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=KNOBS, changed=KNOBS, seed=int, device=str,
+START = dict(run_id=ID, script_sha256=SHA, utc=UTC, argv=[str], knobs=RUN_KNOBS, changed=KNOBS, seed=int, device=str,
              gpu=TEXT, gpu_count=int, gpu_memory_mib=COUNT, driver=TEXT, **SOFTWARE, world_size=int,
              fp8=dict(on=bool, reason=str), attention=str, data=DATA)
 STEPPED = dict(step=int, tokens=int, train_loss=(*LOSS, None), **CLOCK)
@@ -206,13 +187,13 @@ END = dict(status=("complete", "stopped", "failed"), code=int, reason=str, steps
 SHARED = dict(val=dict(step=int, tokens=int, val_loss=LOSS, val_tokens=int, **CLOCK),
               clock=dict(mark=("start", "stop"), **CLOCK), warning=dict(text=str, step=int),
               checkpoint=dict(step=int, bytes=int, ms=float), resume=dict(step=int, from_run_id=ID))
-EVENTS = {  # of each format of a run folder
-    1: dict(SHARED, start=dict(START, format=1, grad_accum=int), step=STEPPED,
-            end=dict(END, mfu_with_attention=(float, None))),
-    2: dict(SHARED, start=dict(START, format=2, stages=[STAGE]), end=END,
-            val=dict(SHARED["val"], sources=({...: LOSS}, MISSING)),
-            step=dict(STEPPED, lr=float, momentum=float, window=int, sequences=int, seq_len=int,
-                      norms=({...: LOSS}, MISSING)))}
+FORMATS = {  # of a run folder: its first event, and the others by their kinds
+    1: (dict(START, format=1, grad_accum=int),
+        dict(SHARED, step=STEPPED, end=dict(END, mfu_with_attention=(float, None)))),
+    2: (dict(START, format=2, stages=[STAGE]),
+        dict(SHARED, end=END, val=dict(SHARED["val"], sources=({...: LOSS}, MISSING)),
+             step=dict(STEPPED, lr=float, momentum=float, window=int, sequences=int, seq_len=int,
+                       norms=({...: LOSS}, MISSING))))}
 RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
                 peak_val_mib=COUNT, sha256=(dict(log=SHA, metrics=SHA), MISSING))  # hashes: of older records
 META = dict(
@@ -222,16 +203,9 @@ META = dict(
     arms=[dict(name=ARM, changed=KNOBS, patch_sha256=(SHA, None), runs=[RUN_META])],
     result=dict(n=int, val_loss_mean=float, val_loss_sd=(float, None), p=(float, None), train_time_ms_median=float,
                 train_time_ms_sd=(float, None), gain_ms=(float, None), gain_ci_ms=([float], None)))
-TRACK = dict(target_loss=(float, None), p=float, min_runs=int, val_sha256=(SHA, None), val_tokens=int,
-             train=dict(max_epochs=int, sha256=(SHA, None)), hardware=dict(gpu=TEXT, count=int), clock=str,
-             forbidden_text=[str], resumed=False)
 
 def read_tracks() -> dict[str, dict]:
-    tracks = {}
-    for path in sorted((RECORDS / "tracks").glob("*.json")):
-        tracks[path.stem] = strict_json(decode(read_bytes(path, KIB * 16), path.name), path.name)
-        fit(tracks[path.stem], TRACK, f"tracks/{path.name}")
-    return tracks
+    return {path.stem: strict_json(read_text(path), path.name) for path in sorted(RECORDS.glob("tracks/*.json"))}
 
 # ---- Stages: the tokens of every step, from the knobs alone
 
@@ -245,37 +219,23 @@ class Stage(NamedTuple):
         """What the start event of a run with these knobs says of it."""
         return {key: value for key, value in self._asdict().items() if key != "lr" or "lr_stages" in knobs}
 
-MOST_STAGES = 1000
-BATCH = re.compile("([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")  # SEQUENCES x TOKENS
-
 def stages_of(knobs: dict) -> list[Stage]:
     """Those of a run with these knobs; without `batch_stages`, as in all of format 1, one. Bad if they are not legal.
     """
-    whole = f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}"
-    texts = [knobs.get(name, "") for name in ("batch_stages", "lr_stages")]
-    fit(texts, [str], "batch_stages and lr_stages")
-    batches = [BATCH.fullmatch(word) for word in (texts[0] or whole).split()]
-    rates = [positive(word) for word in texts[1].split()] or [1.0] * len(batches)
-    most = min(knobs["steps"], MOST_STAGES)
-    if len(batches) != len(rates) or not 0 < len(batches) <= most or None in batches + rates:
-        raise Bad("schema", f"metrics.jsonl: batch_stages '{safe(texts[0], 80)}' and lr_stages '{safe(texts[1], 80)}' "
-                            f"are not as many batches SEQUENCESxTOKENS as rates, for {knobs['steps']} steps")
-    firsts = [k * knobs["steps"] // len(batches) for k in range(len(batches))]
-    return [Stage(first, int(m[1]), int(m[2]), lr) for first, m, lr in zip(firsts, batches, rates)]
-
-def positive(text: str) -> float | None:
-    """A number that is finite and not negative, or None."""
-    with contextlib.suppress(ValueError):
-        return float(text) if 0 <= float(text) < math.inf else None
+    batches = (knobs.get("batch_stages") or f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}").split()
+    rates, n, steps = knobs.get("lr_stages", "").split() or ["1"] * len(batches), len(batches), knobs["steps"]
+    if len(rates) != n or n > min(steps, 1000):
+        raise Bad("schema", f"metrics.jsonl: {n} batches and {len(rates)} rates are not stages of {steps} steps")
+    return [Stage(k * steps // n, *map(int, batch.split("x")), float(lr))
+            for k, (batch, lr) in enumerate(zip(batches, rates))]
 
 def tokens_before(step: int, parts: list[Stage]) -> int:
     """Tokens of all steps before `step`, which are those after so many steps."""
-    ends = [stage.first for stage in parts[1:]] + [math.inf]
-    lengths = [max(min(step, end) - stage.first, 0) for stage, end in zip(parts, ends)]
-    return sum(length * stage.sequences * stage.seq_len for length, stage in zip(lengths, parts))
+    spans = pairwise([*(min(step, stage.first) for stage in parts), step])
+    return sum((end - first) * stage.sequences * stage.seq_len for (first, end), stage in zip(spans, parts))
 
 def stage_at(step: int, parts: list[Stage]) -> Stage:
-    return [parts[0], *(stage for stage in parts if stage.first <= step)][-1]
+    return max(stage for stage in parts if stage.first <= max(step, 0))
 
 # ---- A run
 
@@ -300,8 +260,8 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        return bool(self.vals) and self.vals[-1][0] == self.total and self.end.get("status", "complete") == "complete" \
-            and math.isfinite(self.val_loss) and bool(self.end or not self.start)
+        ended = not self.start or self.end.get("status") == "complete"
+        return ended and bool(self.vals) and self.vals[-1][0] == self.total and math.isfinite(self.val_loss)
 
     resumed = property(lambda self: any(row["event"] == "resume" for row in self.events))
     val_loss = property(lambda self: self.vals[-1][2])
@@ -339,40 +299,31 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A run folder of ours. Bad if a file is missing, a link, too large or not of the format."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise Bad("path", f"{safe(folder.name)} is a link, or no folder")
-    raw = {name: read_bytes(folder / name, LIMITS[name]) for name in RUN_FILES}
-    metrics = decode(raw["metrics.jsonl"], "metrics.jsonl")
+    read_bytes(folder / "log.txt")
+    metrics = read_text(folder / "metrics.jsonl")
     if not metrics.endswith("\n"):
         raise Bad("truncated", f"{folder.name}: metrics.jsonl ends within a line")
     events = [strict_json(line, f"metrics.jsonl line {i}") for i, line in enumerate(metrics[:-1].split("\n"), 1)]
-    version = events[0].get("format") if isinstance(events[0], dict) else None
-    if type(version) is not int or version not in EVENTS:
-        raise Bad("schema", f"metrics.jsonl is of the format {safe(version)[:40]}, and known are 1 and 2")
     for i, row in enumerate(events, 1):
-        kind = row.get("event") if isinstance(row, dict) else None
-        if not isinstance(kind, str) or kind not in EVENTS[version] or (kind == "start") != (i == 1):
-            raise Bad("schema", f"metrics.jsonl line {i} is the event {safe(kind)[:40]}, out of place or unknown")
-        fit(row, EVENTS[version][kind] | dict(event=kind), f"metrics.jsonl line {i}")
-    start = events[0]
-    for key in "steps sequences_per_step train_seq_len val_tokens epochs val_every checkpoint_every".split():
-        if type(start["knobs"].get(key)) is not int or start["knobs"][key] < (not key.endswith("_every")):
-            raise Bad("schema", f"metrics.jsonl: the knob {key} is missing, or not a count")
-    n, score = start["knobs"]["steps"], start["knobs"]["val_every"]
-    if n > 10**7 or score and n // score > 10**4:
-        raise Bad("size", f"metrics.jsonl: {n} steps with a validation every {score} are more than can be checked")
+        where = f"metrics.jsonl line {i}"
+        try:
+            kind, (first, others) = row["event"], FORMATS[events[0]["format"]]
+            spec = dict(others[kind] if i > 1 else first, event=kind if i > 1 else "start")
+        except (KeyError, TypeError):
+            raise Bad("schema", f"{where} is no event of format 1 or 2, or out of place: {safe(row, 80)}") from None
+        fit(row, spec, where)
+    start, last = events[0], events[-1]
+    moment(start["run_id"])
     stages_of(start["knobs"])
     if start["run_id"] != folder.name:
         raise Bad("path", f"the folder {safe(folder.name)} holds the run {start['run_id']}")
     def curve(kind: str, loss: str) -> list[tuple]:
         rows = [row for row in events if row["event"] == kind]
         return [(row["step"], row["tokens"], row[loss] and float(row[loss]), row["train_ms"]) for row in rows]
-    end = next((row for row in events if row["event"] == "end"), {})
-    own = folder / "train_gpt.py"
-    script = read_bytes(own, LIMITS[own.name]) if os.path.lexists(own) else None
-    return Run(folder.name, folder, script, start["script_sha256"], n, curve("val", "val_loss"),
-               curve("step", "train_loss"), start, end, events, start["gpu"], start["gpu_count"],
-               end.get("peak_train_mib"))
+    end, script = last if last["event"] == "end" else {}, folder / "train_gpt.py"
+    return Run(folder.name, folder, read_bytes(script) if script.exists() else None, start["script_sha256"],
+               start["knobs"]["steps"], curve("val", "val_loss"), curve("step", "train_loss"), start, end, events,
+               start["gpu"], start["gpu_count"], end.get("peak_train_mib"))
 
 def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
@@ -380,32 +331,29 @@ def train_sha256(data: dict) -> str:
 
 def check_clock(run: Run) -> Iterator[Problem]:
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
-    ticking, before, idle = False, None, False  # idle: stopped, and nothing validated or saved since
+    ticking, idle, before = False, False, {}  # idle: stopped, and nothing validated or saved since
     for row in run.events[1:]:
-        here = f"{run.name}: at the '{row['event']}' {row.get('wall_s', 0):.3f} s from its start,"
-        if row["event"] in ("val", "checkpoint", "end", "step") and ticking != (row["event"] == "step"):
+        kind, mark = row["event"], row.get("mark")
+        here = f"{run.name}: at the '{kind}' {row.get('wall_s', 0):.3f} s from its start,"
+        if kind in ("val", "checkpoint", "end", "step") and ticking != (kind == "step"):
             yield "clock", f"{here} the clock {'runs' if ticking else 'stands'}, and should not"
-        idle = idle and row["event"] not in ("val", "checkpoint")
-        if "train_ms" not in row:
-            continue
-        if before is None:
-            if row["train_ms"] != 0 and not run.resumed:
-                yield "clock", f"{here} the training time starts at {row['train_ms']} ms, and not at 0"
-        else:
+        idle = idle and kind not in ("val", "checkpoint")
+        if "train_ms" in row:
+            before = before or dict(row, train_ms=row["train_ms"] * run.resumed)  # it starts at 0
             grew, wall = row["train_ms"] - before["train_ms"], (row["wall_s"] - before["wall_s"]) * 1e3
             slack = 1 + abs(wall) / 1e3
-            if abs(grew - wall) > slack if ticking else grew != 0:
-                yield "clock", f"{here} training time grew by {grew:.3f} ms, and the wall by {wall:.3f} ms" + (
-                    "" if ticking else " with the clock stopped")
+            if abs(grew - wall * ticking) > slack * ticking:
+                yield "clock", (f"{here} training time grew by {grew:.3f} ms, and the wall by {wall:.3f} ms"
+                                f"{'' if ticking else ' with the clock stopped'}")
             if wall < -slack:
                 yield "clock", f"{here} the wall time has gone back by {-wall:.3f} ms"
-        if row["event"] == "clock":
-            if (row["mark"] == "start") == ticking:
-                yield "clock", f"{here} the mark '{row['mark']}' comes twice"
-            if row["mark"] == "start" and idle:
-                yield "clock", f"{here} the clock had stopped, and nothing was validated or saved"
-            ticking, idle = row["mark"] == "start", row["mark"] == "stop"
-        before = row
+            before = row
+        if mark and ticking == (mark == "start"):
+            yield "clock", f"{here} the mark '{mark}' comes twice"
+        if mark == "start" and idle:
+            yield "clock", f"{here} the clock had stopped, and nothing was validated or saved"
+        if mark:
+            ticking, idle = mark == "start", mark == "stop"
 
 def pauses(run: Run) -> Iterator[tuple[int, float, bool]]:
     """(step, seconds, was there a validation?) of each stop of the clock, what its checkpoints took left out. Without
@@ -440,13 +388,11 @@ def differing(name: str, rows) -> Iterator[Problem]:
 def says(argument: str, knobs: dict) -> bool:
     """May a run with these knobs have had this command-line argument?"""
     name, _, text = argument.removeprefix("--").partition("=")
-    value = knobs.get(name)
-    if name not in knobs or name in PLACES or isinstance(value, list):
-        return name in (*knobs, "preset")
-    try:
-        return text == str(value) or type(value) in (int, float) and float(text) == value
-    except (ValueError, OverflowError):
-        return False
+    if name in (*PLACES, "preset") or isinstance(knobs.get(name), list):
+        return True
+    with contextlib.suppress(ValueError):
+        return name in knobs and (text == str(knobs[name]) or float(text) == knobs[name])
+    return False
 
 def check_run(run: Run) -> Iterator[Problem]:
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
@@ -461,53 +407,46 @@ def rows_of_start(run: Run) -> Iterator[tuple]:
     start, knobs, data, ranks = run.start, run.start["knobs"], run.start["data"], run.start["world_size"]
     if run.script is not None:
         yield "script", "SHA-256 of train_gpt.py", hashlib.sha256(run.script).hexdigest(), run.script_sha256
-    began = moment(re.sub("[-:Z]", "", start["utc"]).replace("T", "-"))
-    yield "path", f"a run id within a minute of utc {start['utc']}", abs(began - moment(run.name)) < 60, True
+    near = abs(moment(start["utc"]) - moment(run.name)) < 60
+    yield "path", f"a run id within a minute of utc {start['utc']}", near, True
     yield "data", "gpu_count", start["gpu_count"], ranks if start["gpu_count"] else 0
     yield "data", "the knob val_tokens", knobs["val_tokens"], data["val_tokens"]
     yield "seeds", "the knob seed", knobs.get("seed"), run.seed
     yield "knobs", "the list of arguments unlike the knobs", [a for a in start["argv"] if not says(a, knobs)], []
-    for name, value in start["changed"].items():
-        yield "knobs", f"{name} in changed", value, knobs.get(name)
-    version = lambda text: text.partition("+")[0]
-    installed = start["packages"].get("torch", start["torch"])
-    yield "schema", "torch, by its package,", version(start["torch"]), version(installed)
+    yield "knobs", "what changed says", start["changed"], {name: knobs.get(name) for name in start["changed"]}
+    versions = start["torch"], start["packages"].get("torch", start["torch"])
+    yield "schema", "torch, by its package,", *(version.partition("+")[0] for version in versions)
     read, stream = tokens_before(run.total, run.stages), knobs["epochs"] * sum(f["tokens"] for f in data["train"])
     yield "tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True
     if start["format"] == 1:
         yield "tokens", "ranks x accumulation", ranks * start["grad_accum"], knobs["sequences_per_step"]
         return
-    yield "tokens", "the number of stages", len(start["stages"]), len(run.stages)
-    for i, (found, stage) in enumerate(zip(start["stages"], run.stages)):
-        own = stage.facts(knobs)
-        yield "tokens", f"stage {i}", {key: found[key] for key in Stage._fields if key in found}, own
+    said = ({key: found[key] for key in Stage._fields if key in found} for found in start["stages"])
+    own = (stage.facts(knobs) for stage in run.stages)
+    yield "tokens", "what stages says, by number,", dict(enumerate(said)), dict(enumerate(own))
     yield ("tokens", f"the list of batches that {ranks} ranks do not divide",
            [stage.sequences for stage in run.stages if ranks < 1 or stage.sequences % ranks], [])
 
 def multiples(count: int, most: int) -> range:
     """Of `count`, up to `most`; none of 0."""
-    return range(count, most + 1, count) if count > 0 else range(0)
-
-def rows_of_schedule(run: Run) -> Iterator[tuple]:
-    """The events there are against those that the knobs imply."""
-    n, knobs, ends = run.total, run.start["knobs"], [i for i, r in enumerate(run.events, 1) if r["event"] == "end"]
-    yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
-    yield "truncated", f"the list of its {len(run.events)} lines that are an end", ends, [len(run.events)]
-    order = [row["step"] for row in run.events if "step" in row]
-    yield "truncated", "the order of steps", order, sorted(order)
-    if run.resumed:
-        return
-    saved = [row["step"] for row in run.events if row["event"] == "checkpoint"]
-    steps = {1, n, *multiples(math.ceil(n / 48), n), *normed_steps(run)}
-    for kind, found, due in (("step", [p[0] for p in run.steps], sorted(steps)),
-                             ("val", [p[0] for p in run.vals], sorted({0, n, *multiples(knobs["val_every"], n)})),
-                             ("checkpoint", saved, [*multiples(knobs["checkpoint_every"], n)[: len(saved) + 1]])):
-        yield "truncated", f"the list of '{kind}' events", found, due
+    return range(count or most + 1, most + 1, count or 1)
 
 def normed_steps(run: Run) -> range:
     """After which norms are written."""
-    every = run.start["knobs"].get("log_norms")
-    return multiples(every if type(every) is int else 0, run.total)
+    return multiples(run.start["knobs"].get("log_norms", 0), run.total)
+
+def rows_of_schedule(run: Run) -> Iterator[tuple]:
+    """The events there are against those that the knobs imply."""
+    n, knobs = run.total, run.start["knobs"]
+    yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
+    order = [row["step"] for row in run.events if "step" in row]
+    yield "truncated", "the order of steps", order, sorted(order)
+    steps = {1, n, *multiples(math.ceil(n / 48), n), *normed_steps(run)}
+    for kind, due in dict(step=steps, val={0, n, *multiples(knobs["val_every"], n)},
+                          checkpoint=multiples(knobs["checkpoint_every"], n), end=[n]).items():
+        found = [row.get("step", n) for row in run.events if row["event"] == kind]
+        if kind == "end" or not run.resumed:
+            yield "truncated", f"the list of '{kind}' events", found, sorted(due)
 
 def rows_of_events(run: Run) -> Iterator[tuple]:
     """Each event against the knobs."""
@@ -545,40 +484,42 @@ def rows_of_end(run: Run) -> Iterator[tuple]:
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and the GPUs, then the steps
 
 RULE = "=" * 100
-STEP = re.compile(r"step:(\d{1,9})/(\d{1,9})(?: .*)? train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)(?: .*)?", re.ASCII)
-LOSS_WORD = re.compile(r"(?<= )(val|train)_loss:(\d{1,9}\.\d{1,20}|nan|inf)(?= )", re.ASCII)
+STEP = re.compile(r"^step:(\d{1,9})/(\d{1,9})(?: .*)? train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)(?: .*)?$", re.A | re.M)
+LOSS_WORD = re.compile(r"(?<= )(val|train)_loss:(\d{1,9}\.\d{1,20}|nan|inf)(?= )", re.A)
+PEAK = re.compile(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", re.A | re.M)
+GPU_ROW = re.compile(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", re.A | re.M)  # of nvidia-smi
+GPU_LINE = re.compile(r"^Running .*?(NVIDIA [\w .()-]*) with world_size[= ](\d{1,4})$", re.A | re.M)
 
 def read_speedrun(path: Path) -> Run:
     """A log of one run. Most of 2024 have a rule above the source as well. Lines of the source may look like steps:
     reading starts behind it. A run may stop before its schedule ends, at a validation."""
-    lines = read_bytes(path, SPEEDRUN_LOG).decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-    rules = [i for i, line in enumerate(lines) if line == RULE]
-    start = rules.pop(0) + 1 if rules and not "".join(lines[: rules[0]]).strip() else 0
-    if not rules:
-        raise Bad("schema", f"{safe(path.name)} has no line of 100 '=' below a source: no log of the public speedrun")
-    source, rest = "\n".join(lines[start : rules[0]]).encode(), lines[rules[0] :]
-    if b"import" not in source:
-        raise Bad("schema", f"{safe(path.name)} has no source above its versions: what ran is not known")
-    points, curves = [], dict(val=[], train=[])
-    for found in filter(None, map(STEP.fullmatch, rest)):
+    text, name = read_bytes(path).decode("utf-8", "replace").replace("\r\n", "\n"), safe(path.name)
+    source, *parts = re.split(f"^{RULE}\n", text, flags=re.M)
+    if parts and not source.strip():
+        source, *parts = parts
+    if not parts:
+        raise Bad("schema", f"{name} has no line of 100 '=' below a source: no log of the public speedrun")
+    if "import" not in source:
+        raise Bad("schema", f"{name} has no source above its versions: what ran is not known")
+    rest, script = "".join(parts), source[:-1].encode()
+    points, curves, gpus = [], dict(val=[], train=[]), GPU_ROW.findall(rest)
+    for found in STEP.finditer(rest):
         points.append((int(found[1]), int(found[2])))
         ms = float(found[3]) * (1 if found[4] == "ms" else 1e3)
-        for kind, loss in LOSS_WORD.findall(found[0] + " "):
+        for kind, loss in LOSS_WORD.findall(f"{found[0]} "):
             curves[kind].append((points[-1][0], None, float(loss), ms))
-    for before, after in zip(points, points[1:]):
+    for before, after in pairwise(points):
         if after < before or after[1] != before[1]:
             a, b = (f"step:{step}/{total}" for step, total in (before, after))
-            raise Bad("schema", f"{safe(path.name)} holds several runs, as {b} comes after {a}: give each a log")
+            raise Bad("schema", f"{name} holds several runs, as {b} comes after {a}: give each a log")
     if not curves["val"] or points[0][1] == 0:
-        raise Bad("schema", f"{safe(path.name)} has no validation loss with its train_time behind the source")
-    text = "\n".join(rest)
-    peak = re.search(r"^peak memory(?: allocated| consumption)?:? (\d{1,9}) MiB", text, re.A | re.M)
-    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA [\w .()-]*?)\s{2,}", text, re.A | re.M)
-    named = re.search(r"^Running .*?(NVIDIA [\w .()-]*) with world_size[= ](\d{1,4})$", text, re.A | re.M)
-    gpus = gpus or (named and [named[1]] * int(named[2])) or []
-    return Run(path.stem, path, source, hashlib.sha256(source).hexdigest(), points[-1][0], *curves.values(),
-               gpu=gpus[0] if gpus else None, gpu_count=len(gpus), peak_mib=peak and int(peak[1]), planned=points[0][1],
-               digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12])
+        raise Bad("schema", f"{name} has no validation loss with its train_time behind the source")
+    for gpu, count in GPU_LINE.findall(rest):
+        gpus = gpus or [gpu] * int(count)
+    return Run(path.stem, path, script, hashlib.sha256(script).hexdigest(), points[-1][0], *curves.values(),
+               gpu=gpus[0] if gpus else None, gpu_count=len(gpus), planned=points[0][1],
+               peak_mib=max(map(int, PEAK.findall(rest)), default=None),
+               digest=hashlib.sha256(text.encode()).hexdigest()[:12])
 
 # ---- A record
 
@@ -599,9 +540,10 @@ class Record(NamedTuple):
     every = property(lambda self: sum(self.sets.values(), []))
     whole = property(lambda self: all(run.complete for run in self.every))
 
-def entries(meta: dict) -> dict[str, list[dict]]:
-    """What meta.json says of the runs, by the folder they lie in."""
-    return dict(runs=meta["runs"], baseline=meta["baseline"]) | {f"arms/{a['name']}": a["runs"] for a in meta["arms"]}
+def entries(meta: dict) -> list[tuple[str, list[dict]]]:
+    """What meta.json says of the runs, beside the folder they lie in."""
+    sets = [(label, meta[label]) for label in ("runs", "baseline")]
+    return sets + [(f"arms/{arm['name']}", arm["runs"]) for arm in meta["arms"]]
 
 def read_record(folder: Path) -> Record:
     """Bad on the first thing that cannot be read, is a link, too large, or has no place in a record."""
@@ -619,15 +561,13 @@ def read_record(folder: Path) -> Record:
     for what, size, limit in (("the record", sum(sizes.values()), most), ("its pictures", pictures, PICTURES)):
         if size > limit:
             raise Bad("size", f"{what}: {size} bytes, and {limit} are allowed")
-    script, meta, readme = (read_bytes(folder / n, LIMITS[n]) for n in ("train_gpt.py", "meta.json", "README.md"))
-    meta = strict_json(decode(meta, "meta.json", "utf-8"), "meta.json")
+    meta, readme = strict_json(read_text(folder / "meta.json"), "meta.json"), read_text(folder / "README.md")
     fit(meta, META, "meta.json")
-    arms = sorted(arm["name"] for arm in meta["arms"])
-    if arms != sorted({path.name for path in (folder / "arms").glob("*")}):
-        raise Bad("path", f"arms/ does not hold the arms that meta.json lists, each once: {safe(arms, 160)}")
-    for label, listed in entries(meta).items():
-        found, wanted = sorted(path.name for path in (folder / label).glob("*")), sorted(e["run_id"] for e in listed)
-        if found != wanted:
-            raise Bad("path", f"{label}/ holds {safe(found, 160)}, and meta.json lists {wanted}")
-    sets = {label: [read_run(folder / label / e["run_id"]) for e in listed] for label, listed in entries(meta).items()}
-    return Record(folder, meta, script, decode(readme, "README.md", "utf-8"), sets)
+    moment(f"{meta['date']} 000000")
+    found = {inside.rpartition("/")[0] for inside in sizes if "/" in inside}
+    listed = {f"{label}/{entry['run_id']}" for label, own in entries(meta) for entry in own}
+    labels = [label for label, _ in entries(meta)]
+    if odd := sorted(found ^ listed) or [label for label in labels if labels.count(label) > 1]:
+        raise Bad("path", f"its folders hold, or meta.json lists, alone or twice: {safe(odd, 160)}")
+    sets = {label: [read_run(folder / label / entry["run_id"]) for entry in own] for label, own in entries(meta)}
+    return Record(folder, meta, read_bytes(folder / "train_gpt.py"), readme, sets)

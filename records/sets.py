@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -15,9 +14,7 @@ from pathlib import Path
 from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
 from runs import (
     ID,
-    NAME,
     RECORDS,
-    SPEEDRUN_LOG,
     TABLE,
     Bad,
     Record,
@@ -54,6 +51,9 @@ def folders() -> list[Path]:
     """Whatever lies in records/ under a name that is not the tools' own, so that no record goes unread."""
     own = ("tracks", "__pycache__")
     return sorted(p for p in RECORDS.glob("[!.]*") if p.name not in own and (p.is_dir() or p.is_symlink()))
+
+def every_record() -> list[Record]:
+    return [read_record(folder) for folder in folders()]
 
 def find_record(name: str) -> Path:
     """A record by its name, the part behind the date, or its path."""
@@ -115,15 +115,14 @@ def row(meta: dict, timed: bool) -> str:
             f"{show(gain, '.2f')} |")
 
 def write_list(records: list[Record]) -> None:
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    (before, _, rest), whole = readme.partition(LIST_MARKS[0]), listing(None, records)
-    if LIST_MARKS[1] not in rest:
+    path, whole = ROOT / "README.md", listing(None, records)
+    text, found = re.subn(".*".join(LIST_MARKS), lambda _: whole, path.read_text(encoding="utf-8"), flags=re.S)
+    if not found:
         raise Bad("readme", f"README.md lacks the lines '{LIST_MARKS[0]}' and '{LIST_MARKS[1]}'")
-    path.write_text(before + whole + rest.partition(LIST_MARKS[1])[2], encoding="utf-8", newline="\n")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 def list_records(args) -> int:
-    records = [read_record(folder) for folder in folders()]
+    records = every_record()
     print("\n".join(listing(args.track, records).split("\n")[1:-1]).strip())
     if args.write:
         write_list(records)
@@ -138,7 +137,7 @@ def tables(meta: dict) -> str:
             "|-|-|-|-|-|-|-|"]
     rows += [f"| {label} | {e['run_id']} | {e['seed']} | {e['val_loss']:.6f} | {e['train_time_ms']:.0f} | {e['steps']} "
              f"| {show(e['peak_train_mib'], 'd')} / {show(e['peak_val_mib'], 'd')} |"
-             for label, listed in entries(meta).items() for e in listed]
+             for label, listed in entries(meta) for e in listed]
     rows += ["", f"- loss {r['val_loss_mean']:.6f} (sd {show(r['val_loss_sd'], '.6f')}, n = {r['n']}), p against the "
              f"target {show(r['p'], '.3g')}", f"- training time, median {r['train_time_ms_median']:.0f} ms (sd "
              f"{show(r['train_time_ms_sd'], '.0f')}), gain over the baseline {show(r['gain_ms'], '.0f')} ms",
@@ -214,35 +213,29 @@ def load(text: str | Path) -> Set:
         else:
             found += runs_at(path)
     runs = of_one_recipe(found, safe(text, 200), safe(named, 40))
-    first, *more = (Path(name).name for name in text.split(","))
-    label = f"{safe(first, 40)} and {len(more)} more" if more else safe(first, 40)
-    if home := home_of(path):
-        label = label if more else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
-        kept = read_bytes(home / "train_gpt.py", SPEEDRUN_LOG)
-        script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
-    return Set(safe(named, 40) or label, runs, runs[0].script or script, track, bool(named))
+    first, *more = (safe(Path(name).name, 40) for name in text.split(","))
+    label = safe(named, 40) or first + f" and {len(more)} more" * bool(more)
+    return Set(label, runs, runs[0].script or script, track, bool(named))
 
 def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
     """The complete ones, each once, and what is said of the others. Bad unless they make a set; `text` is what the user
     has typed, behind the name `named`, if any."""
-    once = {run.digest or id(run): run for run in found}
+    once = {run.digest or id(run): run for run in found}.values()
     if len(once) < len(found):
         print(f"note: {text} holds {len(found) - len(once)} logs twice, which count once")
-    runs = [run for run in once.values() if run.complete]
-    others = [run for run in once.values() if not run.complete]
-    lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in others)
+    runs = [run for run in once if run.complete]
+    lacking = "".join(f"; {safe(run.name, 60)} {how_it_ended(run)}" for run in once if not run.complete)
     recipes = {run.recipe for run in runs}
     if len(recipes) != 1 and not (named and len({knobs for _, knobs in recipes}) == 1):
         for recipe in sorted(recipes):
             own = [run for run in runs if run.recipe == recipe]
             print(f"script {recipe[0][:12]}, {differing_knobs(own[0], runs)}:", *(safe(run.name) for run in own))
-        advice = ": name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
         raise Bad("knobs", f"{text} holds {len(runs)} complete runs, {len(once)} in all, of {len(recipes)} recipes "
-                           f"(script and knobs){advice if recipes else ''}{lacking}")
-    for what in ("name", "seed"):
-        values = [getattr(run, what) for run in runs if run.start]
-        if len(set(values)) < len(values):
-            raise Bad("seeds", f"{text} has a {what} twice, in {sorted(map(str, values))}")
+                           "(script and knobs): name the runs of one, with commas between; NAME=A,B joins what "
+                           f"scripts alone keep apart{lacking}")
+    seeds = [run.seed for run in runs if run.start]
+    if len({*seeds}) < len(seeds):
+        raise Bad("seeds", f"{text} has a seed twice, in {sorted(seeds)}")
     if lacking:
         print(f"note: only complete runs count{lacking}")
     for problem in (p for run in runs if run.start for p in check_run(run)):
@@ -250,11 +243,6 @@ def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
     if len(recipes) > 1:
         print(f"note: {named} joins runs of {len(recipes)} scripts, by your word that they are one")
     return runs
-
-def home_of(path: Path) -> Path | None:
-    """The record that a folder of runs lies in."""
-    return next((folder for folder in path.resolve().parents[:3] if NAME.fullmatch(folder.name)
-                 and all((folder / file).is_file() for file in ("meta.json", "train_gpt.py"))), None)
 
 def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[str]:
     texts = [script.decode("utf-8", "replace").split("\n") for script in (a, b)]
@@ -289,21 +277,15 @@ def differing_knobs(run: Run, others: list[Run]) -> str:
 
 def changes(a: Run, b: Run) -> str:
     """What of the knobs changed, and what one script alone has."""
-    old, new = a.knobs, b.knobs
-    moved = [f"{k} {old[k]} -> {new[k]}" for k in sorted(old.keys() & new.keys()) if old[k] != new[k]]
-    alone = [f"{side} alone has {', '.join(f'{k}={knobs[k]}' for k in sorted(knobs.keys() - other.keys()))}"
-             for side, knobs, other in (("A", old, new), ("B", new, old)) if knobs.keys() - other.keys()]
-    return safe("; ".join([", ".join(moved) or "none", *alone]))
+    values = [(k, a.knobs.get(k, "absent"), b.knobs.get(k, "absent")) for k in sorted(a.knobs.keys() | b.knobs)]
+    return safe(", ".join(f"{k} {old} -> {new}" for k, old, new in values if old != new) or "none")
 
 def name_by_difference(sets: list[Set]) -> None:
-    """Have sets of one script called by the knobs that differ, as they would be typed, and others without the folders
-    that they share, unless the user named them."""
-    firsts, places = [s.runs[0] for s in sets], [s.label.split("/") for s in sets]
-    shared = len(os.path.commonprefix([place[:-1] for place in places])) if len(sets) > 1 else 0
-    one_script = all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1
-    for s, place in zip(sets, places):
-        if not s.named:
-            s.label = one_script and differing_knobs(s.runs[0], firsts) or "/".join(place[shared:])
+    """Have sets of one script called by the knobs that differ, as they would be typed, unless the user named them."""
+    firsts = [s.runs[0] for s in sets]
+    if all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1:
+        for s in sets:
+            s.label = s.named and s.label or differing_knobs(s.runs[0], firsts) or s.label
 
 PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
 
@@ -421,12 +403,6 @@ def compare(args) -> int:
 
 AXES = dict(time=(3, 1e3, "training time, s"), tokens=(1, 1e6, "tokens, millions"), steps=(0, 1, "steps"))
 
-def mean_curve(curves: list[list[tuple]]) -> list[list[float]]:
-    """Of the points that all curves have, by step."""
-    by_step = [{p[0]: p for p in curve} for curve in curves]
-    shared = [step for step in by_step[0] if all(step in points for points in by_step)]
-    return [[statistics.fmean(points[step][i] or 0 for points in by_step) for i in range(4)] for step in shared]
-
 def smooth(values: list[float]) -> list[float]:
     """A running mean over an eighth of the values, fewer at the ends."""
     half = len(values) // 16
@@ -434,17 +410,16 @@ def smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[i - k : i + k + 1]) for i, k in enumerate(spans)]
 
 def draw(axis, column: int, scale: float, s: Set, color: str) -> None:
-    """One set: its runs' losses of training faint, their mean smoothed, validation dashed."""
-    curves = [[p for p in run.steps if p[2] is not None] for run in s.runs]
-    xs = lambda points: [p[column] / scale for p in points]
-    vals = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
-    trained, scored = mean_curve(curves), mean_curve(vals)
-    for points in curves:
-        axis.plot(xs(points), [p[2] for p in points], color=color, lw=0.6, alpha=0.3)
-    axis.plot(xs(trained), smooth([p[2] for p in trained]), color=color, lw=1.6)
-    axis.plot(xs(scored), [p[2] for p in scored], "--", color=color, lw=1)
-    for points in vals:
-        axis.plot(xs(points), [p[2] for p in points], "o", color=color, ms=4, mfc="none")
+    """One set: its runs' losses of training faint, their mean smoothed; of validation points, their mean dashed."""
+    trained = [[p for p in run.steps if p[2] is not None] for run in s.runs]
+    scored = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
+    for curves, each, mean in ((trained, dict(lw=0.6, alpha=0.3), dict(lw=1.6)),
+                               (scored, dict(ls="", marker="o", ms=4, mfc="none"), dict(ls="--", lw=1))):
+        lines = [([p[column] / scale for p in points], [p[2] for p in points]) for points in curves]
+        for xs, ys in lines:
+            axis.plot(xs, ys, color=color, **each)
+        xs, ys = ([statistics.fmean(values) for values in zip(*side)] for side in zip(*lines))
+        axis.plot(xs, smooth(ys), color=color, **mean)
     axis.plot([], [], color=color, lw=4, label=f"{s.label[:48]}: {spread(s.losses)}")
 
 MARK = re.compile(r"(.+)=([0-9]{1,9}(?:\.[0-9]+)?),([0-9]{1,4}(?:\.[0-9]+)?)")
@@ -457,9 +432,9 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for i, s in enumerate(sets):
         draw(axis, column, scale, s, f"C{i}")
-    seen = [(p[column] / scale, p[2]) for s in sets for run in s.runs for p in run.vals + run.steps if p[2] is not None]
-    targets = {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}
-    for target in targets:
+    seen = [point for line in axis.lines for point in line.get_xydata()]
+    late = [loss for at, loss in seen if at > 0.1 * max(at for at, _ in seen)]
+    for target in {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}:
         axis.axhline(target, color="gray", lw=0.8, ls=":")
         axis.annotate(f"target {target}", (0.01, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     if any(run.steps for s in sets for run in s.runs):
@@ -467,13 +442,10 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     axis.plot([], [], "o--", color="gray", lw=1, ms=4, mfc="none", label="validation")
     for i, (name, at, loss) in enumerate(marks):
         axis.plot(float(at), float(loss), "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:48]}: {loss}")
-    end = max(point[0] for point in seen)
-    values = [*targets, *(float(mark[2]) for mark in marks), *(loss for at, loss in seen if at > 0.1 * end)] or [0, 1]
-    low, high = min(values), max(values)
-    edge = 0.05 * (high - low) or 0.05
+        late.append(float(loss))
     machines = {machine(run) for s in sets for run in s.runs}
     axis.set(xlabel=f"{label} ({machines.pop()})" if len(machines) == 1 else label, ylabel="loss", xlim=(0, None),
-             ylim=(low - edge, high + edge))
+             ylim=(None, max(late, default=None)))
     axis.grid(alpha=0.2)
     axis.legend(loc="best", fontsize=8 if len(sets) + len(marks) < 5 else 6.5)
     return figure
@@ -511,12 +483,12 @@ def import_logs(args) -> int:
         folder = ROOT / "peers" / sha
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train_gpt.py").write_bytes(found[0].script)
-        origins = folder / "origins.tsv"
-        known = origins.read_text(encoding="utf-8").splitlines() if origins.exists() else []
         for run in found:
-            (folder / f"{run.digest}.txt").write_bytes(read_bytes(run.folder, SPEEDRUN_LOG))
-            known.append(f"{run.digest}.txt\t{safe(run.folder.resolve())}")
-        origins.write_text("\n".join(dict.fromkeys(known)) + "\n", encoding="utf-8")
+            copy = folder / f"{run.digest}.txt"
+            if not copy.exists():
+                copy.write_bytes(read_bytes(run.folder))
+                with open(folder / "origins.tsv", "a", encoding="utf-8") as origins:
+                    origins.write(f"{copy.name}\t{safe(run.folder.resolve())}\n")
         whole = [run for run in found if run.complete]
         print(f"peers/{sha}: {len(found)} logs, {len(whole)} complete")
         for recipe in sorted({run.recipe for run in whole}):

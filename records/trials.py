@@ -5,7 +5,6 @@ Both start what `./run.sh script --knob=value` would start.
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -15,15 +14,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from decide import LEVEL, Undecided, distributions, prediction, rule
-from runs import LIMITS, PLACES, RECORDS, Bad, Run, defined_in, read_bytes, read_record, read_run, safe, script_knobs
+from runs import PLACES, RECORDS, Bad, Run, defined_in, read_bytes, read_record, read_run, safe, script_knobs
 from seeds import MARK
 from sets import (
     LOGS,
@@ -41,234 +38,114 @@ from sets import (
     times,
 )
 
-# ---- Starting a script, and finding its run
+# ---- Starting a script, and finding its runs
 
 GRACE = 60  # seconds that a training has to end when it is told to
-
-class Training:
-    """A process that trains, through run.sh. `tail`: its last lines, the standard error's among them."""
-
-    def __init__(self, script: Path, knobs: list[str], python: str = "", prefix: str = "", **surroundings: str):
-        python = python or os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
-        self.began, self.prefix, self.tail, self.halted = set(LOGS.glob("*")), prefix, deque(maxlen=25), False
-        self.live = sys.stdout.isatty() and not prefix
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.process = subprocess.Popen(
-            ["sh", str(ROOT / "run.sh"), str(script), *knobs], cwd=ROOT, encoding="utf-8", errors="replace", **pipes,
-            env=os.environ | dict(PYTHON=python) | surroundings, start_new_session=True)
-
-    def read(self) -> str | None:
-        """Show its lines until it answers, as seeds.py does; None where it ends."""
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return line[len(MARK) :]
-            self.tail.append(line.rstrip())
-            line = line.strip()
-            if "train_loss:" in line:
-                print(f"\r  {safe(line, 70)}  ", end="", flush=True) if self.live else None
-            elif re.match("run.sh: |step:|warning: ", line):
-                print("\r" * self.live + f"  {self.prefix}{safe(line, 110)}", flush=True)
-        return None
-
-    def ask(self, words: str) -> dict | None:
-        """Its answer; None where it ends instead."""
-        if self.halted:
-            return None
-        self.began = set(LOGS.glob("*"))
-        self.tail.clear()
-        with contextlib.suppress(OSError, ValueError):  # it, or we, closed the pipe
-            self.process.stdin.write(words + "\n")
-            self.process.stdin.flush()
-        answer = self.read()
-        return answer and json.loads(answer)
-
-    def halt(self) -> None:
-        """Tell it to end: a step later, or where the run is all but done, after it, as no command comes any more."""
-        self.halted = True
-        with contextlib.suppress(OSError, ValueError):
-            self.process.stdin.close()
-        self.process.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def stop(self) -> None:
-        """The training ends, and what it started: it must not go on without us."""
-        self.halt()
-        timer = threading.Timer(GRACE, self.kill)
-        timer.start()
-        try:
-            with contextlib.suppress(ValueError):
-                deque(self.process.stdout, 0)  # to its end: else its last words would break its pipe
-            self.process.wait()
-        finally:
-            timer.cancel()
-            self.kill()
-
-    def new_runs(self, sha: str) -> list[Run]:
-        """What it has logged of this script."""
-        return [run for run in runs_in(set(LOGS.glob("*")) - self.began) if run.script_sha256 == sha]
-
-    def failure(self, name: str, sha: str) -> Exception:
-        """Why it ended without an answer or a complete run. Prints its last lines, which tell a fault of the script."""
-        code = self.process.wait()
-        ends = [run.end for run in self.new_runs(sha) if run.end.get("status", "complete") != "complete"]
-        stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
-        if stopped or self.halted or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
-            return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
-        if code == 2:  # it comes with one sentence
-            return Bad("knobs", safe(self.tail[-1] if self.tail else name))
-        print(*map(safe, self.tail), sep="\n")
-        why = f", {ends[-1]['reason']}" if ends else ""
-        return Bad("script", f"{safe(name)} ended with exit code {code}{safe(why, 300)}: no complete run")
-
-def launch(script: Path, knobs: list[str], seed: int, title: str, python: str = "", **surroundings: str) -> Run:
-    """Start `./run.sh script knobs --seed` by itself, show its validations, and return its complete run."""
-    print(title, flush=True)
-    training = Training(script, [*knobs, f"--seed={seed}"], python, **surroundings)
-    try:
-        training.read()
-    except BaseException:
-        training.stop()
-        raise
-    sha = hashlib.sha256(script.read_bytes()).hexdigest()
-    failed = training.process.wait()
-    new = [run for run in training.new_runs(sha) if run.complete and run.seed == seed]
-    if failed or not new:
-        raise training.failure(script.name, sha)
-    return new[-1]
-
-# ---- rerun
-
-def stream_hash(paths: list[Path], tokens: int | None = None) -> str | None:
-    """SHA-256 of the first `tokens` (default all) of shards without headers, hex. None if they hold fewer."""
-    digest, left = hashlib.sha256(), 2 * tokens if tokens else sum(p.stat().st_size - 1024 for p in paths)
-    for path in paths:
-        with open(path, "rb") as file:
-            file.seek(1024)
-            while left and (piece := file.read(min(left, 1 << 22))):
-                digest.update(piece)
-                left -= len(piece)
-    return None if left or not paths else digest.hexdigest()
-
-def find_data(data: dict, given: str | None, python: str) -> Path:
-    """The folder whose shards are those of a record. Bad, with the hashes needed, if there is none."""
-    embedded = ROOT / "data" / "embedded"
-    if not given and data["encoding"] == "bytes" and not (embedded / "manifest.json").exists():
-        subprocess.run([python, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", embedded], check=False)
-    for folder in [Path(given)] if given else sorted((ROOT / "data").glob("*/")):
-        shards = {path: re.split("[^a-z]+", path.name.lower()) for path in sorted(folder.glob("*.bin"))}
-        train, val = ([path for path in shards if name in shards[path]] for name in ("train", "val"))
-        if stream_hash(val, data["val_tokens"] + 1) == data["val_sha256"] and len(train) >= len(data["train"]):
-            if all(f["sha256"] is None or f["sha256"] == stream_hash([p]) for f, p in zip(data["train"], train)):
-                return folder  # further shards come after those that were read
-    where = f"{safe(given, 100)} does not hold" if given else "no folder in data/ holds"
-    shards = ", ".join(f"{f['tokens']} tokens {(f['sha256'] or 'of any hash')[:12]}" for f in data["train"])
-    raise Bad("data", f"{where} the record's data: val_sha256 {data['val_sha256']} over the first {data['val_tokens']} "
-                      f"+ 1 validation tokens, and training shards of {shards}; --data names a folder")
-
-PROBE = """import json, platform, torch
-gpu = torch.cuda.is_available()
-print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
-                      gpu=torch.cuda.get_device_name() if gpu else None, count=torch.cuda.device_count())))"""
-
-def differences(meta: dict, python: str) -> list[str]:
-    """What is not now as it was then."""
-    answer = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
-    if answer.returncode:
-        raise Bad("path", f"{python} has no torch: ./run.sh installs one, and PYTHON names another interpreter")
-    now, then = json.loads(answer.stdout), meta["hardware"] | meta["software"]
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        now["driver"] = (subprocess.run(query, capture_output=True, text=True).stdout.split() or [None])[0]
-    return [f"  {key}: {safe(then[key], 60)} then, {safe(now[key], 60)} now" for key in now if now[key] != then[key]]
-
-def flags(knobs: dict) -> list[str]:
-    """Arguments that give these values; a list loses its spaces, a path keeps them."""
-    shown = lambda value: str(value).replace(" ", "") if isinstance(value, list) else str(value)
-    return [f"--{name}={shown(value)}" for name, value in knobs.items()]
-
-def rerun(args, verify: Callable) -> int:
-    """Run a record's own script as it was, after asking; then compare the new run with the recorded ones."""
-    code = verify([args.name])
-    if code:
-        return code
-    record = read_record(find_record(args.name))
-    meta, runs = record.meta, record.sets["runs"]
-    (mean, half), sd = prediction(losses(runs)), statistics.stdev(losses(runs))
-    nproc, python = args.nproc or meta["world_size"], os.environ.get("PYTHON") or sys.executable
-    if parent := parent_of(record):
-        print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
-    else:
-        print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")
-    data, taken = find_data(meta["data"], args.data, python), {run.seed: run for run in runs}
-    seed = args.seed if args.seed is not None else next(s for s in range(1, 10**6) if s not in taken)
-    odd = differences(meta, python) or ["  the same"]
-    print("then and now (Python, torch, CUDA, GPU, driver):", *odd, sep="\n")
-    minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
-    print(f"data: {safe(data.name)}, the same; seed {seed}; {nproc} processes; a recorded run took "
-          f"{minutes:.1f} minutes on its machine")
-    try:
-        if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
-            raise EOFError
-    except EOFError:
-        print("not run")
-        return 2
-    own = runs[0].start["knobs"]
-    # batches are given in one form: a script refuses both
-    unused = (*PLACES, "seed", *(("train_seq_len", "sequences_per_step") if own.get("batch_stages") else ()))
-    recorded = {k: v for k, v in own.items() if k not in unused}
-    keep = dict(save=False) if "save" in own else {}
-    knobs = flags(recorded | keep | dict(preset="80gb", data_dir=data.resolve()))
-    title = f"rerun of {record.folder.name}, seed {seed}"
-    new = launch(record.folder / "train_gpt.py", knobs, seed, title, python, NPROC=str(nproc))
-    kept = LOGS / "reruns" / record.folder.name / new.name  # not among the runs that a record could have left out
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    new.folder.rename(kept)
-    if seed in taken:
-        mean, half = taken[seed].val_loss, 3 * sd
-    inside = abs(new.val_loss - mean) <= half
-    what = f"3 sd of run {taken[seed].name}" if seed in taken else f"the 95 % prediction interval of {len(runs)} runs"
-    print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
-    other = "" if new.facts()["hardware"] == runs[0].facts()["hardware"] else " (other hardware: not to be compared)"
-    pace = new.train_ms / statistics.median(times(runs))
-    print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median{other}; "
-          f"kept in {kept.relative_to(ROOT)}")
-    return 0 if inside else 1
-
-# ---- trial
 
 KEPT = {"Hyperparameters", "train_once", "machine"}  # what a script must have for its seeds to share a process
 
 class Arm:
-    """One side of a trial: a script as it is now, with knobs. Its runs share a process, and so their compiled code,
-    where a run is of one rank; else each is started by itself."""
+    """One side of a trial, or a rerun: a script as it is now, with knobs. Its runs share a process, and so their
+    compiled code, where a run is of one rank; else each is started by itself. `tail`: the last lines of the process,
+    the standard error's among them."""
 
     def __init__(self, script: Path, label: str, knobs: list[str], nproc: int):
         self.script, self.source, self.label, self.nproc = script, script.read_bytes(), label, nproc
         self.sha = hashlib.sha256(self.source).hexdigest()
         self.known = defined_in(self.source).keys() >= KEPT
         self.kept = self.known and nproc == 1
-        self.surroundings, self.prefix, self.training = dict(NPROC=str(nproc)), "", None
-        # a run of a trial keeps no weights, and is not sampled, where its script can be told
+        self.gpu, self.prefix, self.process, self.halted = {}, "", None, False
+        # a run keeps no weights, and is not sampled, where its script can be told
         chosen = "save" not in script_knobs(self.source) or any(knob.startswith("--save=") for knob in knobs)
         self.arguments = knobs if chosen else [*knobs, "--save=False"]
 
+    def start(self, script: Path, *knobs: str, **surroundings: str) -> None:
+        """A process that trains, through run.sh."""
+        self.tail, self.began = deque(maxlen=25), set(LOGS.glob("*"))
+        python = dict(PYTHON=os.environ.get("PYTHON") or sys.executable)
+        self.process = subprocess.Popen(
+            ["sh", str(ROOT / "run.sh"), str(script), *self.arguments, *knobs], cwd=ROOT, start_new_session=True,
+            env=os.environ | python | surroundings | self.gpu, encoding="utf-8", errors="replace",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def read(self) -> str | None:
+        """Show its lines until it answers, as seeds.py does; None where it ends."""
+        live = sys.stdout.isatty() and not self.prefix
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return line[len(MARK) :]
+            self.tail.append(line.rstrip())
+            line = line.strip()
+            if "train_loss:" in line:
+                print(f"\r  {safe(line, 70)}  " * live, end="", flush=True)
+            elif re.match("run.sh: |step:|warning: ", line):
+                print("\r" * live + f"  {self.prefix}{safe(line, 110)}", flush=True)
+        return None
+
     def ask(self, words: str) -> dict:
-        if self.training is None:
-            surroundings = self.surroundings | dict(TRIAL_SCRIPT=str(self.script), NPROC="1")
-            self.training = Training(RECORDS / "seeds.py", self.arguments, prefix=self.prefix, **surroundings)
-        answer = self.training.ask(words)
+        """The answer of seeds.py; an exception where it ends instead."""
+        if self.process is None:
+            self.start(RECORDS / "seeds.py", TRIAL_SCRIPT=str(self.script), NPROC="1")
+        self.began, answer = set(LOGS.glob("*")), None
+        self.tail.clear()
+        with contextlib.suppress(OSError, ValueError):  # it, or we, closed the pipe
+            self.process.stdin.write(words + "\n")
+            self.process.stdin.flush()
+            answer = self.read()
         if answer is None:
-            raise self.training.failure(self.script.name, self.sha)
-        return answer
+            raise self.failure()
+        return json.loads(answer)
 
     def train(self, seed: int, title: str) -> Run:
-        if not self.kept:
-            return launch(self.script, self.arguments, seed, title, **self.surroundings)
+        """Its complete run with this seed, whose validations are shown."""
         print(title, flush=True)
-        return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
+        if self.kept:
+            return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
+        self.start(self.script, f"--seed={seed}", NPROC=str(self.nproc))
+        self.read()
+        failed = self.process.wait()
+        new = [run for run in self.new_runs() if run.complete and run.seed == seed]
+        if failed or not new:
+            raise self.failure()
+        return new[-1]
+
+    def new_runs(self) -> list[Run]:
+        """What it has logged of this script."""
+        return [run for run in runs_in(set(LOGS.glob("*")) - self.began) if run.script_sha256 == self.sha]
+
+    def failure(self) -> Exception:
+        """Why it ended without an answer or a complete run. Prints its last lines, which tell a fault of the script."""
+        code, name = self.process.wait(), self.script.name
+        ends = [run.end for run in self.new_runs() if run.end.get("status", "complete") != "complete"]
+        stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
+        if stopped or self.halted or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
+            return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
+        if code == 2:  # it comes with one sentence
+            return Bad("knobs", self.tail[-1] if self.tail else name)
+        print(*map(safe, self.tail), sep="\n")
+        why = f", {ends[-1]['reason']}" if ends else ""
+        return Bad("script", f"{name} ended with exit code {code}{safe(why, 300)}: no complete run")
+
+    def halt(self) -> None:
+        """Tell it to end: a step later, or where the run is all but done, after it, as no command comes any more."""
+        self.halted = True
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """The training ends, and what it started: it must not go on without us."""
+        if self.process is None:
+            return
+        self.halt()
+        self.process.stdin = None  # it is closed, and communicate would flush it
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process, self.halted = None, False
 
     def context(self) -> dict | None:
         """What a run would say now of data, machine, versions and knobs; None of a script that cannot be asked."""
@@ -285,35 +162,89 @@ class Arm:
         """Those of `logged` that this arm would only repeat: of its script, knobs, data, machine, versions."""
         found, other = {}, defaultdict(list)
         for run in logged if now else ():
-            if run.script_sha256 != self.sha or run.seed not in seeds or run.knobs != now["knobs"]:
-                continue
-            differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
-            if run.resumed or library_notes([run]):
-                differ = ["its origin (resumed, or called by other code)"]
-            if differ:
-                other[", ".join(differ)].append(run.name)
-            else:
+            if run.script_sha256 == self.sha and run.seed in seeds and run.knobs == now["knobs"]:
+                differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
+                if run.resumed or library_notes([run]):
+                    differ = ["its origin (resumed, or called by other code)"]
                 found[run.seed] = run
+                if differ:
+                    other[", ".join(differ)].append(found.pop(run.seed).name)
         for differ, names in other.items():
             print(f"{self.label}: not counted, for {differ}: {', '.join(names)}")
         return found
 
-    def end(self) -> None:
-        if self.training:
-            self.training.stop()
-        self.training = None
+# ---- rerun
 
+def find_data(data: dict, given: str | None) -> Path:
+    """The folder whose shards are those of a record. Bad, with the hashes needed, if it does not hold them."""
+    embedded = data["encoding"] == "bytes"
+    folder = Path(given or ROOT / "data" / ("embedded" if embedded else "fineweb10B"))
+    if embedded and not given and not folder.exists():
+        subprocess.run([sys.executable, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", folder])
+    sha = lambda content: hashlib.sha256(content).hexdigest()
+    body = lambda path: path.read_bytes()[1024:]  # behind the header
+    train, val = (sorted(folder.glob(f"*{name}*.bin")) for name in ("train", "val"))
+    shards = [(sha(body(path)), shard["sha256"]) for path, shard in zip(train, data["train"])]
+    fits = len(shards) == len(data["train"]) and all(wanted in (found, None) for found, wanted in shards)
+    if not fits or sha(b"".join(map(body, val))[: 2 * data["val_tokens"] + 2]) != data["val_sha256"]:
+        shards = ", ".join(f"{f['tokens']} tokens {(f['sha256'] or 'of any hash')[:12]}" for f in data["train"])
+        raise Bad("data", f"{safe(folder, 100)} does not hold the record's data: val_sha256 {data['val_sha256']} over "
+                          f"the first {data['val_tokens']} + 1 validation tokens, and training shards of {shards}; "
+                          "--data names a folder")
+    return folder  # further shards come after those that were read
+
+def rerun(args) -> int:
+    """Run a verified record's own script as it was, after asking; then compare the new run with the recorded ones."""
+    record = read_record(find_record(args.name))
+    meta, runs = record.meta, record.sets["runs"]
+    (mean, half), nproc = prediction(losses(runs)), args.nproc or meta["world_size"]
+    if parent := parent_of(record):
+        print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
+    else:
+        print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")
+    data, taken = find_data(meta["data"], args.data), {run.seed: run for run in runs}
+    seed = args.seed if args.seed is not None else min({*range(1, len(runs) + 2)} - taken.keys())
+    minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
+    print(f"data: {safe(data.name)}, the same; seed {seed}; {nproc} processes; a recorded run took "
+          f"{minutes:.1f} minutes on its machine")
+    if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
+        print("not run")
+        return 2
+    own = runs[0].start["knobs"]
+    # batches are given in one form: a script refuses both
+    unused = (*PLACES, "seed", *(("train_seq_len", "sequences_per_step") if own.get("batch_stages") else ()))
+    knobs = {k: v for k, v in own.items() if k not in unused} | dict(preset="80gb", data_dir=data.resolve())
+    shown = lambda value: str(value).replace(" ", "") if isinstance(value, list) else value
+    arm = Arm(record.folder / "train_gpt.py", meta["name"], [f"--{k}={shown(v)}" for k, v in knobs.items()], nproc)
+    arm.kept = False
+    try:
+        new = arm.train(seed, f"rerun of {meta['name']}, seed {seed}")
+    finally:
+        arm.end()
+    kept = LOGS / "reruns" / meta["name"] / new.name  # not among the runs that a record could have left out
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    new.folder.rename(kept)
+    what = f"the 95 % prediction interval of {len(runs)} runs"
+    if seed in taken:
+        mean, half, what = taken[seed].val_loss, 3 * statistics.stdev(losses(runs)), f"3 sd of run {taken[seed].name}"
+    inside = abs(new.val_loss - mean) <= half
+    print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
+    then, now = (facts["hardware"] | facts["software"] for facts in (runs[0].facts(), new.facts()))
+    print(*(f"  {key}: {safe(then[key], 60)} then, {safe(now[key], 60)} now" for key in now if now[key] != then[key]),
+          sep="\n")
+    pace = new.train_ms / statistics.median(times(runs))
+    print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median; kept in {kept.relative_to(ROOT)}")
+    return 0 if inside else 1
+
+# ---- trial
 
 def freeze(name: str) -> Path:
     """A copy of the script as it is now: it may be edited while the trial runs."""
     path = Path(name).resolve()
     if path.suffix != ".py":
         raise Bad("path", f"{safe(name, 80)} is no script: its name does not end in .py")
-    source = read_bytes(path, LIMITS["train_gpt.py"])
-    try:
-        compile(source, path.name, "exec")  # which runs nothing
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Bad("script", f"{safe(path.name, 80)} is no Python that can be compiled: {error}") from None
+    source = read_bytes(path)
+    compile(source, path.name, "exec")  # which runs nothing
     if not script_knobs(source):
         raise Bad("script", f"{safe(path.name, 80)} has no class Hyperparameters: a trial takes a copy of train_gpt.py "
                             "with the change in it (cp train_gpt.py my.py, then edit), not a script that imports it")
@@ -324,11 +255,9 @@ def freeze(name: str) -> Path:
 
 def knobs_of_arms(args, knobs: list[str]) -> list[list[str]]:
     for knob in knobs:
-        if not re.fullmatch(r"--([ab]\.)?\w+=.*", knob, re.A | re.S):
-            raise Bad("knobs", f"{safe(knob, 80)} is not --runs N, nor --knob=value for both scripts, --a.knob=value "
-                               "or --b.knob=value for one")
-        if re.match(r"--([ab]\.)?seed=", knob):
-            raise Bad("knobs", f"{safe(knob, 80)}: trial chooses the seeds itself, --runs of them from --first-seed on")
+        if not re.fullmatch(r"--([ab]\.)?(?!seed=)\w+=.*", knob, re.A | re.S):
+            raise Bad("knobs", f"{safe(knob, 80)} is not --knob=value for both scripts, nor --a.knob=value or "
+                               "--b.knob=value for one; the seeds are --runs of them from --first-seed on")
     if args.runs < 1 or args.first_seed < 0 or not args.margin > 0:
         raise Bad("knobs", f"--runs {args.runs} must be 1 or more, --first-seed {args.first_seed} 0 or more and "
                            f"--margin {args.margin} above 0")
@@ -337,13 +266,10 @@ def knobs_of_arms(args, knobs: list[str]) -> list[list[str]]:
 
 def labels(typed: list[str], own: list[list[str]]) -> list[str]:
     """What to call the arms: by their scripts, and where that is one by the knobs that differ."""
-    names = [safe(name, 60) for name in typed]
-    only = [" ".join(k[2:] for k in own[i] if k not in own[1 - i]) for i in (0, 1)]
-    if typed[0] != typed[1]:
-        return [f"{name} {knobs}".strip() for name, knobs in zip(names, only)]
-    if only[0] == only[1]:
-        return [f"{name} ({arm})" for name, arm in zip(names, "AB")]
-    return [knobs or name for name, knobs in zip(names, only)]
+    only = [" ".join(k[2:] for k in mine if k not in other) for mine, other in (own, own[::-1])]
+    names = [knobs if typed[0] == typed[1] and knobs else f"{safe(name, 60)} {knobs}".strip()
+             for name, knobs in zip(typed, only)]
+    return names if names[0] != names[1] else [f"{names[0]} ({arm})" for arm in "AB"]
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name, without asking torch, which takes seconds."""
@@ -372,8 +298,8 @@ def side_by_side(arms: list[Arm], todo: list[tuple], done: dict) -> None:
                 ended.result()
         except BaseException:  # the other arm's thread reads on until its training has ended
             for arm in arms:
-                if arm.training:
-                    arm.training.halt()
+                if arm.process:
+                    arm.halt()
             raise
 
 def check_arms(arms: list[Arm], now: list[dict | None], floor: bool) -> None:
@@ -404,7 +330,7 @@ def trial(args, knobs: list[str]) -> int:
     print("noise floor: one recipe, and other seeds in B" if floor else f"before the runs: {rule(args.runs)}")
     together = len(gpus) > 1 and all(arm.kept for arm in arms)
     for arm, gpu in zip(arms, gpus if together else ()):
-        arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
+        arm.gpu, arm.prefix = dict(CUDA_VISIBLE_DEVICES=gpu), f"{arm.label}: "
     try:
         now, done = [arm.context() for arm in arms], {}
         check_arms(arms, now, floor)

@@ -137,7 +137,7 @@ class Checkout:
         meta, sets = json.loads((record / "meta.json").read_text()), {}
         args = SimpleNamespace(**meta, private=not meta["data"]["public"], leave_out=[])
         with contextlib.suppress(self.runs.Bad):
-            for label, listed in self.runs.entries(meta).items():
+            for label, listed in self.runs.entries(meta):
                 sets[label] = [self.runs.read_run(record / label / entry["run_id"]) for entry in listed]
             if all(run.complete for runs in sets.values() for run in runs):
                 track = self.runs.read_tracks()[meta["track"]]
@@ -326,7 +326,7 @@ class Box(Checkout):
         return self.change(self.run(i, label), change)
 
     def edit_all(self, change, *labels):
-        for label in labels or self.runs.entries(self.meta()):
+        for label in labels or dict(self.runs.entries(self.meta())):
             for i in range(len(list((self.victim / label).glob("*")))):
                 self.edit(change, i, label)
 

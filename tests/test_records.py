@@ -96,12 +96,11 @@ def test_a_record_of_stages(bare, monkeypatch):
     assert bare.main("plot", names(base), record.name, "--out", bare.root / "plot.png").code == 0
     called = []
 
-    def launch(script, knobs, *_, **__):
-        called.extend(knobs)
+    def train(arm, *_):
+        called.extend(arm.arguments)
         raise bare.sets.Undecided("enough")
 
-    monkeypatch.setattr(bare.trials, "launch", launch)
-    monkeypatch.setattr(bare.trials, "differences", lambda *_: [])
+    monkeypatch.setattr(bare.trials.Arm, "train", train)
     assert bare.main("rerun", "New", "--yes").code == 3
     assert "--batch_stages=1x128 2x128 4x64" in called and "--lr_batch=128" in called
     assert not [knob for knob in called if knob.startswith(("--train_seq_len=", "--sequences_per_step="))]
@@ -439,7 +438,7 @@ def test_smoothing_keeps_lines_and_ends(toy):
 
 
 def test_sets_are_called_by_what_differs(box):
-    """By knobs where one script ran, else by paths without what they share; a name of the user's stays."""
+    """By knobs where one script ran, else by where they lie; a name of the user's stays."""
     base, cold = box.arms()
     label = lambda *texts: [s.label for s in called([box.sets.load(text) for text in texts])]
     called = lambda sets: box.sets.name_by_difference(sets) or sets
@@ -447,5 +446,4 @@ def test_sets_are_called_by_what_differs(box):
     record = box.record("Toy")
     for run in (record / "arms/cold").iterdir():
         box.change(run, forge.put("start", script_sha256="a" * 64))
-    assert label(record / "runs", record / "arms/cold") == ["runs", "arms/cold"]
-    assert label(record / "runs") == [f"{record.name}/runs"]
+    assert label(record / "runs", record / "arms/cold") == ["runs", "cold"]

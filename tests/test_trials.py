@@ -29,7 +29,7 @@ def test_rerun_of_a_recorded_seed_gives_its_loss(box):
     name, before = box.record("Toy").name, box.tree()
     done = box.main("rerun", name, "--yes", "--seed=2")
     assert done.code == 0 and ", inside 3 sd of run " in done.out, done
-    assert "all of it is records/" in done.out and "then and now" in done.out and "  torch: " not in done.out
+    assert "all of it is records/" in done.out and "torch: " not in done.out  # then and now
     again, = (box.logs / "reruns" / name).iterdir()
     base, _ = box.arms()
     assert losses(box, [again])[0] == pytest.approx(losses(box, base)[1], abs=1e-4)
@@ -45,13 +45,12 @@ def test_rerun_of_a_new_seed_says_whether_it_lies_inside(box, monkeypatch, shift
     half = t_quantile(0.975, 2) * statistics.stdev(values) * math.sqrt(4 / 3)
     called = []
 
-    def launch(script, knobs, seed, *_, **__):
-        called.extend([script, seed, *knobs])
+    def train(arm, seed, _):
+        called.extend([arm.script, seed, *arm.arguments])
         off = statistics.fmean(values) + shift * half - values[0]
         return box.runs.read_run(forge.clone(box, base[0], box.logs, 5, 4, by=off))
 
-    monkeypatch.setattr(box.trials, "launch", launch)
-    monkeypatch.setattr(box.trials, "differences", lambda *_: [])
+    monkeypatch.setattr(box.trials.Arm, "train", train)
     done = box.main("rerun", box.record("Toy").name, answer="y\n")
     assert done.code == code and f", {place} the 95 % prediction interval of 3 runs: " in done.out
     assert f"{statistics.fmean(values):.6f} +- {half:.6f}" in done.out and 4 in called
@@ -59,10 +58,9 @@ def test_rerun_of_a_new_seed_says_whether_it_lies_inside(box, monkeypatch, shift
 
 
 @pytest.mark.parametrize("argv, answer, code", [
-    (["--yes", "--data=nowhere"], "", 2), (["--data=data", "--yes"], "", 2), ([], "n\n", 2), ([], "", 2)])
+    (["--yes", "--data=nowhere"], "", 2), (["--data=data", "--yes"], "", 2), ([], "n\n", 2), ([], "", 3)])
 def test_rerun_runs_nothing_without_data_or_consent(box, monkeypatch, argv, answer, code):
-    monkeypatch.setattr(box.trials, "launch", None)
-    monkeypatch.setattr(box.trials, "differences", lambda *_: [])
+    monkeypatch.setattr(box.trials.Arm, "train", None)
     before = box.tree()
     done = box.main("rerun", box.record("Toy").name, *argv, answer=answer)
     assert done.code == code and box.tree() == before
@@ -71,7 +69,7 @@ def test_rerun_runs_nothing_without_data_or_consent(box, monkeypatch, argv, answ
 
 
 def test_rerun_runs_no_record_that_fails(box, monkeypatch):
-    monkeypatch.setattr(box.trials, "launch", None)
+    monkeypatch.setattr(box.trials.Arm, "train", None)
     script = box.record("Toy") / "train_gpt.py"
     script.write_text("print('mine')\n")
     done = box.main("rerun", box.record("Toy").name, "--yes")
@@ -212,7 +210,7 @@ def test_two_gpus_train_the_arms_side_by_side(taken, monkeypatch):
         taken.ready[name] = shutil.move(run, taken.box.root / "lost" / run.name)
     monkeypatch.setattr(taken.box.trials, "visible_gpus", lambda: ["5", "7", "8"])
     seen = []
-    monkeypatch.setattr(taken.box.trials.Arm, "end", lambda arm: seen.append((arm.label, dict(arm.surroundings))))
+    monkeypatch.setattr(taken.box.trials.Arm, "end", lambda arm: seen.append((arm.label, arm.gpu)))
     done = trial(taken.box, "--runs=1", forge.COLD)
     assert done.code == 3 and "side by side on 2 of 3 GPUs" in done.out and len(taken.trained) == 2
     assert {(label, where.get("CUDA_VISIBLE_DEVICES")) for label, where in seen[-2:]} == {
@@ -227,11 +225,11 @@ def test_trial_keeps_no_weights_where_the_script_can_be_told(box, monkeypatch, l
     what it takes to share a process: each of its runs is started alone."""
     called = []
 
-    def launch(script, knobs, *_, **__):
-        called.extend(knobs)
+    def train(arm, *_):
+        called.extend(arm.arguments)
         raise box.sets.Undecided("enough")
 
-    monkeypatch.setattr(box.trials, "launch", launch)
+    monkeypatch.setattr(box.trials.Arm, "train", train)
     shutil.rmtree(box.logs)
     (box.root / "mine.py").write_text(f"class Hyperparameters:\n    steps: int = 20\n{line}")
     assert box.main("trial", "train_gpt.py", "mine.py", *KNOBS, *knobs).code == 3
@@ -284,8 +282,8 @@ def test_where_one_arm_fails_the_other_is_told_to_end(box):
     def broken(seed, title):
         raise box.runs.Bad("script", "it failed")
 
-    arms = [SimpleNamespace(label="a", train=slow, training=SimpleNamespace(halt=told.set)),
-            SimpleNamespace(label="b", train=broken, training=None)]
+    arms = [SimpleNamespace(label="a", train=slow, process=True, halt=told.set),
+            SimpleNamespace(label="b", train=broken, process=None)]
     with pytest.raises(box.runs.Bad, match="it failed"):
         box.trials.side_by_side(arms, [(arm, seed) for seed in (1, 2) for arm in (0, 1)], {})
     assert told.is_set() and trained == [1]
@@ -294,13 +292,16 @@ def test_where_one_arm_fails_the_other_is_told_to_end(box):
 def test_a_halted_training_takes_no_command(box):
     script = box.root / "idle.py"
     script.write_text("import sys\nfor line in sys.stdin: print('\\x1etrial {}', flush=True)\n")
-    training = box.trials.Training.__new__(box.trials.Training)
-    training.process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        encoding="utf-8", start_new_session=True)
-    training.began, training.prefix, training.tail, training.halted, training.live = set(), "", [], False, False
-    assert training.ask("train 1") == {} and training.read is not None
-    training.stop()
-    assert training.process.poll() is not None and training.ask("train 2") is None
+    arm = box.trials.Arm(box.root / "train_gpt.py", "A", [], 1)
+    arm.tail, arm.process = [], subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, encoding="utf-8",
+                                                 stdout=subprocess.PIPE, start_new_session=True)
+    assert arm.ask("train 1") == {}
+    arm.halt()
+    with pytest.raises(box.decide.Undecided):
+        arm.ask("train 2")
+    process = arm.process
+    arm.end()
+    assert process.poll() is not None
 
 
 @pytest.mark.parametrize("knob, words", [
