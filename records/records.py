@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -32,14 +31,12 @@ from decide import MARGIN, Estimate, Undecided, p_below, welch
 from runs import (
     CLAIMS,
     META,
-    NAME,
     PRIVATE,
     RECORDS,
     RUN_FILES,
     TABLE,
     UNREAD,
     Bad,
-    Problem,
     Record,
     Run,
     check_pauses,
@@ -74,33 +71,28 @@ from sets import (
 
 # ---- Checks of a record
 
-def same(found, wanted, digits: float = 1e-9) -> bool:
-    """Equal; floats to `digits`, since a sum may be taken in another order."""
+def same(found, wanted) -> bool:
+    """Equal; floats almost, since a sum may be taken in another order, and scipy differ in the last digits."""
     pairs = zip_longest(*(value if isinstance(value, list) else [value] for value in (found, wanted)))
-    return all(a == b or None not in (a, b) and math.isclose(a, b, rel_tol=digits, abs_tol=1e-12) for a, b in pairs)
-
-def plain_result(runs: list[Run], baseline: list[Run]) -> dict:
-    """The part of meta.json's result that needs no distribution. The gain stands where both sets ran interleaved."""
-    sd = lambda values: statistics.stdev(values) if len(values) > 1 else None
-    middle = statistics.median(times(runs))
-    return dict(n=len(runs), val_loss_mean=statistics.fmean(losses(runs)), val_loss_sd=sd(losses(runs)),
-                train_time_ms_median=middle, train_time_ms_sd=sd(times(runs)),
-                gain_ms=statistics.median(times(baseline)) - middle if in_turns(runs, baseline) else None)
+    return all(a == b or None not in (a, b) and math.isclose(a, b, rel_tol=1e-7, abs_tol=1e-12) for a, b in pairs)
 
 def gain(runs: list[Run], baseline: list[Run]) -> Estimate | None:
     """Of time over a baseline that ran interleaved, in ms, by Welch's t."""
     return welch(times(runs), times(baseline)) if in_turns(runs, baseline) else None
 
-def tested_result(runs: list[Run], baseline: list[Run], track: dict) -> dict:
-    """The part that needs scipy: p of the mean loss against the target, and the gain's 95 % interval."""
-    target, found = track["target_loss"], gain(runs, baseline)
-    return dict(p=None if target is None else p_below(losses(runs), target),
-                gain_ci_ms=[found.low, found.high] if found else None)
+def result_of(runs: list[Run], baseline: list[Run], track: dict) -> dict:
+    """The result in meta.json: p is that of the mean loss against the target, `ci` the gain's 95 % interval."""
+    sd = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    target, middle, found = track["target_loss"], statistics.median(times(runs)), gain(runs, baseline)
+    return dict(n=len(runs), val_loss_mean=statistics.fmean(losses(runs)), val_loss_sd=sd(losses(runs)),
+                p=target and p_below(losses(runs), target), train_time_ms_median=middle,
+                train_time_ms_sd=sd(times(runs)), gain_ms=found and statistics.median(times(baseline)) - middle,
+                gain_ci_ms=found and [found.low, found.high])
 
 def changed_knobs(run: Run) -> dict:
     return {k: v for k, v in run.start["changed"].items() if k != "seed"}
 
-def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
+def check_record(record: Record, tracks: dict[str, dict]):
     """Everything but the duplicates, which need the other records. Undecided if scipy is missing, at the end."""
     meta, name, track = record.meta, record.folder.name, tracks.get(record.meta["track"])
     if not (track and record.runs):
@@ -124,15 +116,14 @@ def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
 
 # What follows yields rows (code, what, found, wanted) of a record.
 
-def rows_of_meta(record: Record) -> Iterator[tuple]:
+def rows_of_meta(record: Record):
     """meta.json against the script and the runs."""
     meta, every = record.meta, record.every
     day, last = meta["date"].replace("-", ""), max(run.name for run in every)[:8]
     left = {row["run_id"] for row in meta["left_out"]}
-    yield "schema", "name in meta.json", meta["name"], record.folder.name
-    yield "schema", "date in meta.json", meta["date"], meta["name"][:10]
+    own = record.folder.name
+    yield "schema", "name and date in meta.json", (meta["name"], meta["date"]), (own, own[:10])
     yield "schema", f"a date from {last}, its last run, on", day >= last, True
-    yield "schema", "a summary of at most 120 characters", len(meta["summary"]) <= 120, True
     yield "headline", "changed", meta["changed"], changed_knobs(record.runs[0])
     yield "left-out", "the list of runs in it and left out", [r.name for r in every if r.name in left], []
     public = {k: v for k, v in meta["data"].items() if k != "public"}
@@ -140,12 +131,8 @@ def rows_of_meta(record: Record) -> Iterator[tuple]:
         for key, value in run.facts().items():
             code, wanted = ("data", public) if key == "data" else ("headline", meta[key])
             yield code, f"{key} of {run.name}", value, wanted
-    if record.whole:
-        for key, wanted in plain_result(record.runs, record.baseline).items():
-            found = meta["result"][key]
-            yield "headline", f"result.{key}", found, found if same(found, wanted) else wanted
 
-def rows_of_recipes(record: Record) -> Iterator[tuple]:
+def rows_of_recipes(record: Record):
     """Scripts and knobs, as meta.json, the script and the parent say: this is an older record of the track, with the
     script and the knobs of the baseline."""
     meta, first, sha = record.meta, record.runs[0], record.meta["script_sha256"]
@@ -165,25 +152,23 @@ def rows_of_recipes(record: Record) -> Iterator[tuple]:
         wanted[f"arms/{arm['name']}"] = arm["patch_sha256"] or sha, first.knobs | arm["changed"]
     if meta["parent"] or record.baseline or meta["claim"] == "record":
         parent = parent_of(record)
-        older = parent and parent.meta["track"] == meta["track"] and parent.meta["date"] <= meta["date"]
+        older = parent and parent.runs and parent.meta["track"] == meta["track"] and parent.meta["date"] <= meta["date"]
         yield "script", f"the parent {meta['parent']}, as an older record of this track,", bool(older), True
-        if parent:
-            wanted["baseline"] = parent.meta["script_sha256"], parent.runs[0].knobs if parent.runs else None
+        if older:
+            wanted["baseline"] = parent.meta["script_sha256"], parent.runs[0].knobs
     for label, (script, knobs) in wanted.items():
         for run in record.sets[label]:
             yield "script", f"script of {label}/{run.name}", run.script_sha256, script
-            if label != "runs":  # these have one recipe, as said above
-                yield "knobs", f"knobs of {label}/{run.name}", run.knobs, knobs
+            yield "knobs", f"knobs of {label}/{run.name}", run.knobs, knobs
 
-def rows_of_track(record: Record, track: dict) -> Iterator[tuple]:
+def rows_of_track(record: Record, track: dict):
     data, gpu, count = record.meta["data"], record.meta["hardware"]["gpu"], record.meta["hardware"]["count"]
     yield "data", "val_sha256", data["val_sha256"], track["val_sha256"] or data["val_sha256"]
     yield "data", "val_tokens", data["val_tokens"], track["val_tokens"]
     stream = train_sha256(data)
     yield "data", "SHA-256 over the training shards", stream, track["train"]["sha256"] or stream
     allowed, most = track["hardware"]["gpu"], track["train"]["max_epochs"]
-    fits = bool(re.fullmatch(allowed, gpu or "")) if allowed else gpu is None
-    yield "track", f"'{gpu}' as a GPU of the form {allowed}", fits, True
+    yield "track", f"'{gpu}' as a GPU of the form {allowed}", bool(re.fullmatch(allowed or "", gpu or "")), True
     yield "track", "the number of GPUs", count, track["hardware"]["count"]
     read, held = max(run.end.get("tokens", 0) for run in record.every), sum(f["tokens"] for f in data["train"])
     epochs = read / max(held, 1)
@@ -193,7 +178,7 @@ def rows_of_track(record: Record, track: dict) -> Iterator[tuple]:
     for word in track["forbidden_text"]:
         yield "forbidden", f"'{word}' in train_gpt.py", word in text, False
 
-def rows_of_readme(record: Record) -> Iterator[tuple]:
+def rows_of_readme(record: Record):
     text, wanted = record.readme, tables(record.meta)
     for mark in TABLE:
         yield "readme", f"the count of '{mark}'", text.count(mark), 1
@@ -203,11 +188,11 @@ def rows_of_readme(record: Record) -> Iterator[tuple]:
     if not record.meta["data"]["public"]:
         yield "readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE
 
-def rows_of_tests(record: Record, track: dict) -> Iterator[tuple]:
-    """p, target and gain: what needs scipy, and what the claim asserts."""
+def rows_of_tests(record: Record, track: dict):
+    """What needs scipy: the result, and what the claim asserts of it."""
     result, n = record.meta["result"], len(record.runs)
-    for key, wanted in tested_result(record.runs, record.baseline, track).items():
-        yield "headline", f"result.{key}", result[key], result[key] if same(result[key], wanted, 1e-6) else wanted
+    for key, wanted in result_of(record.runs, record.baseline, track).items():
+        yield "headline", f"result.{key}", result[key], result[key] if same(result[key], wanted) else wanted
     if record.meta["claim"] != "record":
         return
     time, p = gain(record.runs, record.baseline), result["p"]
@@ -217,7 +202,7 @@ def rows_of_tests(record: Record, track: dict) -> Iterator[tuple]:
     yield ("target", f"a mean below {track['target_loss']}, the track's target, at p < {track['p']} with n >= "
            f"{track['min_runs']} (it is {result['val_loss_mean']:.6f}, p = {p}, n = {n})", below, True)
 
-def check_left_out(record: Record) -> Iterator[Problem]:
+def check_left_out(record: Record):
     """Complete runs in `logs/` of this script and these knobs. Runs of a later day cannot have been left out."""
     known = {run.name for run in record.every} | {row["run_id"] for row in record.meta["left_out"]}
     last = record.meta["date"].replace("-", "")
@@ -233,7 +218,7 @@ def complete_runs() -> list[Run]:
 
 NEAR = 2e-3  # nats: no two seeds came as near at every point, by a factor of ten
 
-def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
+def check_duplicates(records: list[Record]):
     """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, noise aside,
     unless the seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
     seen, curves = {}, []
@@ -292,7 +277,7 @@ def verify(names: list[str]) -> int:
 def make_meta(args, name: str, sets: dict[str, list[Run]], track: dict) -> dict:
     """meta.json of a record of these sets, by the folders that they get."""
     runs, baseline, *others = sets.values()
-    first, arms, result = runs[0], [], plain_result(runs, baseline) | tested_result(runs, baseline, track)
+    first, arms = runs[0], []
     for label, own in zip([*sets][2:], others):
         sha, knobs = own[0].script_sha256, own[0].knobs
         arms.append(dict(name=label.removeprefix("arms/"), patch_sha256=None if sha == first.script_sha256 else sha,
@@ -306,16 +291,12 @@ def make_meta(args, name: str, sets: dict[str, list[Run]], track: dict) -> dict:
         format=1, name=name, track=args.track, claim=args.claim, date=name[:10], author=args.author, parent=args.parent,
         summary=args.summary, script_sha256=first.script_sha256, changed=changed_knobs(first), **facts,
         runs=[run.meta() for run in runs], baseline=[run.meta() for run in baseline], arms=arms, left_out=left,
-        result={key: result[key] for key in META["result"]})
+        result=result_of(runs, baseline, track))
 
 def add(args) -> int:
     """Pack run folders into a record: built aside, checked as `verify` would, and only then put in place."""
     tracks, name = read_tracks(), f"{time.strftime('%Y-%m-%d', time.gmtime())}_{args.name}"
-    if not NAME.fullmatch(name) or (RECORDS / name).exists():
-        raise Bad("path", f"--name={safe(args.name, 80)} is not 1 to 40 letters and digits, or taken today")
     args.parent = find_record(args.parent).name if args.parent else None
-    if args.track not in tracks:
-        raise Bad("track", f"there is no track {safe(args.track, 40)}: there are {', '.join(tracks)}")
     given = dict(runs=args.runs, baseline=args.baseline)
     for first, *rest in args.arm:
         arm, _, run = first.partition("=")
@@ -375,14 +356,14 @@ def parser() -> argparse.ArgumentParser:
     command = lambda name, text: commands.add_parser(
         name, help=text, description=text, allow_abbrev=False).add_argument
     option = command("list", "records by track, best first")
-    option("track", nargs="?")
+    option("track", nargs="?", choices=read_tracks(), metavar="TRACK")
     option("--write", **switch, help="put the tables between the marks of README.md")
     option = command("verify", "recompute everything from raw logs; a line a problem")
     option("names", nargs="*")
     option = command("add", "pack run folders into a record, if verify would pass it")
     option("runs", nargs="+", help="folders of logs/, or their names")
     option("--name", required=True, help="1 to 40 letters and digits; today's date comes before it")
-    option("--track", required=True)
+    option("--track", required=True, choices=read_tracks(), metavar="TRACK")
     option("--claim", required=True, choices=CLAIMS)
     option("--author", required=True)
     option("--summary", required=True, help="at most 120 characters")

@@ -16,7 +16,6 @@ import re
 import stat
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -33,7 +32,6 @@ PLACES = ("data_dir", "resume", "save", "bpe_file", "weights")
 CLAIMS = ("reference", "record", "result", "negative")
 TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
 PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
-Problem = tuple[str, str]
 
 class Bad(Exception):
     """What cannot be read, in one sentence; `code` is the check that it failed."""
@@ -163,11 +161,11 @@ ID, SHA = re.compile("[0-9]{8}-[0-9]{6}-[0-9a-f]{6}"), re.compile("[0-9a-f]{64}"
 DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 NAME = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}")
 UTC = re.compile(f"{DAY.pattern}T[0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}}Z")
-TRACK_NAME, ARM = re.compile("[a-z0-9-]{1,40}"), re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
+ARM = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
 BATCHES = re.compile("([1-9][0-9]{0,8}x[1-9][0-9]{0,8}( +|$))*")  # SEQUENCES x TOKENS of each stage
 RATES = re.compile("([0-9]{1,9}([.][0-9]{1,20})?( +|$))*")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
-REASON = re.compile(r".*\w.*", re.S)
+REASON, SUMMARY = re.compile(r".*\w.*", re.S), re.compile(".{0,120}", re.S)
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
 ONE_UP, ANY_COUNT = range(1, 10**6 + 1), range(10**6 + 1)  # so that a schedule can be listed
 RUN_KNOBS = dict(KNOBS, steps=ONE_UP, epochs=ONE_UP, sequences_per_step=ONE_UP, train_seq_len=ONE_UP, val_tokens=int,
@@ -197,7 +195,7 @@ FORMATS = {  # of a run folder: its first event, and the others by their kinds
 RUN_META = dict(run_id=ID, seed=int, val_loss=float, train_time_ms=float, steps=int, tokens=int, peak_train_mib=COUNT,
                 peak_val_mib=COUNT, sha256=(dict(log=SHA, metrics=SHA), MISSING))  # hashes: of older records
 META = dict(
-    format=1, name=NAME, track=TRACK_NAME, claim=CLAIMS, date=DAY, author=str, parent=(NAME, None), summary=str,
+    format=1, name=NAME, track=str, claim=CLAIMS, date=DAY, author=str, parent=(NAME, None), summary=SUMMARY,
     script_sha256=SHA, changed=KNOBS, data=dict(DATA, public=bool), hardware=HARDWARE, software=SOFTWARE,
     world_size=int, runs=[RUN_META], baseline=[RUN_META], left_out=[dict(run_id=ID, reason=REASON)],
     arms=[dict(name=ARM, changed=KNOBS, patch_sha256=(SHA, None), runs=[RUN_META])],
@@ -329,7 +327,7 @@ def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
     return hashlib.sha256("".join(f["sha256"] or "" for f in data["train"]).encode()).hexdigest()
 
-def check_clock(run: Run) -> Iterator[Problem]:
+def check_clock(run: Run):
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
     ticking, idle, before = False, False, {}  # idle: stopped, and nothing validated or saved since
     for row in run.events[1:]:
@@ -355,7 +353,7 @@ def check_clock(run: Run) -> Iterator[Problem]:
         if mark:
             ticking, idle = mark == "start", mark == "stop"
 
-def pauses(run: Run) -> Iterator[tuple[int, float, bool]]:
+def pauses(run: Run):
     """(step, seconds, was there a validation?) of each stop of the clock, what its checkpoints took left out. Without
     the last of a run that saves its weights, as it does so then."""
     stop, saved, step, scored = 0, 0, 0, False
@@ -367,7 +365,7 @@ def pauses(run: Run) -> Iterator[tuple[int, float, bool]]:
         elif step and (row.get("mark") == "start" or row["event"] == "end" and not run.start["knobs"].get("save")):
             yield step, row["wall_s"] - stop - saved, scored
 
-def check_pauses(runs: list[Run]) -> Iterator[Problem]:
+def check_pauses(runs: list[Run]):
     """Seconds of training could be moved into a pause. On one kind of GPU validations take alike long; on CPUs, where
     they differ threefold by themselves, nothing can be said."""
     found = [(run.name, *pause) for run in runs if run.gpu for pause in pauses(run)]
@@ -376,7 +374,7 @@ def check_pauses(runs: list[Run]) -> Iterator[Problem]:
         if seconds > 2 * usual + 0.1:
             yield "clock", f"{name}: the clock stood for {seconds:.3f} s at step {step}, and usually {usual:.3f} s"
 
-def differing(name: str, rows) -> Iterator[Problem]:
+def differing(name: str, rows):
     """Problems among (code, what, found, wanted)."""
     for code, what, found, wanted in rows:
         if found != wanted:
@@ -394,7 +392,7 @@ def says(argument: str, knobs: dict) -> bool:
         return name in knobs and (text == str(knobs[name]) or float(text) == knobs[name])
     return False
 
-def check_run(run: Run) -> Iterator[Problem]:
+def check_run(run: Run):
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
     for rows in rows_of_start(run), rows_of_schedule(run), rows_of_events(run), rows_of_end(run):
         yield from differing(run.name, rows)
@@ -402,7 +400,7 @@ def check_run(run: Run) -> Iterator[Problem]:
 
 # What follows yields rows (code, what, found, wanted) of a run.
 
-def rows_of_start(run: Run) -> Iterator[tuple]:
+def rows_of_start(run: Run):
     """The start event against itself, and against the script."""
     start, knobs, data, ranks = run.start, run.start["knobs"], run.start["data"], run.start["world_size"]
     if run.script is not None:
@@ -435,7 +433,7 @@ def normed_steps(run: Run) -> range:
     """After which norms are written."""
     return multiples(run.start["knobs"].get("log_norms", 0), run.total)
 
-def rows_of_schedule(run: Run) -> Iterator[tuple]:
+def rows_of_schedule(run: Run):
     """The events there are against those that the knobs imply."""
     n, knobs = run.total, run.start["knobs"]
     yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
@@ -448,7 +446,7 @@ def rows_of_schedule(run: Run) -> Iterator[tuple]:
         if kind == "end" or not run.resumed:
             yield "truncated", f"the list of '{kind}' events", found, sorted(due)
 
-def rows_of_events(run: Run) -> Iterator[tuple]:
+def rows_of_events(run: Run):
     """Each event against the knobs."""
     start, normed = run.start, normed_steps(run)
     losses = [p[2] or 0 for p in run.vals + run.steps]
@@ -468,7 +466,7 @@ def rows_of_events(run: Run) -> Iterator[tuple]:
             below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
             yield "schema", f"what is below 0 at step {done}", below, {}
 
-def rows_of_end(run: Run) -> Iterator[tuple]:
+def rows_of_end(run: Run):
     """The end's own figures, if it has come."""
     end, room = run.end, run.start["gpu_memory_mib"] or 0
     if not end:

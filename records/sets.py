@@ -4,14 +4,13 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import re
 import statistics
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from decide import MARGIN, PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
+from decide import PAIRS, Duel, Estimate, Undecided, distributions, look, p_below, welch
 from runs import (
     ID,
     RECORDS,
@@ -77,8 +76,6 @@ def show(value, spec: str) -> str:
 def listing(only: str | None, records: list[Record]) -> str:
     """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
     tracks, metas, out, empty, clocks = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]], [], set()
-    if only and only not in tracks:
-        raise Bad("track", f"there is no track {safe(only, 40)}: there are {', '.join(tracks)}")
     for name, track in tracks.items():
         timed, goal = track["hardware"]["count"] > 0, track["target_loss"]
         own = [meta for meta in metas if meta["track"] == name]
@@ -175,8 +172,6 @@ class Set:
 
 def runs_at(path: Path) -> list[Run]:
     """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
-    if path.suffix == ".py":
-        raise Bad("path", f"{safe(path.name, 80)} is a script: compare takes runs; ./run.sh trial A.py B.py makes them")
     if path.is_file():
         return [read_speedrun(path)]
     if (path / "metrics.jsonl").exists():
@@ -184,17 +179,15 @@ def runs_at(path: Path) -> list[Run]:
     return [read_run(p) for p in sorted(path.glob("*")) if ID.fullmatch(p.name)] or public_logs([path])
 
 def public_logs(paths: list[Path]) -> list[Run]:
-    """Those of files, and of folders with all that lies in them, each log once. Says what it skips, and why."""
-    found = {}
+    """Those of files, and of folders with all that lies in them. Says what it skips, and why."""
+    found = []
     for path in (p for top in paths for p in (sorted(top.rglob("*.*")) if top.is_dir() else [top])):
         if path in paths or path.suffix in (".txt", ".log"):
             try:
-                run = read_speedrun(path)
-                if found.setdefault(run.digest, run) is not run:
-                    raise Bad("duplicate", f"{safe(path)} is {safe(found[run.digest].folder)} once more")
+                found.append(read_speedrun(path))
             except Bad as bad:
                 print(f"skipped: {bad}")
-    return list(found.values())
+    return found
 
 NAMED = re.compile("([^/,=]*)=(.+)", re.S)
 
@@ -203,7 +196,7 @@ def load(text: str | Path) -> Set:
     name of the user's, NAME=, scripts may differ."""
     text, found, script, track = str(text), [], None, None
     match = NAMED.fullmatch(text)
-    named, text = match.groups() if match and not os.path.exists(text) else ("", text)
+    named, text = match.groups() if match else ("", text)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -296,9 +289,9 @@ def in_turns(a: list[Run], b: list[Run]) -> bool:
     neighbours = [*pairwise(sorted(a + b, key=lambda run: run.name))]
     pauses = [moment(y.name) - moment(x.name) - x.end.get("wall_s", math.inf) for x, y in neighbours]
     apart = all(-2 < pause < PAUSE for pause in pauses)  # ids are good to a second
-    kinds = [[run.facts()[key] for key in ("hardware", "software")] for run in a + b]
+    kinds = {json.dumps(dict(run.facts(), data=None)) for run in a + b}
     switches = sum((x in a) != (y in a) for x, y in neighbours)
-    return apart and kinds.count(kinds[0]) == len(kinds) and switches >= max(2, min(len(a), len(b)))
+    return apart and len(kinds) == 1 and switches >= max(2, min(len(a), len(b)))
 
 def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
     """How long B takes beside A; `equal`: in what sense their losses are, or nothing."""
@@ -312,8 +305,6 @@ def time_sentence(duel: Duel, equal: str, fresh: bool) -> str:
         return f"{plain} some of these runs are of an earlier trial"
     if not in_turns(duel.a, duel.b):
         return f"{plain} these runs did not all take turns on one machine"
-    if pace.high - pace.low > 0.4:
-        return f"{plain} the times scatter too much (did other programs run?)"
     ratio, low, high = (math.exp(x) for x in pace[:3])
     what = f"time to equal loss, {equal}," if equal else "training time, not at equal loss,"
     return f"{what} x {ratio:.3f} (95 % interval x {low:.3f} to {high:.3f})"
@@ -324,82 +315,81 @@ def signed(value: float) -> str:
 def interval_of(found: Estimate) -> str:
     return f"95 % interval {signed(found.low)} to {signed(found.high)}"
 
-def look_of(looks) -> str:
-    return f", look {len(looks.seen)}" if len(looks.seen) > 1 else ""
-
-def verdict(a: Set, b: Set, margin: float, fresh: bool) -> tuple[list[str], int]:
-    """What the losses and times say, its last line the verdict; exit code as `compare_sets`."""
+def verdict(a: Set, b: Set, margin: float, fresh: bool) -> int:
+    """Prints what the losses and times say, the verdict in the last line; exit code as `compare_sets`."""
     duel = Duel(a.runs, b.runs)
     gap, by_welch = duel.decide(lambda run: run.val_loss), welch(a.losses, b.losses)
     if duel.identical:
         seeds = f"each of {len(duel.pairs)} seeds" if len(duel.pairs) > 1 else "the one seed that both have"
-        return [time_sentence(duel, "to the last digit", fresh),
-                f"{b.label}: identical losses, to the last digit, with {seeds}: what is computed did not change"], 0
+        print(time_sentence(duel, "to the last digit", fresh))
+        print(f"{b.label}: identical losses, to the last digit, with {seeds}: what is computed did not change")
+        return 0
     if gap is None:
         old, new = (statistics.fmean(losses(runs)) for runs in (zip(*duel.pairs) if duel.pairs else (a.runs, b.runs)))
         plain, how = new - old, "by runs of one seed" if duel.pairs else duel.size
-        return [f"{b.label}: its loss is {signed(plain)} from {a.label}'s ({how}). Whether that is noise takes an "
-                f"interval to say, and so {PAIRS} runs of each, with the same seeds"], 3
+        print(f"{b.label}: its loss is {signed(plain)} from {a.label}'s ({how}). Whether that is noise takes an "
+              f"interval to say, and so {PAIRS} runs of each, with the same seeds")
+        return 3
     tests = [(gap, duel.size if duel.by_pairs else "Welch", ", which decides")]
     tests += [(by_welch, "Welch", "")] if duel.by_pairs and by_welch else []
-    lines = [f"loss, {b.label} - {a.label}: {signed(found.gap)}, {interval_of(found)} ({how}), p = {found.p:.2g}{role}"
-             for found, how, role in tests]
+    for found, how, role in tests:
+        print(f"loss, {b.label} - {a.label}: {signed(found.gap)}, {interval_of(found)} ({how}), p = {found.p:.2g}"
+              f"{role}")
     looks = look(LOGS / "looks.jsonl", duel)
-    lines += looks.sentences(duel.by_pairs)
+    for sentence in looks.sentences(duel.by_pairs):
+        print(sentence)
     equal = f"within {margin:g}" if gap.inside(margin) else ""
-    sure = f"{interval_of(gap)}, {duel.size}, p = {gap.p:.2g}{look_of(looks)}); {time_sentence(duel, equal, fresh)}"
+    word = ("helped" if gap.gap < 0 else "hurt") + f", by less than {margin:g}" * bool(equal)
     if gap.apart:
-        word = ("helped" if gap.gap < 0 else "hurt") + f", by less than {margin:g}" * bool(equal)
-        return [*lines, f"{b.label} {word}: its loss is {signed(gap.gap)} ({sure}"], 0
-    if equal:
-        return [*lines, f"{b.label}: equal to {a.label} {equal}, {signed(gap.gap)} ({sure}"], 0
-    return [*lines, f"the losses are not separated: {duel.runs_still_needed()}",
-            f"{b.label}: no effect on the loss that could be told from noise, {signed(gap.gap)} ({sure}"], 3
+        said = f"{b.label} {word}: its loss is"
+    elif equal:
+        said = f"{b.label}: equal to {a.label} {equal},"
+    else:
+        print(f"the losses are not separated: {duel.runs_still_needed()}")
+        said = f"{b.label}: no effect on the loss that could be told from noise,"
+    nth = f", look {len(looks.seen)}" if len(looks.seen) > 1 else ""
+    print(f"{said} {signed(gap.gap)} ({interval_of(gap)}, {duel.size}, p = {gap.p:.2g}{nth}); "
+          f"{time_sentence(duel, equal, fresh)}")
+    return 0 if gap.apart or equal else 3
 
-def compare_sets(a: Set, b: Set, margin: float = MARGIN, fresh: bool = True, target=None) -> tuple[list[str], int]:
-    """(report, exit code): 0 where the losses differ, are identical, or are equal within `margin`, 3 where more runs
-    are needed to say so. `fresh`: all runs are of one trial."""
-    first, other, lines = a.runs[0], b.runs[0], []
-    if None in (first.val_sha256, other.val_sha256):
-        lines.append("note: public logs do not name their validation tokens; losses compare only if they were the same")
+def compare_sets(a: Set, b: Set, margin: float, more: str = "", fresh: bool = True, target: float | None = None) -> int:
+    """Prints the diff of the scripts, `more`, what differs, and the verdict. Exit code: 0 where the losses differ, are
+    identical, or are equal within `margin`, 3 where more runs are needed to say so. `fresh`: all are of one trial."""
+    first, other, notes = a.runs[0], b.runs[0], []
+    public = None in (first.val_sha256, other.val_sha256)
+    if public:
+        notes.append("public logs do not name their validation tokens; losses compare only if they were the same")
     elif first.val_sha256 != other.val_sha256:
         raise Bad("data", f"{a.label} was validated on the tokens {first.val_sha256[:12]} and {b.label} on "
                           f"{other.val_sha256[:12]}: their losses cannot be compared")
-    known = first.start and other.start
-    lines += [f"changed knobs: {changes(first, other) if known else 'not known of public logs'}",
-              describe(a, target), describe(b, target)]
+    if first.script_sha256 == other.script_sha256:
+        print("scripts: the same")
+    elif a.script and b.script:
+        print(*diff(a.script, b.script, (a.label, b.label)), sep="\n")
+    else:
+        print("scripts: not the same, and one is not kept beside its runs: no diff")
+    print(f"{more}changed knobs: {'not known of public logs' if public else changes(first, other)}",
+          describe(a, target), describe(b, target), sep="\n")
     machines = {json.dumps([r.gpu, r.gpu_count, r.start.get("torch"), r.start.get("driver")]) for r in a.runs + b.runs}
     if len(machines) > 1:
-        lines.append(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
-    lines += [f"note: {s.label}: {safe(text)}" for s in (a, b) for text in library_notes(s.runs)]
+        notes.append(f"not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
+    notes += [f"{s.label}: {safe(text)}" for s in (a, b) for text in library_notes(s.runs)]
     read = [run.end.get("tokens") for run in (first, other)]
     if None not in read and read[0] != read[1]:
-        lines.append(f"note: {a.label} read {read[0]} tokens, and {b.label} {read[1]}")
-    said, code = verdict(a, b, margin, fresh)
-    return lines + said, code
+        notes.append(f"{a.label} read {read[0]} tokens, and {b.label} {read[1]}")
+    for note in notes:
+        print(f"note: {note}")
+    return verdict(a, b, margin, fresh)
 
 def library_notes(runs: list[Run]) -> list[str]:
     """What the runs warn of that makes the script kept beside them no proof of what ran."""
     return sorted({row["text"] for run in runs for row in run.events if row["event"] == "warning"
                    and "not be the script kept" in row["text"]})
 
-def print_comparison(a: Set, b: Set, margin: float, more: list[str] | tuple = (), **how) -> int:
-    """The diff of the scripts, `more` lines, and what compare_sets says; its exit code."""
-    bare = [s.label for s in (a, b) if s.script is None]
-    if a.runs[0].script_sha256 == b.runs[0].script_sha256:
-        scripts = ["scripts: the same"]
-    elif bare:
-        scripts = [f"scripts: not the same, and that of {bare[0]} is not kept: no diff"]
-    else:
-        scripts = diff(a.script, b.script, (a.label, b.label))
-    lines, code = compare_sets(a, b, margin, **how)
-    print(*scripts, *more, *lines, sep="\n")
-    return code
-
 def compare(args) -> int:
     a, b = load(args.a), load(args.b)
     name_by_difference([a, b])
-    return print_comparison(a, b, args.margin, target=args.target)
+    return compare_sets(a, b, args.margin, target=args.target)
 
 AXES = dict(time=(3, 1e3, "training time, s"), tokens=(1, 1e6, "tokens, millions"), steps=(0, 1, "steps"))
 
@@ -435,6 +425,7 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     seen = [point for line in axis.lines for point in line.get_xydata()]
     late = [loss for at, loss in seen if at > 0.1 * max(at for at, _ in seen)]
     for target in {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}:
+        late.append(target)
         axis.axhline(target, color="gray", lw=0.8, ls=":")
         axis.annotate(f"target {target}", (0.01, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     if any(run.steps for s in sets for run in s.runs):
@@ -477,7 +468,7 @@ def import_logs(args) -> int:
     groups = {}
     if args.target:
         distributions()  # which may be missing: before anything is written
-    for run in public_logs([Path(name) for name in args.paths]):
+    for run in {run.digest: run for run in public_logs([*map(Path, args.paths)])}.values():
         groups.setdefault(run.script_sha256[:12], []).append(run)
     for sha, found in groups.items():
         folder = ROOT / "peers" / sha

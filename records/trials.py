@@ -9,14 +9,11 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from decide import LEVEL, Undecided, distributions, prediction, rule
@@ -26,6 +23,7 @@ from sets import (
     LOGS,
     ROOT,
     Set,
+    compare_sets,
     complete_runs,
     describe,
     diff,
@@ -33,7 +31,6 @@ from sets import (
     library_notes,
     losses,
     parent_of,
-    print_comparison,
     runs_in,
     times,
 )
@@ -51,10 +48,9 @@ class Arm:
 
     def __init__(self, script: Path, label: str, knobs: list[str], nproc: int):
         self.script, self.source, self.label, self.nproc = script, script.read_bytes(), label, nproc
-        self.sha = hashlib.sha256(self.source).hexdigest()
+        self.sha, self.process = hashlib.sha256(self.source).hexdigest(), None
         self.known = defined_in(self.source).keys() >= KEPT
         self.kept = self.known and nproc == 1
-        self.gpu, self.prefix, self.process, self.halted = {}, "", None, False
         # a run keeps no weights, and is not sampled, where its script can be told
         chosen = "save" not in script_knobs(self.source) or any(knob.startswith("--save=") for knob in knobs)
         self.arguments = knobs if chosen else [*knobs, "--save=False"]
@@ -65,12 +61,12 @@ class Arm:
         python = dict(PYTHON=os.environ.get("PYTHON") or sys.executable)
         self.process = subprocess.Popen(
             ["sh", str(ROOT / "run.sh"), str(script), *self.arguments, *knobs], cwd=ROOT, start_new_session=True,
-            env=os.environ | python | surroundings | self.gpu, encoding="utf-8", errors="replace",
+            env=os.environ | python | surroundings, encoding="utf-8", errors="replace",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def read(self) -> str | None:
         """Show its lines until it answers, as seeds.py does; None where it ends."""
-        live = sys.stdout.isatty() and not self.prefix
+        live = sys.stdout.isatty()
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return line[len(MARK) :]
@@ -79,7 +75,7 @@ class Arm:
             if "train_loss:" in line:
                 print(f"\r  {safe(line, 70)}  " * live, end="", flush=True)
             elif re.match("run.sh: |step:|warning: ", line):
-                print("\r" * live + f"  {self.prefix}{safe(line, 110)}", flush=True)
+                print("\r" * live + f"  {safe(line, 110)}", flush=True)
         return None
 
     def ask(self, words: str) -> dict:
@@ -88,7 +84,7 @@ class Arm:
             self.start(RECORDS / "seeds.py", TRIAL_SCRIPT=str(self.script), NPROC="1")
         self.began, answer = set(LOGS.glob("*")), None
         self.tail.clear()
-        with contextlib.suppress(OSError, ValueError):  # it, or we, closed the pipe
+        with contextlib.suppress(OSError):  # it closed the pipe
             self.process.stdin.write(words + "\n")
             self.process.stdin.flush()
             answer = self.read()
@@ -118,7 +114,7 @@ class Arm:
         code, name = self.process.wait(), self.script.name
         ends = [run.end for run in self.new_runs() if run.end.get("status", "complete") != "complete"]
         stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
-        if stopped or self.halted or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
+        if stopped or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
             return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
         if code == 2:  # it comes with one sentence
             return Bad("knobs", self.tail[-1] if self.tail else name)
@@ -126,26 +122,21 @@ class Arm:
         why = f", {ends[-1]['reason']}" if ends else ""
         return Bad("script", f"{name} ended with exit code {code}{safe(why, 300)}: no complete run")
 
-    def halt(self) -> None:
-        """Tell it to end: a step later, or where the run is all but done, after it, as no command comes any more."""
-        self.halted = True
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.send_signal(signal.SIGTERM)
-
     def end(self) -> None:
-        """The training ends, and what it started: it must not go on without us."""
+        """The training ends, and what it started: a step later, or where the run is all but done, after it."""
         if self.process is None:
             return
-        self.halt()
-        self.process.stdin = None  # it is closed, and communicate would flush it
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # no command comes any more
+        self.process.send_signal(signal.SIGTERM)
+        self.process.stdin = None  # communicate would flush it
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.communicate(timeout=GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process, self.halted = None, False
+            self.process = None
 
     def context(self) -> dict | None:
         """What a run would say now of data, machine, versions and knobs; None of a script that cannot be asked."""
@@ -271,37 +262,6 @@ def labels(typed: list[str], own: list[list[str]]) -> list[str]:
              for name, knobs in zip(typed, only)]
     return names if names[0] != names[1] else [f"{names[0]} ({arm})" for arm in "AB"]
 
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name, without asking torch, which takes seconds."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return [str(i) for i, _ in enumerate(re.findall("^GPU ", listed, re.M))]
-
-def in_turn(arms: list[Arm], todo: list[tuple], done: dict, total: int) -> None:
-    """Train what is to do, one run after the other, into `done`."""
-    spent = []
-    for i, (arm, seed) in enumerate(todo):
-        left = f", about {statistics.fmean(spent) * (len(todo) - i) / 60:.1f} minutes left" if spent else ""
-        began, count = time.monotonic(), total - len(todo) + i + 1
-        done[arm, seed] = arms[arm].train(seed, f"run {count} of {total}: {arms[arm].label}, seed {seed}{left}")
-        spent.append(time.monotonic() - began)
-
-def side_by_side(arms: list[Arm], todo: list[tuple], done: dict) -> None:
-    """The same with a thread and a GPU for each arm."""
-    parts = [[key for key in todo if key[0] == arm] for arm in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            for ended in as_completed([pool.submit(in_turn, arms, own, done, len(own)) for own in parts]):
-                ended.result()
-        except BaseException:  # the other arm's thread reads on until its training has ended
-            for arm in arms:
-                if arm.process:
-                    arm.halt()
-            raise
-
 def check_arms(arms: list[Arm], now: list[dict | None], floor: bool) -> None:
     """Bad before the first run where a verdict could not follow."""
     if None in now:
@@ -319,7 +279,7 @@ def trial(args, knobs: list[str]) -> int:
     distributions()  # before hours of training, not after
     own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
     scripts = [freeze(name) for name in typed]
-    nproc, gpus = os.environ.get("NPROC") or "1", visible_gpus()
+    nproc = os.environ.get("NPROC") or "1"
     if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
         raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
     arms = [Arm(*row, int(nproc)) for row in zip(scripts, labels(typed, own), own)]
@@ -328,9 +288,6 @@ def trial(args, knobs: list[str]) -> int:
     turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
     plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
     print("noise floor: one recipe, and other seeds in B" if floor else f"before the runs: {rule(args.runs)}")
-    together = len(gpus) > 1 and all(arm.kept for arm in arms)
-    for arm, gpu in zip(arms, gpus if together else ()):
-        arm.gpu, arm.prefix = dict(CUDA_VISIBLE_DEVICES=gpu), f"{arm.label}: "
     try:
         now, done = [arm.context() for arm in arms], {}
         check_arms(arms, now, floor)
@@ -340,12 +297,9 @@ def trial(args, knobs: list[str]) -> int:
             done |= {(i, seed): run for seed, run in found.items()}
         for (i, seed), run in done.items():
             print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
-        reused, todo = len(done), [key for key in plan if key not in done]
-        if todo and together:
-            print(f"side by side on 2 of {len(gpus)} GPUs; CUDA_VISIBLE_DEVICES={gpus[0]} would have them take turns")
-            side_by_side(arms, todo, done)
-        else:
-            in_turn(arms, todo, done, len(plan))
+        reused = len(done)
+        for count, (i, seed) in enumerate([key for key in plan if key not in done], reused + 1):
+            done[i, seed] = arms[i].train(seed, f"run {count} of {len(plan)}: {arms[i].label}, seed {seed}")
     except KeyboardInterrupt:
         raise Undecided("stopped: finished runs are kept, and the same command goes on") from None
     finally:
@@ -357,7 +311,7 @@ def trial(args, knobs: list[str]) -> int:
         print(describe(a), describe(b), noise_floor(a, b), sep="\n")
         return 0
     again = " ".join(",".join(run.name for run in own) for own in runs)
-    return print_comparison(a, b, args.margin, [f"again: ./run.sh compare {again}"], fresh=not reused)
+    return compare_sets(a, b, args.margin, f"again: ./run.sh compare {again}\n", fresh=not reused)
 
 def noise_floor(a: Set, b: Set) -> str:
     """How far one recipe differs from itself, by the t of two sets of n runs."""

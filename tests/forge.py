@@ -308,6 +308,10 @@ def made(tmp_path_factory):
     return Checkout(root)
 
 
+def names(folders):
+    return ",".join(folder.name for folder in folders)
+
+
 def losses(checkout, folders):
     return [checkout.events(folder)[-1]["val_loss"] for folder in folders]
 

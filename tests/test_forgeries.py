@@ -3,7 +3,6 @@ anew, so that no headline can do the work of a check."""
 
 import hashlib
 import shutil
-import statistics
 from pathlib import Path
 
 import forge
@@ -49,64 +48,59 @@ def forgeries(spoil, table, add=forgery):
 
 EVENTS = dict(
     loss_of_the_last_validation_alone=(put("val", val_loss=4.0), "headline", "be 4.0"),
-    knob_against_changed=(put("start", changed=dict(head_lr=0.5)), "knobs", "head_lr", "0.5",
-                          default_of("head_lr")),
-    knob_of_one_run=(put("start", knobs=dict(head_lr=0.5), changed=dict(head_lr=0.5)), "knobs", "recipes", "is 2",
-                     "be 1"),
-    seed_against_its_knob=(put("start", seed=9), "seeds", "is 2", "be 9"),
+    knob_against_changed=(put("start", changed=dict(head_lr=0.5)), "knobs", default_of("head_lr")),
+    knob_of_one_run=(put("start", knobs=dict(head_lr=0.5), changed=dict(head_lr=0.5)), "knobs", "recipes"),
+    seed_against_its_knob=(put("start", seed=9), "seeds", "be 9"),
     seed_twice=(lambda rows: [rows[0].update(seed=1), rows[0]["knobs"].update(seed=1), rows[0]["changed"].pop("seed")],
                 "seeds", "[1]"),
-    tokens_doubled_at_a_step=(put("step 10", tokens=5120), "tokens", "5120", "2560"),
+    tokens_doubled_at_a_step=(put("step 10", tokens=5120), "tokens", "2560"),
     more_tokens_than_the_stream_has=(lambda rows: [shard.update(tokens=1000) for shard in rows[0]["data"]["train"]],
-                                     "tokens", "5120", "2000"),
-    rate_of_tokens=(put("end", tokens_per_s=99999), "tokens", "tokens_per_s", "99999"),
+                                     "tokens", "2000"),
+    rate_of_tokens=(put("end", tokens_per_s=99999), "tokens", "99999"),
     other_validation_in_one_run=(put("start", data=dict(val_sha256="a" * 64)), "data", "a" * 64),
-    fewer_tokens_validated=(put("val", val_tokens=300), "data", "is 300", "be 600"),
-    loss_that_is_nan=(put("step 10", train_loss="nan"), "nan", "nan", "[]"),
-    step_missing=(lambda rows: rows.remove(at(rows, "step 7")), "truncated", "6, 8", "6, 7, 8"),
-    no_end=(lambda rows: rows.pop(), "truncated", "{}", "('complete', 0, 20)"),
+    fewer_tokens_validated=(put("val", val_tokens=300), "data", "is 300"),
+    loss_that_is_nan=(put("step 10", train_loss="nan"), "nan", "nan"),
+    step_missing=(lambda rows: rows.remove(at(rows, "step 7")), "truncated", "6, 7, 8"),
+    no_end=(lambda rows: rows.pop(), "truncated", "('complete', 0, 20)"),
     resumed=(lambda rows: rows.insert(1, dict(event="resume", step=5, from_run_id="20200101-000000-abcdef")), "track",
-             "resumed", "[]"),
-    ranks_of_one_run=(put("start", world_size=2), "headline", "world_size", "2", "1"),
+             "resumed"),
+    ranks_of_one_run=(put("start", world_size=2), "headline", "world_size"),
     another_day_than_its_name=(put("start", utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
     clock_runs_during_validation=(lambda rows: rows.insert(*swap(rows, "clock", "val")), "clock", "the clock runs"),
     wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[
         rows.index(at(rows, "val 10")) + 1 :] if "wall_s" in row], "clock", "gone back by"),
     time_too_short_to_divide_by=(put("end", train_ms=1e-310), "clock", "grew by"),
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
-    loss_below_0=(put("step 10", train_loss=-0.5), "nan", "-0.5", "[]"),
+    loss_below_0=(put("step 10", train_loss=-0.5), "nan", "-0.5"),
     memory_without_a_gpu=(put("end", peak_val_mib=9), "track", "'peak_val_mib': 9"),
     checkpoint_that_was_not_due=(lambda rows: rows.insert(5, dict(event="checkpoint", step=2, bytes=1, ms=1.0)),
                                  "truncated", "'checkpoint' events is [2]"),
-    argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments", "--steps=21"),
+    argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments"),
     other_count_of_tokens_to_validate=(put("start", knobs=dict(val_tokens=300)), "data", "knob val_tokens"),
     norms_that_were_not_due=(put("step 10", norms={}), "truncated", "step 10 has norms"),
-    second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "lines that are an end is [6, "),
+    second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "'end' events is [20, 20]"),
     step_out_of_order=(lambda rows: rows.insert(-1, dict(event="warning", text="", step=3)), "truncated", "20, 3]"),
     clock_that_starts_late=(lambda rows: next(row for row in rows if "train_ms" in row).update(train_ms=5.0), "clock",
-                            "starts at 5.0 ms"),
+                            "grew by 5.000 ms"),
     mark_that_comes_twice=(lambda rows: rows.insert(rows.index(at(rows, "clock")), at(rows, "clock")), "clock",
                            "the mark 'stop' comes twice"),
     day_that_no_month_has=(put("start", utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
     hour_that_no_day_has=(put("start", run_id="20260101-250000-abcdef"), "schema", "20260101-250000"),
-    format_of_the_future=(put("start", format=3), "schema", "the format 3", "1 and 2"),
+    format_of_the_future=(put("start", format=3), "schema", "'format': 3"),
 )
 OF_FORMAT_1 = dict(
-    ranks_against_accumulation=(put("start", grad_accum=3), "tokens", "is 3", "be 2"),
+    ranks_against_accumulation=(put("start", grad_accum=3), "tokens", "is 3"),
 )
 
 
 OF_FORMAT_2 = dict(
     step_without_its_rate=(lambda rows: at(rows, "step 10").pop("lr"), "schema", "lr is missing"),
-    momentum_below_0=(put("step 10", momentum=-0.5), "schema", "step 10", "-0.5"),
-    rate_of_a_stage=(put("start", stages=dict(lr=0.5)), "tokens", "stage 0", "'lr': 0.5"),
-    no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "the number of stages is 0", "be 1"),
-    stages_in_the_knobs_alone=(put("start", knobs=dict(batch_stages="2x128 4x128")), "tokens", "5120",
-                               str(10 * 256 + 10 * 512)),
+    momentum_below_0=(put("step 10", momentum=-0.5), "schema", "step 10"),
+    rate_of_a_stage=(put("start", stages=dict(lr=0.5)), "tokens", "'lr': 0.5"),
     batch_before_its_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 4x128"), at(rows, "step 10").update(
-        sequences=4)], "tokens", "(4, 128)", "(2, 128)"),
-    stages_without_end=(put("start", knobs=dict(batch_stages="1x128 " * 21)), "schema", "for 20 steps"),
-    rates_of_other_stages=(put("start", knobs=dict(lr_stages="1 1")), "schema", "lr_stages '1 1'"),
+        sequences=4)], "tokens", "(4, 128)"),
+    stages_without_end=(put("start", knobs=dict(batch_stages="1x128 " * 21)), "schema", "not stages of 20 steps"),
+    rates_of_other_stages=(put("start", knobs=dict(lr_stages="1 1")), "schema", "1 batches and 2 rates"),
 )
 
 
@@ -115,25 +109,24 @@ OF_FORMAT_2 = dict(
 GPU = "NVIDIA H100 80GB HBM3"
 META = dict(
     better_p=(dict(result=dict(p=1e-12)), "headline", "result.p is 1e-12"),
-    knob_that_was_not_changed=(dict(changed=dict(steps=10)), "headline", "'steps': 10", "'steps': 20"),
+    knob_that_was_not_changed=(dict(changed=dict(steps=10)), "headline", "'steps': 10"),
     other_hardware=(dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1")), "headline", GPU, "None"),
-    private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2", "**Data: private.**"),
-    arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001", "0.5"),
-    another_name=(dict(name="2026-11-26_Another"), "schema", "name in meta.json is 2026-11-26_Another"),
-    unknown_track=(dict(track="nowhere"), "track", "False", "True"),
-    long_summary=(dict(summary="s" * 121), "schema", "120 characters"),
-    date_of_another_day=(dict(date="2020-01-01"), "schema", "2020-01-01"),
+    private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2"),
+    arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001"),
+    another_name=(dict(name="2026-11-26_Another"), "schema", "2026-11-26_Another"),
+    unknown_track=(dict(track="nowhere"), "track", "no track nowhere"),
+    long_summary=(dict(summary="s" * 121), "schema", ".{0,120}"),
     date_that_no_calendar_has=(dict(date="2026-99-99"), "schema", "2026-99-99"),
 )
 
 
 DATA = dict(
     more_epochs_than_allowed=(lambda rows: [rows[0]["knobs"].update(epochs=3), *(
-        shard.update(tokens=1000) for shard in rows[0]["data"]["train"])], "track", "2.560 epochs", "1 are allowed"),
+        shard.update(tokens=1000) for shard in rows[0]["data"]["train"])], "track", "2.560 epochs"),
     other_validation_stream=(put("start", data=dict(val_sha256="a" * 64)), "data", "a" * 64),
-    fewer_tokens_for_all=(put("start", data=dict(val_tokens=300)), "data", "is 300", "be 600"),
-    gpus_without_ranks=(put("start", gpu_count=2), "data", "gpu_count is 2", "be 1"),
-    gpus_on_a_track_for_cpus=(put("start", gpu_count=1), "track", "the number of GPUs is 1", "be 0"),
+    fewer_tokens_for_all=(put("start", data=dict(val_tokens=300)), "data", "is 300"),
+    gpus_without_ranks=(put("start", gpu_count=2), "data", "gpu_count is 2"),
+    gpus_on_a_track_for_cpus=(put("start", gpu_count=1), "track", "the number of GPUs is 1"),
     other_training_shard=(put("start", data=dict(train=dict(sha256="a" * 64))), "data",
                           "SHA-256 over the training shards"),
 )
@@ -152,21 +145,21 @@ def folders_of_two_runs_exchanged(box):
     first, second = box.run(0), box.run(1)
     for old, new in ((first, first.with_name("spare")), (second, first), (first.with_name("spare"), second)):
         old.rename(new)
-    return "path", f"the folder {first.name}", f"the run {second.name}"
+    return "path", f"the folder {first.name}"
 
 
 @forgery
 def run_left_out(box):
     rows = box.events(box.run())
     box.remove()
-    return "left-out", f"logs/{rows[0]['run_id']}", "seed 2", f"{rows[-1]['val_loss']:.6f}"
+    return "left-out", f"logs/{rows[0]['run_id']}"
 
 
 @forgery
 def run_left_out_of_a_record_that_is_dated_before_it(box):
     box.remove()
     box.move("2020-01-01_Toy")
-    return "schema", "2020-01-01", box.run(0).name[:4]
+    return "schema", "2020-01-01"
 
 
 def clone(box, how):
@@ -205,7 +198,7 @@ def torch_unlike_its_package(box):
 @forgery
 def record_under_a_name_that_is_not_read(box):
     shutil.copytree(box.victim, box.victim.with_name("O" + box.victim.name[1:]))
-    return "path", "O" + box.victim.name[1:], "YYYY-MM-DD"
+    return "path", "O" + box.victim.name[1:]
 
 
 @forgery
@@ -219,7 +212,7 @@ def run_in_two_records(box):
     other = box.victim
     box.victim = Path(shutil.copytree(other, other.with_name(f"{other.name}Two")))
     box.move(box.victim.name)
-    return "duplicate", "run id", f"{other.name}/runs/{box.run().name}", f"{other.name}Two/runs/{box.run().name}"
+    return "duplicate", "run id"
 
 
 # ---- Times and tokens
@@ -235,7 +228,7 @@ def shave(rows, ms, place):
 @forgery
 def time_between_the_marks(box):
     box.edit(lambda rows: shave(rows, 5, rows.index(at(rows, "step 5"))))
-    return "clock", "at the 'step'", "training time grew by", "and the wall by"
+    return "clock", "training time grew by"
 
 
 def a_little_time_at_every_step(box):  # as much as the tolerance of 1 ms + 0.1 % hides
@@ -256,7 +249,7 @@ def clock_stopped_where_nothing_is_validated(box):
 @forgery
 def ranks_that_divide_one_stage(box):
     box.edit_all(lambda rows: in_stages(rows, batch_stages="2x128 1x128") or rows[0].update(world_size=2))
-    return "tokens", "batches that 2 ranks do not divide", "[1]"
+    return "tokens", "batches that 2 ranks do not divide"
 
 
 @forgery
@@ -276,23 +269,22 @@ def seconds_in_a_pause(rows, seconds, step=10):
 @pytest.mark.parametrize("step", [10, 20])
 def test_seconds_moved_into_a_pause(box, step):
     """On one kind of GPU alone. At the last step too, unless the weights are saved then."""
+    def found():
+        return [*box.runs.check_pauses([box.runs.read_run(box.run(i)) for i in range(3)])]
     def make(rows):
         rows[0].update(gpu=GPU, gpu_count=1, gpu_memory_mib=81559)
         seconds_in_a_pause(rows, 0.5)
         seconds_in_a_pause(rows, 0.5, 20)
     box.edit_all(make)
     box.edit(lambda rows: seconds_in_a_pause(rows, 1.05, step))
-    check = lambda: [*box.runs.check_pauses([box.runs.read_run(box.run(i)) for i in range(3)])]
-    assert check() == []
+    assert not found()
     box.edit(lambda rows: seconds_in_a_pause(rows, 1.2, step))
-    (code, sentence), = check()
-    assert code == "clock" and f"{box.run().name}: the clock stood for 1.200 s at step {step}" in sentence
+    assert f"{box.run().name}: the clock stood for 1.200 s at step {step}" in found()[0][1]
+    box.edit_all(put("start", knobs=dict(save=True)))
+    assert bool(found()) == (step == 10)
     box.edit(lambda rows: rows.insert(rows.index(at(rows, f"val {step}")), dict(
         event="checkpoint", step=step, bytes=1, ms=600.0)))
-    assert check() == []
-    box.edit(lambda rows: rows.remove(at(rows, "checkpoint")))
-    box.edit_all(put("start", knobs=dict(save=True)))
-    assert bool(check()) == (step == 10)
+    assert not found()
 
 
 # ---- Scripts and claims
@@ -301,7 +293,7 @@ def test_seconds_moved_into_a_pause(box, step):
 @forgery
 def script_that_did_not_run(box):
     (box.victim / "train_gpt.py").write_bytes(b"print('fast')\n")
-    return "script", box.meta()["script_sha256"], hashlib.sha256(b"print('fast')\n").hexdigest()
+    return "script", box.meta()["script_sha256"]
 
 
 @forgery
@@ -323,26 +315,25 @@ def default_unlike_the_runs(box):
     """The script has another default than the runs had a knob, which would have had to be named as changed."""
     script = box.extend_script(CLASS.format("knob(20)", "knob(2.0**2 + 2, 'a meaning')"), "runs")
     (box.victim / "train_gpt.py").write_bytes(script)
-    return "knobs", "mlp_ratio in changed, since the script's default is 6", "missing", "be 4"
+    return "knobs", "mlp_ratio in changed, since the script's default is 6"
 
 
 @forgery
 def script_without_readable_knobs(box):
     (box.victim / "train_gpt.py").write_bytes(box.extend_script(CLASS.format("KNOBS.steps", "9**9**9"), "runs"))
-    return "knobs", "whose default can be read", "False"
+    return "knobs", "whose default can be read"
 
 
 @on_a_baseline
 def claim_that_two_runs_cannot_carry(box):
     box.remove()
-    return "target", "n >= 3", "n = 2"
+    return "target", "n >= 3"
 
 
 @on_a_baseline
 def loss_above_the_target(box):
     box.edit_all(lambda rows: lower(rows, -1), "runs")
-    mean = statistics.fmean(at(box.events(box.run(i)), "end")["val_loss"] for i in range(3))
-    return "target", "below 5.0", f"it is {mean:.6f}"
+    return "target", "below 5.0"
 
 
 @on_a_baseline
@@ -373,14 +364,14 @@ def baseline_in_one_piece_between_the_runs(box):
 @on_a_baseline
 def baseline_with_other_knobs_than_the_parent(box):
     box.edit_all(put("start", knobs=dict(gate_lr=0.5), changed=dict(gate_lr=0.5)), "baseline")
-    return "knobs", "'gate_lr': 0.5", f"'gate_lr': {default_of('gate_lr')}"
+    return "knobs", "'gate_lr': 0.5"
 
 
 @on_a_baseline
 def baseline_of_another_script_than_the_parent(box):
     sha = hashlib.sha256(b"slow").hexdigest()
     box.edit_all(put("start", script_sha256=sha), "baseline")
-    return "script", sha, box.meta()["script_sha256"]
+    return "script", sha
 
 
 forgeries(lambda box, change: box.claims.update(change), dict(

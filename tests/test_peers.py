@@ -175,8 +175,8 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
     done = box.main("import", logs, "--target=3.28")
     skipped = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
-    assert done.code == 0 and len(skipped) == 3 and "\x1b" not in done.out
-    assert all(word in done.out for word in ("again.txt is ", "link.txt is a link", "31m.txt has no"))
+    assert done.code == 0 and len(skipped) == 2 and "\x1b" not in done.out
+    assert all(word in done.out for word in ("link.txt is a link", "31m.txt has no"))
     names = [hashlib.sha256(source.encode()).hexdigest()[:12] for source in (SOURCE, changed)]
     p = box.decide.p_below([*PUBLISHED[:3], 3.28], 3.28)
     assert f"peers/{names[0]}: 5 logs, 4 complete\n" in done.out and f"peers/{names[1]}: 1 logs" in done.out
@@ -278,12 +278,12 @@ def in_file(name, old, new):
 LOSS = '"train_loss": '  # of step 1
 METRICS = "runs/*/metrics.jsonl"
 SPOILED = dict(
-    nan_as_a_number=(in_file(METRICS, LOSS, LOSS + "NaN, \"x\": "), "nan", "NaN"),
-    number_beyond_all_floats=(in_file(METRICS, LOSS, LOSS + "1e999, \"x\": "), "nan", "1e999"),
+    nan_as_a_number=(in_file(METRICS, LOSS, LOSS + "NaN, \"x\": "), "schema", "is nan"),
+    number_beyond_all_floats=(in_file(METRICS, LOSS, LOSS + "1e999, \"x\": "), "schema", "is inf"),
     unknown_key_in_an_event=(in_file(METRICS, LOSS, '"note": 1, ' + LOSS), "schema", "note is unknown"),
     key_twice_in_an_event=(in_file(METRICS, LOSS, LOSS + "4.0, \"train_loss\": "), "schema", "key twice"),
     switch_for_a_step=(in_file(METRICS, '"step": 1,', '"step": true,'), "schema", "step is True", "int"),
-    digits_of_another_script=(in_file(METRICS, '"step": 1,', '"step": \u0661,'), "schema", "not ascii"),
+    digits_of_another_script=(in_file(METRICS, '"step": 1,', '"step": \u0661,'), "schema", "not JSON"),
     event_of_no_kind=(in_file(METRICS, '"event": "val"', '"event": "vale"'), "schema", "vale"),
     deep_json=(in_file("meta.json", '"a toy"', "[" * 50000 + "]" * 50000), "schema", "not JSON"),
     table_in_its_readme=(in_file("README.md", "n = 3)", "n = 30)"), "readme", "n = 30)", "n = 3)"),
@@ -296,9 +296,9 @@ SPOILED = dict(
     script_within_a_run=(lambda box: write(box.run() / "train_gpt.py"), "path", "train_gpt.py"),
     run_that_meta_does_not_list=(stray_run("runs"), "path", "20200101-000000-abcdef"),
     arm_that_meta_does_not_list=(stray_run("arms/ghost"), "path", "arms/"),
-    run_that_is_not_there=(lambda box: shutil.rmtree(box.run()), "path", "runs/ holds"),
+    run_that_is_not_there=(lambda box: shutil.rmtree(box.run()), "path", "['runs/"),
     no_meta=(lambda box: (box.victim / "meta.json").unlink(), "path", "meta.json"),
-    arm_twice=(arm_twice, "path", "cold', 'cold"),
+    arm_twice=(arm_twice, "path", "cold', 'arms/cold"),
     metrics_cut_within_a_line=(lambda box: write(box.run() / "metrics.jsonl", (
         box.run() / "metrics.jsonl").read_bytes()[:-30]), "truncated", "within a line"),
 )
@@ -328,4 +328,4 @@ def test_a_schedule_too_long_to_list_is_refused_at_once(box):
     done = subprocess.run([sys.executable, "-c", limit], cwd=box.root, env=box.environment, capture_output=True,
                           encoding="utf-8")
     assert done.returncode == 1 and done.stderr == "" and " failed" in done.stdout.splitlines()[-1]
-    assert any(f"FAIL {box.victim.name} {code}: " in done.stdout for code in ("size", "truncated"))
+    assert any(f"FAIL {box.victim.name} {code}: " in done.stdout for code in ("schema", "truncated"))

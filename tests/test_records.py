@@ -59,21 +59,21 @@ def test_tokens_of_random_stages(toy, seed):
     import train_gpt
 
     draw = random.Random(seed)
-    count, rates = draw.randint(1, 6), draw.choice([[1], [1, 0.7, 0.25]])  # an older script's knob lr_stages
+    count = draw.randint(1, 6)
     steps = draw.randint(count, 60)
-    wanted = [(k * steps // count, draw.randint(1, 32), 128 * draw.randint(1, 400), draw.choice(rates))
+    wanted = [(k * steps // count, draw.randint(1, 32), 128 * draw.randint(1, 400), draw.choice([1, 0.7, 0.25]))
               for k in range(count)]
     hp = dataclasses.replace(
         train_gpt.Hyperparameters(), steps=steps, batch_stages=" ".join(f"{n}x{length}" for _, n, length, _ in wanted))
-    older = dict(lr_stages=" ".join(str(lr) for *_, lr in wanted)) if len(rates) > 1 else {}
+    older = dict(lr_stages=" ".join(str(lr) for *_, lr in wanted))  # a knob of older scripts
     stages, size = toy.runs.stages_of(dataclasses.asdict(hp) | older), 0
     assert [tuple(stage) for stage in stages] == wanted
     assert [stage[:3] for stage in wanted] == [tuple(stage) for stage in train_gpt.stages(hp)]
     for step in range(steps + 1):
         assert toy.runs.tokens_before(step, stages) == size == train_gpt.tokens_before(step, hp)
-        _, sequences, length, _ = own = [stage for stage in wanted if stage[0] <= step][-1]
-        assert tuple(toy.runs.stage_at(step, stages)) == own
-        size += sequences * length
+        stage = [stage for stage in stages if stage.first <= step][-1]
+        assert toy.runs.stage_at(step, stages) == stage
+        size += stage.sequences * stage.seq_len
 
 
 STAGED = dict(batch_stages="1x128 2x128 4x64", lr_batch=128)
@@ -89,11 +89,9 @@ def test_a_record_of_stages(bare, monkeypatch):
     record = bare.record("New")
     assert bare.main("verify") == (0, "1 records, 0 failed\n", "")
     meta = json.loads((record / "meta.json").read_text())
-    assert meta["changed"]["lr_batch"] == 128
     assert [run["tokens"] for run in meta["runs"]] == [6 * 128 + 7 * 256 + 7 * 256] * 3
-    done = bare.main("compare", names(base), record.name)
-    assert done.code == 0 and "batch_stages" in done.out and "1x128 2x128 4x64" in done.out
-    assert bare.main("plot", names(base), record.name, "--out", bare.root / "plot.png").code == 0
+    done = bare.main("compare", forge.names(base), record.name)
+    assert done.code == 0 and "1x128 2x128 4x64" in done.out
     called = []
 
     def train(arm, *_):
@@ -102,8 +100,8 @@ def test_a_record_of_stages(bare, monkeypatch):
 
     monkeypatch.setattr(bare.trials.Arm, "train", train)
     assert bare.main("rerun", "New", "--yes").code == 3
-    assert "--batch_stages=1x128 2x128 4x64" in called and "--lr_batch=128" in called
-    assert not [knob for knob in called if knob.startswith(("--train_seq_len=", "--sequences_per_step="))]
+    given = {knob.partition("=")[0] for knob in called}
+    assert "--batch_stages=1x128 2x128 4x64" in called and not given & {"--train_seq_len", "--sequences_per_step"}
 
 
 @pytest.mark.parametrize("label", ["runs", "baseline"])
@@ -119,29 +117,22 @@ def test_a_stopped_run_has_no_loss_at_its_end_in_format_2(box, label):
 # ---- add, verify and list
 
 
-def test_verify_needs_no_torch(toy, tmp_path):
-    done = toy.process("verify", PYTHONPATH=without(tmp_path, "torch"))
-    assert done == (0, "2 records, 0 failed\n", "")
-
-
 def test_what_add_writes(toy):
     record, (base, cold) = toy.record("Toy"), toy.arms()
+    arms = record / "arms" / "cold"
     meta = json.loads((record / "meta.json").read_text())
     arm, result = meta["arms"][0], meta["result"]
     for entry, folder in zip(meta["runs"] + arm["runs"], base + cold, strict=True):
         end = toy.events(folder)[-1]
         assert entry["run_id"] == folder.name and entry["tokens"] == 20 * 256 and entry["steps"] == 20
         assert (entry["val_loss"], entry["train_time_ms"]) == (end["val_loss"], end["train_ms"])
-    assert [entry["seed"] for entry in meta["runs"]] == [1, 2, 3]
     assert arm | dict(runs=0) == dict(name="cold", changed=dict(head_lr=0.0001), patch_sha256=None, runs=0)
     mean, sd = statistics.fmean(losses(toy, base)), statistics.stdev(losses(toy, base))
     assert (result["val_loss_mean"], result["val_loss_sd"]) == (pytest.approx(mean), pytest.approx(sd))
     assert result["p"] == pytest.approx(1 - t_below((TARGET - mean) / sd * math.sqrt(3), 2, 100_000), rel=1e-4)
     assert meta["changed"]["steps"] == 20 and "data_dir" not in meta["changed"] and meta["data"]["public"]
-    runs = [*(f"runs/{folder.name}" for folder in base), *(f"arms/cold/{folder.name}" for folder in cold)]
-    kept = {f"{run}/{file}" for run in runs for file in ("log.txt", "metrics.jsonl")}
-    assert kept | {"README.md", "meta.json", "train_gpt.py"} == {
-        path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
+    kept = {path.parent for path in record.rglob("*.*")}
+    assert kept == {record, *(record / "runs" / run.name for run in base), *(arms / run.name for run in cold)}
     fast = json.loads((toy.record("Fast") / "meta.json").read_text())["result"]
     assert fast["gain_ci_ms"][0] < fast["gain_ms"] < fast["gain_ci_ms"][1]
 
@@ -152,27 +143,24 @@ def test_leaving_out_and_keeping_private(bare):
     refused = bare.main("add", *base[:2], *COMMON)
     assert refused.code == 1 and f"_New: logs/{base[2].name} (seed 3, " in refused.out
     assert bare.tree() == before
-    why = [arg for run in base[1:] for arg in ("--leave-out", f"{run.name}=the power failed")]
+    why = [f"--leave-out={run.name}=the power failed" for run in base[1:]]
     assert bare.main("add", base[0].name, *COMMON, *why, "--private").code == 0
-    record, readme = bare.record("New"), (bare.record("New") / "README.md").read_text()
+    readme = (bare.record("New") / "README.md").read_text()
     assert readme.startswith(bare.runs.PRIVATE + "\n") and f"- left out: {base[2].name}, the power failed" in readme
-    meta, out = json.loads((record / "meta.json").read_text()), [run.name for run in base[1:]]
-    assert [run["run_id"] for run in meta["left_out"]] == out and not meta["data"]["public"]
-    assert bare.main("verify", record.name) == (0, "1 records, 0 failed\n", "")
+    assert bare.main("verify", bare.record("New").name) == (0, "1 records, 0 failed\n", "")
 
 
 REFUSED = dict(
     name_that_is_a_path=("add", "{run}", *COMMON, "--name", "../x"), compare_of_one=("compare", "a"),
-    name_that_is_there=("add", "{run}", *COMMON, "--name", "Toy"),
     run_that_is_not_there=("add", "20200101-000000-abcdef", *COMMON),
     track_that_is_not_there=("add", "{run}", *COMMON, "--track", "x"),
     leave_out_without_reason=("add", "{run}", *COMMON, "--leave-out", "{run}"),
     arm_that_is_a_path=("add", "{run}", *COMMON, "--arm", "../../../evil={cold}"),
-    arm_without_name=("add", "{run}", *COMMON, "--arm", "{cold}"), parent=("add", "{run}", *COMMON, "--parent", "../x"),
-    verify_of_nothing=("verify", "2020-01-01_Nothing"), verify_of_a_path=("verify", "../records"),
+    parent=("add", "{run}", *COMMON, "--parent", "../x"),
+    verify_of_nothing=("verify", "2020-01-01_Nothing"),
     list_of_nothing=("list", "nowhere"), compare_of_nothing=("compare", "a", "b"),
-    compare_of_mixed_recipes=("compare", "logs", "{run}"), rerun_of_nothing=("rerun", "2020-01-01_Nothing"),
-    same_run_twice=("compare", "{run},{run}", "{cold}"), plot_of_nothing=("plot", "nothing"),
+    compare_of_mixed_recipes=("compare", "logs", "{run}"),
+    same_run_twice=("compare", "{run},{run}", "{cold}"),
     plot_into_nothing=("plot", "{run}", "--out", "nowhere/plot.png"), import_of_nothing=("import", "nothing"),
     trial_of_nothing=("trial", "nothing.py", "train_gpt.py"), unknown_option=("list", "--all"),
     trial_without_runs=("trial", "train_gpt.py", "train_gpt.py", "--runs=0"),
@@ -234,7 +222,7 @@ def test_other_gpus_or_counts_are_never_ranked_together(box):
 
 
 def test_without_scipy_nothing_is_passed_and_failures_still_show(box, tmp_path):
-    path = without(tmp_path, "scipy")
+    path = without(tmp_path, "scipy", "torch")
     done = box.process("verify", PYTHONPATH=path)
     assert done.code == 3 and done.out.startswith("unchecked: scipy missing")
     assert done.out.endswith("\n2 records, 0 failed\n") and done.err == ""
@@ -267,39 +255,24 @@ def test_the_example_for_tensorboard(toy, monkeypatch):
 # ---- compare and plot
 
 
-def names(folders):
-    return ",".join(folder.name for folder in folders)
-
-
 def test_compare_a_record_with_a_set_of_runs(toy):
     base, cold = toy.arms()
-    done = toy.main("compare", toy.record("Toy").name, names(cold))
+    done = toy.main("compare", toy.record("Toy").name, forge.names(cold))
     gap, low, high, _ = slow_welch(losses(toy, base), losses(toy, cold))
     assert done.code == 0 and done.out.startswith(f"scripts: the same\nchanged knobs: head_lr {HEAD_LR} -> 0.0001\n")
     interval = f"95 % interval {low:+.4f} to {high:+.4f} (Welch)"
     assert f"loss, head_lr=0.0001 - head_lr={HEAD_LR}: {gap:+.4f}, {interval}" in done.out
-    assert "(Welch), p = " in done.out and "which decides" in done.out  # two seeds in common
-    assert "training time, not at equal loss" in done.out or "no verdict on time" in done.out
-    inside = toy.main("compare", toy.record("Toy") / "runs", toy.record("Toy") / "arms" / "cold")  # keep no script
+    assert "which decides" in done.out  # two seeds in common
+    inside = toy.main("compare", toy.record("Toy") / "runs", toy.record("Toy") / "arms" / "cold")
     assert inside.out == re.sub(r" \(p of a mean below 5: [^)]+\)", "", done.out) != done.out  # a folder has no track
 
 
-def test_compare_of_a_record_on_no_track_knows_no_target(box):
-    box.victim = box.record("Toy")
-    box.write(box.victim, box.meta() | dict(track="nowhere"))
-    done = box.main("compare", box.victim.name, names(box.arms()[1]))
-    assert done.code == 0 and "p of a mean" not in done.out and done.err == ""
-
-
 def test_the_knob_that_differs_is_never_cut_off(box):
-    """By which sets and runs are called, and of which a mixed set is told."""
     base, _ = box.arms()
     pattern = "LS" * 100
     long = forge.clone(box, base[0], box.root / "long", 5, 1, by=0.1, layer_pattern=pattern, value_pattern="0." * 100)
     done = box.main("compare", base[0].name, long)
     assert done.code == 3 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: its loss is +0.1000" in done.out
-    mixed = box.main("compare", f"{base[0].name},{long}", base[1].name)
-    assert mixed.code == 2 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: {long.name}\n" in mixed.out
 
 
 @pytest.mark.parametrize("status, words", [
@@ -321,11 +294,10 @@ def test_the_same_losses_are_a_pure_refactoring(box):
     same = [forge.clone(box, run, box.root / "same", 3600 + 60 * i, i, pace=0.5) for i, run in enumerate(base, 1)]
     for folder in same:
         box.rescript(folder, "# written anew\n")
-    done = box.main("compare", names(base), "same")
+    done = box.main("compare", forge.names(base), "same")
     assert done.code == 0 and "same: identical losses, to the last digit, with each of 3 seeds" in done.out
-    assert box.main("compare", base[0], same[0]).code == 0
     box.change(folder, lambda rows: forge.shift(rows, 1e-9))
-    done = box.main("compare", names(base), "same")
+    done = box.main("compare", forge.names(base), "same")
     assert done.code == 0 and "identical" not in done.out and "equal to" in done.out and "within 0.01" in done.out
 
 
@@ -350,8 +322,7 @@ def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, opt
     low, high = (float(x) for x in done.out.split("95 % interval ")[1].split(" (")[0].split(" to "))
     assert done.code == code and words in done.out and "3 pairs of one seed" in done.out
     inside = -margin < low and high < margin
-    assert (f"time to equal loss, within {margin:g}, x 0.5" in done.out) == inside, done.out
-    assert ("training time, not at equal loss, x 0.5" in done.out) == (not inside)
+    assert (f"time to equal loss, within {margin:g}, x 0.5" if inside else "not at equal loss, x 0.5") in done.out
     ratios = [math.log((0.5 + 0.001 * i) / (1 + 0.001 * i)) for i in (1, 2, 3)]
     half = t_quantile(0.975, 2) * statistics.stdev(ratios) / math.sqrt(3)
     mean, first, last = (math.exp(statistics.fmean(ratios) + k * half) for k in (0, -1, 1))
@@ -361,7 +332,7 @@ def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, opt
 def test_runs_that_did_not_take_turns_give_no_verdict_on_time(box):
     a, b = alternating(box, 0.001, 0.002, 0.0015)
     assert "no verdict on time" not in box.main("compare", a, b).out
-    done = box.main("compare", names(box.arms()[0]), b)
+    done = box.main("compare", forge.names(box.arms()[0]), b)
     assert "no verdict on time (x " in done.out and "did not all take turns" in done.out
 
 
@@ -371,11 +342,8 @@ def test_compare_says_how_many_runs_it_takes(box):
     duel = box.decide.Duel(*(box.sets.load(box.root / name).runs for name in (a, b)))
     assert done.code == 3 and f"the losses are not separated: {duel.runs_still_needed()}\n" in done.out
     base, _ = box.arms()
-    done = box.main("compare", names(base[:2]), base[2].name)
+    done = box.main("compare", forge.names(base[:2]), base[2].name)
     assert done.code == 3 and "takes an interval to say, and so 3 runs of each" in done.out
-    one = box.main("compare", *(sorted((box.root / name).iterdir())[0] for name in (a, b)))
-    assert one.code == 3
-    assert f"head_lr=0.5: its loss is +0.0300 from head_lr={HEAD_LR}'s (by runs of one seed)" in one.out
 
 
 def test_compare_other_machines_scripts_and_streams(box):
@@ -384,26 +352,24 @@ def test_compare_other_machines_scripts_and_streams(box):
     for folder in other:
         box.rescript(folder, "# \x1b[31m mine\n")
         box.change(folder, forge.put("start", torch="1.0", packages={}))
-    done = box.main("compare", names(base), "other")
+    done = box.main("compare", forge.names(base), "other")
     assert done.code == 0 and "+# \\x1b[31m mine\n" in done.out and "\x1b" not in done.out
     assert "note: not one kind of machine" in done.out and "1.0" in done.out
     (other[0] / "train_gpt.py").unlink()
-    assert f"scripts: not the same, and that of {other[0].name} is" in box.main("compare", base[0], other[0]).out
+    assert "scripts: not the same, and one is not kept" in box.main("compare", base[0], other[0]).out
     for folder in other:
         box.change(folder, forge.put("start", data=dict(val_sha256="a" * 64)))
-    done = box.main("compare", names(base), "other")
+    done = box.main("compare", forge.names(base), "other")
     own = box.events(base[0])[0]["data"]["val_sha256"]
     assert done.code == 2 and "a" * 12 in done.err and own[:12] in done.err and done.out == ""
 
 
 def test_plot(toy, tmp_path):
-    out = tmp_path / "plot.png"
-    done = toy.main("plot", toy.record("Toy").name, toy.record("Fast").name, "--x=steps", "--out", out)
-    data = out.read_bytes()
-    assert done == (0, f"{out}: {len(data)} bytes\n", "")
-    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) <= 100 * 1024
-    for odd in [toy.record("Toy").name] * 10, ["--mark", "x=1"]:
-        assert toy.main("plot", toy.record("Toy").name, "--out", out, *odd).code == 2
+    out, name = tmp_path / "plot.png", toy.record("Toy").name
+    done = toy.main("plot", name, toy.record("Fast").name, "--x=steps", "--out", out)
+    assert done == (0, f"{out}: {out.stat().st_size} bytes\n", "") and out.read_bytes().startswith(b"\x89PNG")
+    for odd in [name] * 10, ["--mark", "x=1"]:
+        assert toy.main("plot", name, "--out", out, *odd).code == 2
 
 
 @pytest.mark.parametrize("count, x, column, scale", [(1, "time", 3, 1e3), (10, "tokens", 1, 1e6), (3, "steps", 0, 1)])
@@ -429,14 +395,6 @@ def test_a_picture_shows_both_losses_and_keeps_its_legend_inside(toy, count, x, 
     pyplot.close(figure)
 
 
-def test_smoothing_keeps_lines_and_ends(toy):
-    line = [3 - 0.01 * i for i in range(50)]
-    assert toy.sets.smooth(line) == pytest.approx(line) and toy.sets.smooth([]) == [] and toy.sets.smooth([2]) == [2]
-    noisy = [3 + (-1) ** i for i in range(50)]
-    found = toy.sets.smooth(noisy)
-    assert found[0] == 4 and found[-1] == 2 and max(abs(x - 3) for x in found[3:-3]) == pytest.approx(1 / 7)
-
-
 def test_sets_are_called_by_what_differs(box):
     """By knobs where one script ran, else by where they lie; a name of the user's stays."""
     base, cold = box.arms()
@@ -447,3 +405,8 @@ def test_sets_are_called_by_what_differs(box):
     for run in (record / "arms/cold").iterdir():
         box.change(run, forge.put("start", script_sha256="a" * 64))
     assert label(record / "runs", record / "arms/cold") == ["runs", "cold"]
+
+
+def test_smoothing_keeps_lines_to_their_ends(toy):
+    line = [3 - 0.01 * i for i in range(50)]
+    assert toy.sets.smooth(line) == pytest.approx(line) and toy.sets.smooth([]) == []
