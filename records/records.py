@@ -126,11 +126,12 @@ def rows_of_meta(record: Record):
     yield "schema", f"a date from {last}, its last run, on", day >= last, True
     yield "headline", "changed", meta["changed"], changed_knobs(record.runs[0])
     yield "left-out", "the list of runs in it and left out", [r.name for r in every if r.name in left], []
-    public = {k: v for k, v in meta["data"].items() if k != "public"}
+    public = meta["data"]["public"]
     for run in every:
-        for key, value in run.facts().items():
-            code, wanted = ("data", public) if key == "data" else ("headline", meta[key])
-            yield code, f"{key} of {run.name}", value, wanted
+        facts = run.facts()
+        yield "data", f"data of {run.name}", dict(facts.pop("data"), public=public), meta["data"]
+        for key, value in facts.items():
+            yield "headline", f"{key} of {run.name}", value, meta[key]
 
 def rows_of_recipes(record: Record):
     """Scripts and knobs, as meta.json, the script and the parent say: this is an older record of the track, with the
@@ -163,8 +164,8 @@ def rows_of_recipes(record: Record):
 
 def rows_of_track(record: Record, track: dict):
     data, gpu, count = record.meta["data"], record.meta["hardware"]["gpu"], record.meta["hardware"]["count"]
-    yield "data", "val_sha256", data["val_sha256"], track["val_sha256"] or data["val_sha256"]
-    yield "data", "val_tokens", data["val_tokens"], track["val_tokens"]
+    for key in ("val_sha256", "val_tokens"):
+        yield "data", key, data[key], track[key] or data[key]
     stream = train_sha256(data)
     yield "data", "SHA-256 over the training shards", stream, track["train"]["sha256"] or stream
     allowed, most = track["hardware"]["gpu"], track["train"]["max_epochs"]
@@ -183,8 +184,8 @@ def rows_of_readme(record: Record):
     for mark in TABLE:
         yield "readme", f"the count of '{mark}'", text.count(mark), 1
     if wanted not in text:
-        lines = zip_longest(text[text.find(TABLE[0]) :].split("\n"), wanted.split("\n"))
-        yield "readme", "its generated table", *next(pair for pair in lines if pair[0] != pair[1])
+        lacks = [line for line in wanted.split("\n") if line not in text]
+        yield "readme", "what its generated table lacks, order aside,", lacks, "nothing"
     if not record.meta["data"]["public"]:
         yield "readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE
 
@@ -241,7 +242,7 @@ def alike(a: list[tuple], b: list[tuple]) -> bool:
 
 # ---- verify
 
-def report(problems: list[tuple[str, str, str]]) -> None:
+def report(problems: list[tuple[str, str, str]]):
     for name, code, sentence in problems:
         print(f"FAIL {safe(name, 80)} {code}: {safe(sentence)}")
 
@@ -326,7 +327,7 @@ def add(args) -> int:
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
 
-def write_record(folder: Path, sets: dict[str, list[Run]], meta: dict) -> None:
+def write_record(folder: Path, sets: dict[str, list[Run]], meta: dict):
     fit(meta, META, "meta.json")  # before files are written under names that it gives
     for label, run in ((label, run) for label, own in sets.items() for run in own):
         (folder / label / run.name).mkdir(parents=True)
@@ -337,10 +338,19 @@ def write_record(folder: Path, sets: dict[str, list[Run]], meta: dict) -> None:
     (folder / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
 
 def skeleton(meta: dict) -> str:
-    private = [] if meta["data"]["public"] else [PRIVATE, ""]
-    commands = [f"python records/records.py {command} {meta['name']}" for command in ("verify", "rerun")]
-    text = [*private, f"# {meta['name']}", "", safe(meta["summary"]), "", tables(meta), "", "```", *commands, "```", ""]
-    return "\n".join(text)
+    """A record's README.md, whose text is still to be written."""
+    private, name = "" if meta["data"]["public"] else f"{PRIVATE}\n\n", meta["name"]
+    return f"""{private}# {name}
+
+{safe(meta["summary"])}
+
+{tables(meta)}
+
+```
+python records/records.py verify {name}
+python records/records.py rerun {name}
+```
+"""
 
 # ---- Command line
 

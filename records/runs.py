@@ -104,7 +104,7 @@ def misfit(value, spec, where: str) -> str | None:
 def first_misfit(parts) -> str | None:
     return next(filter(None, (misfit(*part) for part in parts)), None)
 
-def fit(value, spec, where: str) -> None:
+def fit(value, spec, where: str):
     reason = misfit(value, spec, where)
     if reason:
         raise Bad("schema", reason)

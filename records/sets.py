@@ -111,7 +111,7 @@ def row(meta: dict, timed: bool) -> str:
             f"{show(r['val_loss_sd'], '.4f')} | {r['n']} | {show(r['p'], '.2g')} | {meta['parent'] or 'none'} | "
             f"{show(gain, '.2f')} |")
 
-def write_list(records: list[Record]) -> None:
+def write_list(records: list[Record]):
     path, whole = ROOT / "README.md", listing(None, records)
     text, found = re.subn(".*".join(LIST_MARKS), lambda _: whole, path.read_text(encoding="utf-8"), flags=re.S)
     if not found:
@@ -247,9 +247,12 @@ def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[s
 def machine(run: Run) -> str:
     return f"{run.gpu_count} x {safe(run.gpu, 60)}" if run.gpu else "CPU" if run.start else "GPU unknown"
 
+def target_of(s: Set) -> float | None:
+    return read_tracks().get(s.track, {}).get("target_loss")
+
 def describe(s: Set, target: float | None = None) -> str:
     """Its loss, time and memory, and p against a target, by default its track's."""
-    target = target or read_tracks().get(s.track, {}).get("target_loss")
+    target = target or target_of(s)
     goal = f" (p of a mean below {target:g}: {show(p_below(s.losses, target), '.2g')})" if target else ""
     peaks, pace = [run.peak_mib for run in s.runs if run.peak_mib], [run.train_ms / run.total for run in s.runs]
     seconds, (total, planned) = [t / 1e3 for t in s.times], max((run.total, run.planned) for run in s.runs)
@@ -273,7 +276,7 @@ def changes(a: Run, b: Run) -> str:
     values = [(k, a.knobs.get(k, "absent"), b.knobs.get(k, "absent")) for k in sorted(a.knobs.keys() | b.knobs)]
     return safe(", ".join(f"{k} {old} -> {new}" for k, old, new in values if old != new) or "none")
 
-def name_by_difference(sets: list[Set]) -> None:
+def name_by_difference(sets: list[Set]):
     """Have sets of one script called by the knobs that differ, as they would be typed, unless the user named them."""
     firsts = [s.runs[0] for s in sets]
     if all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1:
@@ -399,7 +402,7 @@ def smooth(values: list[float]) -> list[float]:
     spans = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return [statistics.fmean(values[i - k : i + k + 1]) for i, k in enumerate(spans)]
 
-def draw(axis, column: int, scale: float, s: Set, color: str) -> None:
+def draw(axis, column: int, scale: float, s: Set, color: str):
     """One set: its runs' losses of training faint, their mean smoothed; of validation points, their mean dashed."""
     trained = [[p for p in run.steps if p[2] is not None] for run in s.runs]
     scored = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
@@ -424,7 +427,7 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
         draw(axis, column, scale, s, f"C{i}")
     seen = [point for line in axis.lines for point in line.get_xydata()]
     late = [loss for at, loss in seen if at > 0.1 * max(at for at, _ in seen)]
-    for target in {t["target_loss"] for name, t in read_tracks().items() if name in {s.track for s in sets}} - {None}:
+    for target in {*map(target_of, sets)} - {None}:
         late.append(target)
         axis.axhline(target, color="gray", lw=0.8, ls=":")
         axis.annotate(f"target {target}", (0.01, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")

@@ -13,7 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections import defaultdict, deque
+from collections import deque
 from pathlib import Path
 
 from decide import LEVEL, Undecided, distributions, prediction, rule
@@ -55,7 +55,7 @@ class Arm:
         chosen = "save" not in script_knobs(self.source) or any(knob.startswith("--save=") for knob in knobs)
         self.arguments = knobs if chosen else [*knobs, "--save=False"]
 
-    def start(self, script: Path, *knobs: str, **surroundings: str) -> None:
+    def start(self, script: Path, *knobs: str, **surroundings: str):
         """A process that trains, through run.sh."""
         self.tail, self.began = deque(maxlen=25), set(LOGS.glob("*"))
         python = dict(PYTHON=os.environ.get("PYTHON") or sys.executable)
@@ -122,7 +122,7 @@ class Arm:
         why = f", {ends[-1]['reason']}" if ends else ""
         return Bad("script", f"{name} ended with exit code {code}{safe(why, 300)}: no complete run")
 
-    def end(self) -> None:
+    def end(self):
         """The training ends, and what it started: a step later, or where the run is all but done, after it."""
         if self.process is None:
             return
@@ -151,17 +151,17 @@ class Arm:
 
     def earlier(self, logged: list[Run], seeds: list[int], now: dict | None) -> dict[int, Run]:
         """Those of `logged` that this arm would only repeat: of its script, knobs, data, machine, versions."""
-        found, other = {}, defaultdict(list)
+        found = {}
         for run in logged if now else ():
             if run.script_sha256 == self.sha and run.seed in seeds and run.knobs == now["knobs"]:
                 differ = [key for key in now if key != "knobs" and run.start[key] != now[key]]
                 if run.resumed or library_notes([run]):
-                    differ = ["its origin (resumed, or called by other code)"]
-                found[run.seed] = run
+                    differ.append("its origin (resumed, or called by other code)")
                 if differ:
-                    other[", ".join(differ)].append(found.pop(run.seed).name)
-        for differ, names in other.items():
-            print(f"{self.label}: not counted, for {differ}: {', '.join(names)}")
+                    print(f"{self.label}: not counted, for {', '.join(differ)}: {run.name}")
+                else:
+                    print(f"already in logs/: {self.label}, seed {run.seed}: {run.name}")
+                    found[run.seed] = run
         return found
 
 # ---- rerun
@@ -262,7 +262,7 @@ def labels(typed: list[str], own: list[list[str]]) -> list[str]:
              for name, knobs in zip(typed, only)]
     return names if names[0] != names[1] else [f"{names[0]} ({arm})" for arm in "AB"]
 
-def check_arms(arms: list[Arm], now: list[dict | None], floor: bool) -> None:
+def check_arms(arms: list[Arm], now: list[dict | None], floor: bool):
     """Bad before the first run where a verdict could not follow."""
     if None in now:
         return
@@ -295,8 +295,6 @@ def trial(args, knobs: list[str]) -> int:
         for i, arm in enumerate(arms):
             found = arm.earlier(logged, [seed for j, seed in plan if j == i], now[i])
             done |= {(i, seed): run for seed, run in found.items()}
-        for (i, seed), run in done.items():
-            print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
         reused = len(done)
         for count, (i, seed) in enumerate([key for key in plan if key not in done], reused + 1):
             done[i, seed] = arms[i].train(seed, f"run {count} of {len(plan)}: {arms[i].label}, seed {seed}")

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,37 +49,38 @@ class Done(NamedTuple):
 
 def load(folder):
     """The modules of a records/ folder, their paths its own; the import system forgets them again."""
-    names, patch = ("decide", "runs", "seeds", "sets", "trials", "records"), mock.patch.object
-    bytecode = patch(sys, "dont_write_bytecode", False)  # compiled once, and copied with the checkout
-    with patch(sys, "path", [str(folder), *sys.path]), bytecode, mock.patch.dict(sys.modules):
+    names = "decide", "runs", "seeds", "sets", "trials", "records"
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]), mock.patch.dict(sys.modules):
         for name in names:
             sys.modules.pop(name, None)  # of another folder
         importlib.invalidate_caches()
         return [importlib.import_module(name) for name in names]
 
 
-class Checkout:
-    """A scratch checkout, its records.py loaded into this process."""
+class Box:
+    """A scratch checkout, its records.py loaded into this process. `victim` is the record that a forger works on,
+    `claims` what he writes over meta.json."""
 
     def __init__(self, root):
-        self.root, self.logs = root, root / "logs"
+        self.root, self.logs, self.claims = root, root / "logs", {}
+        self.victim = self.record("Fast") or self.record("Toy")
         self.decide, self.runs, _, self.sets, self.trials, self.records = load(root / "records")
         self.environment = environment() | dict(PYTHON=str(root / "python"), CUDA_VISIBLE_DEVICES="")
 
     def main(self, *argv, answer=""):
         """`python records/records.py argv` in this process."""
-        out, err, where, handler = io.StringIO(), io.StringIO(), Path.cwd(), signal.getsignal(signal.SIGTERM)
+        out, err, where, patch = io.StringIO(), io.StringIO(), Path.cwd(), mock.patch.object
         self.records.complete_runs.cache_clear()
         os.chdir(self.root)
         try:
-            with (mock.patch.dict(os.environ, self.environment), mock.patch.object(sys, "stdin", io.StringIO(answer)),
-                  contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            with (mock.patch.dict(os.environ, self.environment), patch(sys, "stdin", io.StringIO(answer)),
+                  patch(self.records.signal, "signal"), contextlib.redirect_stdout(out),
+                  contextlib.redirect_stderr(err)):
                 code = self.records.main([*map(str, argv)])
         except SystemExit as error:  # argparse
             code = error.code
         finally:
             os.chdir(where)
-            signal.signal(signal.SIGTERM, handler)
         return Done(code, out.getvalue(), err.getvalue())
 
     def process(self, *argv, **more):
@@ -150,6 +150,67 @@ class Checkout:
             text, (start, end) = (record / "README.md").read_text(encoding="utf-8"), self.runs.TABLE
             text = text.partition(start)[0] + self.records.tables(meta) + text.partition(end)[2]
             (record / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+    def run(self, i=1, label="runs"):
+        return sorted((self.victim / label).iterdir())[i]
+
+    def edit(self, change, i=1, label="runs"):
+        return self.change(self.run(i, label), change)
+
+    def edit_all(self, change, *labels):
+        for label in labels or dict(self.runs.entries(self.meta())):
+            for i in range(len(list((self.victim / label).glob("*")))):
+                self.edit(change, i, label)
+
+    def meta(self):
+        return json.loads((self.victim / "meta.json").read_text())
+
+    def extend_script(self, text, *labels):
+        """Have the runs, of all sets or of some, made by a script that ends in `text`."""
+        script = (self.victim / "train_gpt.py").read_bytes() + text.encode()
+        self.edit_all(put("start", script_sha256=hashlib.sha256(script).hexdigest()), *labels)
+        return script
+
+    def replace(self, path, old, new):
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        path.write_text(text.replace(old, new, 1), encoding="utf-8", newline="\n")
+
+    def move(self, name):
+        """Give the record another name, everywhere."""
+        self.victim = self.victim.rename(self.victim.with_name(name))
+        self.write(self.victim, self.meta() | dict(name=name, date=name[:10]))
+
+    def remove(self, i=1, label="runs"):
+        """A run that the record never had."""
+        shutil.rmtree(self.run(i, label))
+        meta = self.meta()
+        del meta[label][i]
+        self.write(self.victim, meta)
+
+    def delay(self, label, seconds, first=0):
+        """Have the runs of a set, from the `first` on, start `seconds` later, everywhere."""
+        meta = self.meta()
+        for entry in meta[label][first:]:
+            folder = self.victim / label / entry["run_id"]
+            entry["run_id"], utc = later(folder.name, seconds)
+            rows, folder = self.events(folder), folder.rename(folder.with_name(entry["run_id"]))
+            rows[0].update(run_id=folder.name, utc=utc)
+            self.rewrite(folder, rows)
+        self.write(self.victim, meta)
+
+    def problems(self):
+        """[[code, sentence]] of verify, which must fail, without a traceback, and end with its count."""
+        done = self.main("verify")
+        lines = done.out.splitlines()
+        assert done.code == 1 and done.err == "" and lines.pop().endswith(" failed"), done
+        return [line.partition(" ")[2].partition(" ")[2].split(": ", 1) for line in lines]
+
+    def expect(self, code, *words):
+        """The problems of verify, of which one has this code and, in its sentence, these words."""
+        found = self.problems()
+        assert any(own == code and all(str(word) in sentence for word in words) for own, sentence in found), found
+        return found
 
 
 def later(run_id, seconds):
@@ -265,7 +326,7 @@ def build(root):
     make_corpus(root / "data" / "embedded", train=(4000, 3000))
     (root / "python").write_text(PYTHON)
     (root / "python").chmod(0o755)
-    checkout = Checkout(root)
+    checkout = Box(root)
     (root / "README.md").write_text(README.format(*checkout.records.LIST_MARKS))
     done = checkout.process("trial", "train_gpt.py", "train_gpt.py", "--runs=2", COLD, *KNOBS)
     assert done.code == 0, done
@@ -305,7 +366,7 @@ def made(tmp_path_factory):
         part = root.with_name("checkout.part")
         build(part)
         part.rename(root)
-    return Checkout(root)
+    return Box(root)
 
 
 def names(folders):
@@ -314,75 +375,6 @@ def names(folders):
 
 def losses(checkout, folders):
     return [checkout.events(folder)[-1]["val_loss"] for folder in folders]
-
-
-class Box(Checkout):
-    """A checkout to spoil; `victim` is the record that the forger works on, `claims` what he writes over meta.json."""
-
-    def __init__(self, root):
-        super().__init__(root)
-        self.victim, self.claims = self.record("Fast") or self.record("Toy"), {}
-
-    def run(self, i=1, label="runs"):
-        return sorted((self.victim / label).iterdir())[i]
-
-    def edit(self, change, i=1, label="runs"):
-        return self.change(self.run(i, label), change)
-
-    def edit_all(self, change, *labels):
-        for label in labels or dict(self.runs.entries(self.meta())):
-            for i in range(len(list((self.victim / label).glob("*")))):
-                self.edit(change, i, label)
-
-    def meta(self):
-        return json.loads((self.victim / "meta.json").read_text())
-
-    def extend_script(self, text, *labels):
-        """Have the runs, of all sets or of some, made by a script that ends in `text`."""
-        script = (self.victim / "train_gpt.py").read_bytes() + text.encode()
-        self.edit_all(put("start", script_sha256=hashlib.sha256(script).hexdigest()), *labels)
-        return script
-
-    def replace(self, path, old, new):
-        text = path.read_text(encoding="utf-8")
-        assert old in text
-        path.write_text(text.replace(old, new, 1), encoding="utf-8", newline="\n")
-
-    def move(self, name):
-        """Give the record another name, everywhere."""
-        self.victim = self.victim.rename(self.victim.with_name(name))
-        self.write(self.victim, self.meta() | dict(name=name, date=name[:10]))
-
-    def remove(self, i=1, label="runs"):
-        """A run that the record never had."""
-        shutil.rmtree(self.run(i, label))
-        meta = self.meta()
-        del meta[label][i]
-        self.write(self.victim, meta)
-
-    def delay(self, label, seconds, first=0):
-        """Have the runs of a set, from the `first` on, start `seconds` later, everywhere."""
-        meta = self.meta()
-        for entry in meta[label][first:]:
-            folder = self.victim / label / entry["run_id"]
-            entry["run_id"], utc = later(folder.name, seconds)
-            rows, folder = self.events(folder), folder.rename(folder.with_name(entry["run_id"]))
-            rows[0].update(run_id=folder.name, utc=utc)
-            self.rewrite(folder, rows)
-        self.write(self.victim, meta)
-
-    def problems(self):
-        """[[code, sentence]] of verify, which must fail, without a traceback, and end with its count."""
-        done = self.main("verify")
-        lines = done.out.splitlines()
-        assert done.code == 1 and done.err == "" and lines.pop().endswith(" failed"), done
-        return [line.partition(" ")[2].partition(" ")[2].split(": ", 1) for line in lines]
-
-    def expect(self, code, *words):
-        """The problems of verify, of which one has this code and, in its sentence, these words."""
-        found = self.problems()
-        assert any(own == code and all(str(word) in sentence for word in words) for own, sentence in found), found
-        return found
 
 
 def without(folder, *packages):

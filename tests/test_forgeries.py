@@ -111,7 +111,7 @@ META = dict(
     better_p=(dict(result=dict(p=1e-12)), "headline", "result.p is 1e-12"),
     knob_that_was_not_changed=(dict(changed=dict(steps=10)), "headline", "'steps': 10"),
     other_hardware=(dict(hardware=dict(gpu=GPU, count=1, memory_mib=81559, driver="1")), "headline", GPU, "None"),
-    private_but_not_said=(dict(data=dict(public=False)), "readme", "# 2"),
+    private_but_not_said=(dict(data=dict(public=False)), "readme", "Data: private"),
     arm_with_other_knobs=(dict(arms=dict(changed=dict(head_lr=0.5))), "knobs", "0.0001"),
     another_name=(dict(name="2026-11-26_Another"), "schema", "2026-11-26_Another"),
     unknown_track=(dict(track="nowhere"), "track", "no track nowhere"),

@@ -33,13 +33,12 @@ PUBLISHED = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2
 PEAK = "peak memory allocated: 39491 MiB"
 
 
-def steps_of(loss, steps=1770, ms=142000, unit="ms"):
-    time = lambda step: f"{ms * step // steps // (1 if unit == 'ms' else 1000)}{unit}"
-    lines = [f"step:0/{steps} val_loss:10.8258 train_time:0{unit} step_avg:nanms"]
-    lines += [f"step:{i}/{steps} train_time:{time(i)} step_avg:nanms" for i in range(1, 11)]
-    lines += [f"step:11/{steps} train_loss:7.5 train_time:{time(11)} step_avg:80.21ms lr:0.05 window:3"]
-    lines += [f"step:{steps // 2}/{steps} val_loss:3.6 train_time:{time(steps // 2)} step_avg:80.23ms"]
-    lines += [f"step:{steps}/{steps} val_loss:{loss:.4f} train_time:{time(steps)} step_avg:80.23ms"]
+def steps_of(loss, steps=1770, ms=142000):
+    time = lambda step: f"train_time:{ms * step // steps}ms step_avg:80.23ms"
+    lines = [f"step:0/{steps} val_loss:10.8258 train_time:0ms step_avg:nanms"]
+    lines += [f"step:{i}/{steps} {time(i)}" for i in range(1, 11)]
+    lines += [f"step:11/{steps} train_loss:7.5 {time(11)} lr:0.05 window:3"]
+    lines += [f"step:{i}/{steps} val_loss:{x:.4f} {time(i)}" for i, x in ((steps // 2, 3.6), (steps, loss))]
     return "\n".join(lines) + "\n"
 
 
@@ -70,17 +69,11 @@ def box(tmp_path_factory, tmp_path):
 # ---- Logs of the public speedrun
 
 
-@pytest.mark.parametrize("unit, newline, end", [
-    ("ms", "\n", f"{PEAK} reserved: 50528 MiB\n"),
-    ("ms", "\r\n", "peak memory consumption: 39491 MiB"), ("s", "\n", "peak memory: 39491 MiB\n")])
-def test_reading_a_log(toy, tmp_path, unit, newline, end):
-    body = steps_of(3.2791, unit=unit)
-    run = toy.runs.read_speedrun(write_log(tmp_path / "a log.txt", body, end=end, newline=newline))
+def test_reading_a_log(toy, tmp_path):
+    run = toy.runs.read_speedrun(write_log(tmp_path / "a log.txt", steps_of(3.2791), newline="\r\n"))
     assert run.vals == [(0, None, 10.8258, 0), (885, None, 3.6, 71000), (1770, None, 3.2791, 142000)]
-    assert run.steps == [(11, None, 7.5, 882 if unit == "ms" else 0)] and run.total == 1770 and run.complete
-    assert run.script == SOURCE.encode() and run.script_sha256 == hashlib.sha256(SOURCE.encode()).hexdigest()
-    assert (run.gpu, run.gpu_count, run.peak_mib) == ("NVIDIA H100 80GB HBM3", 8, 39491)
-    assert run.name == "a log" and run.start == {} and run.val_sha256 is None and not run.resumed
+    assert run.steps == [(11, None, 7.5, 882)] and run.script == SOURCE.encode() and run.name == "a log"
+    assert run.script_sha256 == hashlib.sha256(SOURCE.encode()).hexdigest()
 
 
 OLD = """step:0/3000 val_loss:10.9886 train_time:251ms step_avg:nanms
@@ -127,10 +120,9 @@ def test_a_run_is_complete_if_it_ends_with_a_validation(toy, tmp_path, body, com
 
 
 @pytest.mark.parametrize("body, source, word", [
-    ("", SOURCE, "no validation"), (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE, "no validation"),
+    (steps_of(3.28).replace("val_loss", "train_loss"), SOURCE, "no validation"),
     (steps_of(3.28) + steps_of(3.28, steps=1390), SOURCE, "step:0/1390 comes after step:1770/1770"),
-    (steps_of(3.28) + steps_of(3.28), SOURCE, "several runs"), (steps_of(3.28), "", "no source"),
-    (steps_of(3.28), f"{RULE}\n \n", "no source"), (steps_of(3.28), f"{RULE}\n", "no source"),
+    (steps_of(3.28) + steps_of(3.28), SOURCE, "several runs"), (steps_of(3.28), f"{RULE}\n \n", "no source"),
     (steps_of(3.28).replace("val_loss:1", "val_loss:\u0661").replace("val_loss:3", "val_loss:\u0663"), SOURCE, "no ")])
 def test_what_is_no_log_of_a_run_is_refused(toy, tmp_path, body, source, word):
     with pytest.raises(toy.runs.Bad) as caught:
@@ -146,7 +138,7 @@ def test_links_and_large_or_other_files_are_refused_before_reading(toy, tmp_path
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "short.txt").write_text(log.read_text().replace(f"\n{RULE}\n", f"\n{RULE[1:]}\n"))
     for name, code, word in (("link", "path", "link"), ("large", "size", "9437184"), ("pipe", "path", "plain"),
-                             ("short", "schema", "100 '='"), ("none", "path", "No such file")):
+                             ("short", "schema", "100 '='")):
         with pytest.raises(toy.runs.Bad) as caught:
             toy.runs.read_speedrun(tmp_path / f"{name}.txt")
         assert caught.value.code == code and word in str(caught.value)
@@ -174,29 +166,24 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     (logs / "c" / "not\x1b[31m.txt").write_text("hello")
     (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
     done = box.main("import", logs, "--target=3.28")
-    skipped = [line for line in done.out.splitlines() if line.startswith("skipped: ")]
-    assert done.code == 0 and len(skipped) == 2 and "\x1b" not in done.out
-    assert all(word in done.out for word in ("link.txt is a link", "31m.txt has no"))
+    assert done.code == 0 and done.out.count("skipped: ") == 2 and "\x1b" not in done.out
     names = [hashlib.sha256(source.encode()).hexdigest()[:12] for source in (SOURCE, changed)]
     p = box.decide.p_below([*PUBLISHED[:3], 3.28], 3.28)
     assert f"peers/{names[0]}: 5 logs, 4 complete\n" in done.out and f"peers/{names[1]}: 1 logs" in done.out
     assert f"n = 4) (p of a mean below 3.28: {p:.2g}); 1770 steps" in done.out and f"{names[1]}: loss 3.27" in done.out
-    again = box.main("import", logs / "a")
+    assert box.main("import", logs / "a").code == 0
     for name, count, source in zip(names, (5, 1), (SOURCE, changed)):
         folder = box.root / "peers" / name
         origins = dict(line.split("\t") for line in (folder / "origins.tsv").read_text().splitlines())
         assert {path.name for path in folder.glob("*.txt")} == origins.keys() and len(origins) == count
         assert (folder / "train_gpt.py").read_text() == source and all(str(logs) in path for path in origins.values())
-    assert again.code == 0 and "/peers/" in (forge.ROOT / ".gitignore").read_text().splitlines()
     assert box.main("compare", *names).code == 3  # there is one run of the other source
-    assert box.main("import", logs / "c" / "not\x1b[31m.txt").code == 2
 
 
 def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path):
     write_set(tmp_path / "s=t", PUBLISHED[:4])
     write_set(tmp_path / "s=t" / "more", PUBLISHED[4:])
     (tmp_path / "s=t" / "notes.txt").write_text("a note")
-    (tmp_path / "s=t" / "run.py").write_text("pass")
     shutil.copy(tmp_path / "s=t" / "00.txt", tmp_path / "00.txt")
     done = toy.main("compare", f"{tmp_path / 's=t'},{tmp_path / '00.txt'}", tmp_path / "s=t" / "more", "--target=3.28")
     assert done.code == 0 and "skipped: notes.txt has no line of" in done.out and "holds 1 logs twice" in done.out
@@ -217,8 +204,6 @@ def test_sets_of_two_scripts_are_joined_by_a_name(toy, tmp_path):
     assert done.code in (0, 3) and "note: mine joins runs of 2 scripts" in done.out and "mine: loss 3.27" in done.out
     assert "early: loss 3.2800" in done.out and "; stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
     assert toy.main("compare", f"mine={tmp_path / 'set'},{tmp_path / 'long.txt'}", early).code == 2
-    many = ",".join(str(tmp_path / "set" / f"{i}.txt") for i in range(13))  # longer than a path may be
-    assert f"mine: loss {3.2784}" in toy.main("compare", f"mine={many}", early).out
 
 
 def test_compare_of_two_public_sets(toy, tmp_path):
@@ -229,20 +214,13 @@ def test_compare_of_two_public_sets(toy, tmp_path):
     assert "no verdict on time (x 0.845)" in done.out and "not one kind" not in done.out
     assert "old: loss 3.2784 (sd 0.0014, n = 13); 1770 steps in 142.00 (" in done.out
     assert "peak 39491 MiB; 8 x NVIDIA H100" in done.out
-    write_set(tmp_path / "quick", PUBLISHED[::-1], ms=71000)
-    done = toy.main("compare", tmp_path / "old", tmp_path / "quick")
-    assert done.code == 0 and "quick: equal to old within 0.01" in done.out
-    assert "no verdict on time (x 0.500)" in done.out
 
 
 def test_a_public_set_against_ours(toy, tmp_path):
-    write_set(tmp_path / "public", PUBLISHED)
-    done = toy.main("compare", tmp_path / "public", toy.record("Toy").name)
-    assert done.code == 0 and "note: public logs do not name their validation tokens" in done.out
-    assert "note: not one kind of machine" in done.out and "20 steps in " in done.out and "1770 steps in " in done.out
-    assert "--- public\n" in done.out and "lines more\n" in done.out
-    sets = tmp_path / "public", toy.record("Toy").name, "--out", tmp_path / "picture.png"
-    assert toy.main("plot", *sets).out.startswith(f"{sets[-1]}: ")
+    sets = write_set(tmp_path / "public", PUBLISHED), toy.record("Toy").name
+    done = toy.main("compare", *sets)
+    assert done.code == 0 and "note: not one kind of machine" in done.out and "--- public\n" in done.out
+    assert toy.main("plot", *sets, "--out", tmp_path / "picture.png").code == 0
     refused = toy.main("plot", *sets, "--x=tokens")
     assert refused.code == 2 and "nothing of tokens" in refused.err
 
@@ -286,7 +264,7 @@ SPOILED = dict(
     digits_of_another_script=(in_file(METRICS, '"step": 1,', '"step": \u0661,'), "schema", "not JSON"),
     event_of_no_kind=(in_file(METRICS, '"event": "val"', '"event": "vale"'), "schema", "vale"),
     deep_json=(in_file("meta.json", '"a toy"', "[" * 50000 + "]" * 50000), "schema", "not JSON"),
-    table_in_its_readme=(in_file("README.md", "n = 3)", "n = 30)"), "readme", "n = 30)", "n = 3)"),
+    table_in_its_readme=(in_file("README.md", "n = 3)", "n = 30)"), "readme", "n = 3)"),
     no_table_in_its_readme=(in_file("README.md", "| set | run |", ""), "readme", "| set | run |"),
     log_that_is_a_link=(lambda box: linked(box.run() / "log.txt"), "path", "log.txt is a link"),
     record_that_is_a_link=(lambda box: linked(box.victim), "path", "YYYY-MM-DD"),
