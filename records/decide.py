@@ -167,13 +167,12 @@ class Looks(NamedTuple):
     def false_alarms(self, by_pairs: bool) -> float:
         """How often one of the looks at least is wrong where nothing differs. Those that share runs depend on each
         other, and others, of fresh seeds, do not."""
-        apart = []  # [numbers of runs, names] of looks that share runs
-        for n, names in self.seen:
-            own = [group for group in apart if group[1] & set(names)]
-            apart = [group for group in apart if group not in own]
-            apart.append([sum((group[0] for group in own), [n]), set(names).union(*(group[1] for group in own))])
+        groups = []  # of looks that share runs
+        for seen in self.seen:
+            own = [group for group in groups if any({*names} & {*seen[1]} for _, names in group)]
+            groups = [group for group in groups if group not in own] + [sum(own, [seen])]
         least = PAIRS if by_pairs else 2
-        counts = [sorted({n for n in group[0] if n >= least}) for group in apart]
+        counts = [sorted({n for n, _ in group if n >= least}) for group in groups]
         return 1 - math.prod(1 - false_alarms(own, by_pairs) for own in counts if own)
 
     def sentences(self, by_pairs: bool) -> list[str]:

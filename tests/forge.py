@@ -134,14 +134,13 @@ class Box:
 
     def reseal(self, record, **claims):
         """Compute all that meta.json and README.md say anew, if all runs are complete, then put `claims` over it."""
-        meta, sets = json.loads((record / "meta.json").read_text()), {}
+        meta = json.loads((record / "meta.json").read_text())
         args = SimpleNamespace(**meta, private=not meta["data"]["public"], leave_out=[])
         with contextlib.suppress(self.runs.Bad):
-            for label, listed in self.runs.entries(meta):
-                sets[label] = [self.runs.read_run(record / label / entry["run_id"]) for entry in listed]
-            if all(run.complete for runs in sets.values() for run in runs):
+            found = self.runs.read_record(record)
+            if found.whole:
                 track = self.runs.read_tracks()[meta["track"]]
-                meta = self.records.make_meta(args, meta["name"], sets, track)
+                meta = self.records.make_meta(args, meta["name"], found.sets, track)
         self.write(record, overlay(meta, claims))
 
     def write(self, record, meta):
@@ -199,16 +198,13 @@ class Box:
             self.rewrite(folder, rows)
         self.write(self.victim, meta)
 
-    def problems(self):
-        """[[code, sentence]] of verify, which must fail, without a traceback, and end with its count."""
+    def expect(self, code, *words):
+        """The [code, sentence] of verify, which must fail, without a traceback, and end with its count; one has this
+        code and, in its sentence, these words."""
         done = self.main("verify")
         lines = done.out.splitlines()
         assert done.code == 1 and done.err == "" and lines.pop().endswith(" failed"), done
-        return [line.partition(" ")[2].partition(" ")[2].split(": ", 1) for line in lines]
-
-    def expect(self, code, *words):
-        """The problems of verify, of which one has this code and, in its sentence, these words."""
-        found = self.problems()
+        found = [line.split(" ", 2)[2].split(": ", 1) for line in lines]
         assert any(own == code and all(str(word) in sentence for word in words) for own, sentence in found), found
         return found
 

@@ -265,6 +265,7 @@ SPOILED = dict(
     event_of_no_kind=(in_file(METRICS, '"event": "val"', '"event": "vale"'), "schema", "vale"),
     deep_json=(in_file("meta.json", '"a toy"', "[" * 50000 + "]" * 50000), "schema", "not JSON"),
     table_in_its_readme=(in_file("README.md", "n = 3)", "n = 30)"), "readme", "n = 3)"),
+    table_twice=(in_file("README.md", "# ", "<!-- end of tables --> # "), "readme", "the count of"),
     no_table_in_its_readme=(in_file("README.md", "| set | run |", ""), "readme", "| set | run |"),
     log_that_is_a_link=(lambda box: linked(box.run() / "log.txt"), "path", "log.txt is a link"),
     record_that_is_a_link=(lambda box: linked(box.victim), "path", "YYYY-MM-DD"),

@@ -340,6 +340,9 @@ def test_compare_other_machines_scripts_and_streams(box):
     assert "note: not one kind of machine" in done.out and "1.0" in done.out
     (other[0] / "train_gpt.py").unlink()
     assert "scripts: not the same, and one is not kept" in box.main("compare", base[0], other[0]).out
+    (other[0] / "train_gpt.py").write_text("pass")
+    assert "SHA-256 of train_gpt.py" in box.main("compare", base[0], other[0]).err
+    (other[0] / "train_gpt.py").unlink()
     for folder in other:
         box.change(folder, forge.put("start", data=dict(val_sha256="a" * 64)))
     done = box.main("compare", names(base), "other")
