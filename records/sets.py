@@ -437,9 +437,11 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     for i, (name, at, loss) in enumerate(marks):
         axis.plot(float(at), float(loss), "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:48]}: {loss}")
         late.append(float(loss))
+    low, high = min(late, default=0), max(late, default=1)
+    edge = 0.05 * (high - low) or 0.05
     machines = {machine(run) for s in sets for run in s.runs}
     axis.set(xlabel=f"{label} ({machines.pop()})" if len(machines) == 1 else label, ylabel="loss", xlim=(0, None),
-             ylim=(None, max(late, default=None)))
+             ylim=(low - edge, high + edge))
     axis.grid(alpha=0.2)
     axis.legend(loc="best", fontsize=8 if len(sets) + len(marks) < 5 else 6.5)
     return figure
