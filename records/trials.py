@@ -5,19 +5,35 @@ Both start what `./run.sh script --knob=value` would start.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from decide import LEVEL, Undecided, distributions, prediction, rule
-from runs import PLACES, RECORDS, Bad, Run, defined_in, read_bytes, read_record, read_run, safe, script_knobs
+from runs import (
+    PLACES,
+    RECORDS,
+    UNREADABLE,
+    Bad,
+    Run,
+    defined_in,
+    read_bytes,
+    read_record,
+    read_run,
+    safe,
+    script_knobs,
+)
 from seeds import MARK
 from sets import (
     LOGS,
@@ -49,6 +65,7 @@ class Arm:
     def __init__(self, script: Path, label: str, knobs: list[str], nproc: int):
         self.script, self.source, self.label, self.nproc = script, script.read_bytes(), label, nproc
         self.sha, self.process = hashlib.sha256(self.source).hexdigest(), None
+        self.surroundings, self.prefix = dict(NPROC=str(nproc)), ""
         self.known = defined_in(self.source).keys() >= KEPT
         self.kept = self.known and nproc == 1
         # a run keeps no weights, and is not sampled, where its script can be told
@@ -58,15 +75,15 @@ class Arm:
     def start(self, script: Path, *knobs: str, **surroundings: str):
         """A process that trains, through run.sh."""
         self.tail, self.began = deque(maxlen=25), set(LOGS.glob("*"))
-        python = dict(PYTHON=os.environ.get("PYTHON") or sys.executable)
+        python = os.environ.get("PYTHON") or (sys.executable if importlib.util.find_spec("torch") else "")
         self.process = subprocess.Popen(
             ["sh", str(ROOT / "run.sh"), str(script), *self.arguments, *knobs], cwd=ROOT, start_new_session=True,
-            env=os.environ | python | surroundings, encoding="utf-8", errors="replace",
+            env=os.environ | dict(PYTHON=python) | self.surroundings | surroundings, encoding="utf-8", errors="replace",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def read(self) -> str | None:
         """Show its lines until it answers, as seeds.py does; None where it ends."""
-        live = sys.stdout.isatty()
+        live = sys.stdout.isatty() and not self.prefix
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return line[len(MARK) :]
@@ -75,19 +92,19 @@ class Arm:
             if "train_loss:" in line:
                 print(f"\r  {safe(line, 70)}  " * live, end="", flush=True)
             elif re.match("run.sh: |step:|warning: ", line):
-                print("\r" * live + f"  {safe(line, 110)}", flush=True)
+                print("\r" * live + f"  {self.prefix}{safe(line, 110)}", flush=True)
         return None
 
     def ask(self, words: str) -> dict:
         """The answer of seeds.py; an exception where it ends instead."""
         if self.process is None:
             self.start(RECORDS / "seeds.py", TRIAL_SCRIPT=str(self.script), NPROC="1")
-        self.began, answer = set(LOGS.glob("*")), None
+        self.began = set(LOGS.glob("*"))
         self.tail.clear()
-        with contextlib.suppress(OSError):  # it closed the pipe
+        with contextlib.suppress(OSError, ValueError):  # it, or we, closed the pipe
             self.process.stdin.write(words + "\n")
             self.process.stdin.flush()
-            answer = self.read()
+        answer = self.read()
         if answer is None:
             raise self.failure()
         return json.loads(answer)
@@ -97,7 +114,7 @@ class Arm:
         print(title, flush=True)
         if self.kept:
             return read_run(LOGS / self.ask(f"train {seed}")["run_id"])
-        self.start(self.script, f"--seed={seed}", NPROC=str(self.nproc))
+        self.start(self.script, f"--seed={seed}")
         self.read()
         failed = self.process.wait()
         new = [run for run in self.new_runs() if run.complete and run.seed == seed]
@@ -114,7 +131,7 @@ class Arm:
         code, name = self.process.wait(), self.script.name
         ends = [run.end for run in self.new_runs() if run.end.get("status", "complete") != "complete"]
         stopped = any(end["status"] == "stopped" for end in ends)  # torchrun has one code for all
-        if stopped or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
+        if stopped or self.process.stdin.closed or code in (75, 130, -signal.SIGINT, -signal.SIGTERM):
             return Undecided("stopped in this run; finished runs are kept, and the same command goes on")
         if code == 2:  # it comes with one sentence
             return Bad("knobs", self.tail[-1] if self.tail else name)
@@ -122,13 +139,17 @@ class Arm:
         why = f", {ends[-1]['reason']}" if ends else ""
         return Bad("script", f"{name} ended with exit code {code}{safe(why, 300)}: no complete run")
 
-    def end(self):
-        """The training ends, and what it started: a step later, or where the run is all but done, after it."""
-        if self.process is None:
-            return
+    def halt(self):
+        """Tell the training to end: a step later, or where the run is all but done, after it."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()  # no command comes any more
         self.process.send_signal(signal.SIGTERM)
+
+    def end(self):
+        """The training ends, and what it started."""
+        if self.process is None:
+            return
+        self.halt()
         self.process.stdin = None  # communicate would flush it
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -160,7 +181,6 @@ class Arm:
                 if differ:
                     print(f"{self.label}: not counted, for {', '.join(differ)}: {run.name}")
                 else:
-                    print(f"already in logs/: {self.label}, seed {run.seed}: {run.name}")
                     found[run.seed] = run
         return found
 
@@ -235,7 +255,10 @@ def freeze(name: str) -> Path:
     if path.suffix != ".py":
         raise Bad("path", f"{safe(name, 80)} is no script: its name does not end in .py")
     source = read_bytes(path)
-    compile(source, path.name, "exec")  # which runs nothing
+    try:
+        compile(source, path.name, "exec")  # which runs nothing
+    except UNREADABLE as error:
+        raise Bad("script", f"{safe(path.name, 80)} is no Python that can be compiled: {error}") from None
     if not script_knobs(source):
         raise Bad("script", f"{safe(path.name, 80)} has no class Hyperparameters: a trial takes a copy of train_gpt.py "
                             "with the change in it (cp train_gpt.py my.py, then edit), not a script that imports it")
@@ -262,6 +285,36 @@ def labels(typed: list[str], own: list[list[str]]) -> list[str]:
              for name, knobs in zip(typed, only)]
     return names if names[0] != names[1] else [f"{names[0]} ({arm})" for arm in "AB"]
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name, without asking torch, which takes seconds."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(len(re.findall("^GPU ", listed, re.M)))]
+
+def in_turn(arms: list[Arm], todo: list[tuple], done: dict, total: int):
+    """Train what is to do, one run after the other, into `done`."""
+    spent = []
+    for i, (arm, seed) in enumerate(todo):
+        left = f", about {statistics.fmean(spent) * (len(todo) - i) / 60:.1f} minutes left" if spent else ""
+        began, count = time.monotonic(), total - len(todo) + i + 1
+        done[arm, seed] = arms[arm].train(seed, f"run {count} of {total}: {arms[arm].label}, seed {seed}{left}")
+        spent.append(time.monotonic() - began)
+
+def side_by_side(arms: list[Arm], todo: list[tuple], done: dict):
+    """The same with a thread and a GPU for each arm."""
+    parts = [[key for key in todo if key[0] == arm] for arm in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for ended in as_completed([pool.submit(in_turn, arms, own, done, len(own)) for own in parts]):
+                ended.result()
+        except BaseException:  # the other arm's thread reads on until its training has ended
+            for arm in arms:
+                arm.halt()
+            raise
+
 def check_arms(arms: list[Arm], now: list[dict | None], floor: bool):
     """Bad before the first run where a verdict could not follow."""
     if None in now:
@@ -279,7 +332,7 @@ def trial(args, knobs: list[str]) -> int:
     distributions()  # before hours of training, not after
     own, typed = knobs_of_arms(args, knobs), [args.a, args.b]
     scripts = [freeze(name) for name in typed]
-    nproc = os.environ.get("NPROC") or "1"
+    nproc, gpus = os.environ.get("NPROC") or "1", visible_gpus()
     if not re.fullmatch("[1-9][0-9]{0,3}", nproc):
         raise Bad("knobs", f"NPROC={safe(nproc, 40)} is no count of processes")
     arms = [Arm(*row, int(nproc)) for row in zip(scripts, labels(typed, own), own)]
@@ -288,6 +341,9 @@ def trial(args, knobs: list[str]) -> int:
     turns = [(arm, i) for i in range(args.runs) for arm in ((0, 1) if i % 2 else (1, 0))]
     plan = [(arm, args.first_seed + i + floor * arm * args.runs) for arm, i in turns]  # A A: other seeds, else B is A
     print("noise floor: one recipe, and other seeds in B" if floor else f"before the runs: {rule(args.runs)}")
+    together = len(gpus) > 1 and all(arm.kept for arm in arms)
+    for arm, gpu in zip(arms, gpus if together else ()):
+        arm.surroundings["CUDA_VISIBLE_DEVICES"], arm.prefix = gpu, f"{arm.label}: "
     try:
         now, done = [arm.context() for arm in arms], {}
         check_arms(arms, now, floor)
@@ -295,9 +351,14 @@ def trial(args, knobs: list[str]) -> int:
         for i, arm in enumerate(arms):
             found = arm.earlier(logged, [seed for j, seed in plan if j == i], now[i])
             done |= {(i, seed): run for seed, run in found.items()}
-        reused = len(done)
-        for count, (i, seed) in enumerate([key for key in plan if key not in done], reused + 1):
-            done[i, seed] = arms[i].train(seed, f"run {count} of {len(plan)}: {arms[i].label}, seed {seed}")
+        for (i, seed), run in done.items():
+            print(f"already in logs/: {arms[i].label}, seed {seed}: {run.name}")
+        reused, todo = len(done), [key for key in plan if key not in done]
+        if todo and together:
+            print(f"side by side on 2 of {len(gpus)} GPUs; CUDA_VISIBLE_DEVICES={gpus[0]} would have them take turns")
+            side_by_side(arms, todo, done)
+        else:
+            in_turn(arms, todo, done, len(plan))
     except KeyboardInterrupt:
         raise Undecided("stopped: finished runs are kept, and the same command goes on") from None
     finally:

@@ -7,7 +7,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import forge
 import pytest
@@ -202,6 +204,19 @@ def test_other_seeds_try_a_winner_again(taken):
     assert done.code in (0, 3) and "already" not in done.out
 
 
+def test_two_gpus_train_the_arms_side_by_side(taken, monkeypatch):
+    base, cold = taken.box.arms()
+    for name, run in dict(base1=base[0], cold1=cold[0]).items():
+        taken.ready[name] = shutil.move(run, taken.box.root / "lost" / run.name)
+    monkeypatch.setattr(taken.box.trials, "visible_gpus", lambda: ["5", "7", "8"])
+    seen = []
+    monkeypatch.setattr(taken.box.trials.Arm, "end", lambda arm: seen.append((arm.label, dict(arm.surroundings))))
+    done = trial(taken.box, "--runs=1", forge.COLD)
+    assert done.code == 3 and "side by side on 2 of 3 GPUs" in done.out and len(taken.trained) == 2
+    assert {(label, where.get("CUDA_VISIBLE_DEVICES")) for label, where in seen[-2:]} == {
+        ("train_gpt.py", "5"), ("head_lr=0.0001", "7")}
+
+
 @pytest.mark.parametrize("line, knobs, given", [
     ("    save: bool = True\n", [], ["--save=False"]), ("    save: bool = knob(True)\n", [], ["--save=False"]),
     ("    save: bool = True\n", ["--save=True"], ["--save=True"]), ("    keep: bool = True\n", [], [])])
@@ -220,6 +235,13 @@ def test_trial_keeps_no_weights_where_the_script_can_be_told(box, monkeypatch, l
     assert box.main("trial", "train_gpt.py", "mine.py", *KNOBS, *knobs).code == 3
     assert [knob for knob in called if knob.startswith("--save")] == given
     assert not list(box.logs.rglob("weights.pt"))
+
+
+@pytest.mark.parametrize("source", ["class :", "x = 1\0", "(" * 5000 + ")" * 5000])
+def test_a_script_that_cannot_be_compiled_is_refused(box, source):
+    (box.root / "mine.py").write_text(source)
+    done = box.main("trial", "train_gpt.py", "mine.py")
+    assert done.code == 2 and "mine.py is no Python that can be compiled: " in done.err
 
 
 def test_a_script_that_only_imports_is_refused(box):
@@ -253,6 +275,40 @@ def test_a_stop_in_the_last_validation_ends_the_trial(box, number, code):
     assert process.returncode == code, said
     run, = (box.runs.read_run(folder) for folder in set(box.logs.glob("2*")) - before)
     assert run.complete and "run 2 of" not in said.partition("step:20/20")[2].partition("stopped")[2]
+
+
+def test_where_one_arm_fails_the_other_is_told_to_end(box):
+    told, trained = threading.Event(), []
+
+    def slow(seed, title):
+        trained.append(seed)
+        if not told.wait(60):
+            raise AssertionError("nobody told it")
+        raise box.decide.Undecided("stopped")
+
+    def broken(seed, title):
+        raise box.runs.Bad("script", "it failed")
+
+    arms = [SimpleNamespace(label="a", train=slow, halt=told.set),
+            SimpleNamespace(label="b", train=broken, halt=told.set)]
+    with pytest.raises(box.runs.Bad, match="it failed"):
+        box.trials.side_by_side(arms, [(arm, seed) for seed in (1, 2) for arm in (0, 1)], {})
+    assert told.is_set() and trained == [1]
+
+
+def test_a_halted_training_takes_no_command(box):
+    """It is no fault of the script, and stops."""
+    arm = box.trials.Arm(box.root / "train_gpt.py", "a", [], 1)
+    arm.process = subprocess.Popen(
+        [sys.executable, "-c", "import sys\nfor line in sys.stdin: print('\x1etrial {}', flush=True)"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    arm.tail, process = [], arm.process
+    assert arm.ask("train 1") == {}
+    arm.halt()
+    with pytest.raises(box.decide.Undecided):
+        arm.ask("train 2")
+    arm.end()
+    assert process.poll() is not None and arm.process is None
 
 
 @pytest.mark.parametrize("knob, words", [
