@@ -186,39 +186,70 @@ class Arm:
 
 # ---- rerun
 
-def find_data(data: dict, given: str | None) -> Path:
-    """The folder whose shards are those of a record. Bad, with the hashes needed, if it does not hold them."""
-    embedded = data["encoding"] == "bytes"
-    folder = Path(given or ROOT / "data" / ("embedded" if embedded else "fineweb10B"))
-    if embedded and not given and not folder.exists():
-        subprocess.run([sys.executable, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", folder])
-    sha = lambda content: hashlib.sha256(content).hexdigest()
-    body = lambda path: path.read_bytes()[1024:]  # behind the header
-    train, val = (sorted(folder.glob(f"*{name}*.bin")) for name in ("train", "val"))
-    shards = [(sha(body(path)), shard["sha256"]) for path, shard in zip(train, data["train"])]
-    fits = len(shards) == len(data["train"]) and all(wanted in (found, None) for found, wanted in shards)
-    if not fits or sha(b"".join(map(body, val))[: 2 * data["val_tokens"] + 2]) != data["val_sha256"]:
-        shards = ", ".join(f"{f['tokens']} tokens {(f['sha256'] or 'of any hash')[:12]}" for f in data["train"])
-        raise Bad("data", f"{safe(folder, 100)} does not hold the record's data: val_sha256 {data['val_sha256']} over "
-                          f"the first {data['val_tokens']} + 1 validation tokens, and training shards of {shards}; "
-                          "--data names a folder")
-    return folder  # further shards come after those that were read
+def stream_hash(paths: list[Path], tokens: int | None = None) -> str | None:
+    """SHA-256 of the first `tokens` (default all) of shards without headers, hex. None if they hold fewer."""
+    digest, left = hashlib.sha256(), 2 * tokens if tokens else sum(p.stat().st_size - 1024 for p in paths)
+    for path in paths:
+        with open(path, "rb") as file:
+            file.seek(1024)
+            while left and (piece := file.read(min(left, 1 << 22))):
+                digest.update(piece)
+                left -= len(piece)
+    return None if left or not paths else digest.hexdigest()
+
+def find_data(data: dict, given: str | None, python: str) -> Path:
+    """The folder whose shards are those of a record. Bad, with the hashes needed, if there is none."""
+    embedded = ROOT / "data" / "embedded"
+    if not given and data["encoding"] == "bytes" and not (embedded / "manifest.json").exists():
+        subprocess.run([python, ROOT / "data/tokenize_text.py", "--encoding", "bytes", "--out", embedded])
+    for folder in [Path(given)] if given else sorted((ROOT / "data").glob("*/")):
+        shards = {path: re.split("[^a-z]+", path.name.lower()) for path in sorted(folder.glob("*.bin"))}
+        train, val = ([path for path in shards if name in shards[path]] for name in ("train", "val"))
+        if stream_hash(val, data["val_tokens"] + 1) == data["val_sha256"] and len(train) >= len(data["train"]):
+            if all(shard["sha256"] in (None, stream_hash([path])) for path, shard in zip(train, data["train"])):
+                return folder  # further shards come after those that were read
+    where = f"{safe(given, 100)} does not hold" if given else "no folder in data/ holds"
+    shards = ", ".join(f"{f['tokens']} tokens {(f['sha256'] or 'of any hash')[:12]}" for f in data["train"])
+    raise Bad("data", f"{where} the record's data: val_sha256 {data['val_sha256']} over the first {data['val_tokens']} "
+                      f"+ 1 validation tokens, and training shards of {shards}; --data names a folder")
+
+PROBE = """import json, platform, torch
+gpu = torch.cuda.is_available()
+print(json.dumps(dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                      gpu=torch.cuda.get_device_name() if gpu else None, count=torch.cuda.device_count())))"""
+
+def differences(meta: dict, python: str) -> list[str]:
+    """What is not now as it was then."""
+    answer = subprocess.run([python, "-c", PROBE], capture_output=True, text=True)
+    if answer.returncode:
+        raise Bad("path", f"{python} has no torch: ./run.sh installs one, and PYTHON names another interpreter")
+    now, then = json.loads(answer.stdout), meta["hardware"] | meta["software"]
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        now["driver"] = (subprocess.run(query, capture_output=True, text=True).stdout.split() or [None])[0]
+    return [f"  {key}: {safe(then[key], 60)} then, {safe(now[key], 60)} now" for key in now if now[key] != then[key]]
 
 def rerun(args) -> int:
     """Run a verified record's own script as it was, after asking; then compare the new run with the recorded ones."""
     record = read_record(find_record(args.name))
     meta, runs = record.meta, record.sets["runs"]
     (mean, half), nproc = prediction(losses(runs)), args.nproc or meta["world_size"]
+    python = os.environ.get("PYTHON") or sys.executable
     if parent := parent_of(record):
         print(*diff(parent.script, record.script, (meta["parent"], meta["name"])), sep="\n")
     else:
         print(f"scripts: no parent here to show a diff to; all of it is records/{meta['name']}/train_gpt.py")
-    data, taken = find_data(meta["data"], args.data), {run.seed: run for run in runs}
+    data, taken = find_data(meta["data"], args.data, python), {run.seed: run for run in runs}
     seed = args.seed if args.seed is not None else min({*range(1, len(runs) + 2)} - taken.keys())
+    odd = differences(meta, python)
+    print("then and now (Python, torch, CUDA, GPU, driver):", *odd or ["  the same"], sep="\n")
     minutes = statistics.median(run.end["wall_s"] for run in runs) / 60
     print(f"data: {safe(data.name)}, the same; seed {seed}; {nproc} processes; a recorded run took "
           f"{minutes:.1f} minutes on its machine")
-    if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
+    try:
+        if not args.yes and input("run this script on your machine? [y/N] ").strip().lower() != "y":
+            raise EOFError
+    except EOFError:
         print("not run")
         return 2
     own = runs[0].start["knobs"]
@@ -240,11 +271,10 @@ def rerun(args) -> int:
         mean, half, what = taken[seed].val_loss, 3 * statistics.stdev(losses(runs)), f"3 sd of run {taken[seed].name}"
     inside = abs(new.val_loss - mean) <= half
     print(f"loss {new.val_loss:.6f}, {'inside' if inside else 'OUTSIDE'} {what}: {mean:.6f} +- {half:.6f}")
-    then, now = (facts["hardware"] | facts["software"] for facts in (runs[0].facts(), new.facts()))
-    print(*(f"  {key}: {safe(then[key], 60)} then, {safe(now[key], 60)} now" for key in now if now[key] != then[key]),
-          sep="\n")
+    other = "" if new.facts()["hardware"] == runs[0].facts()["hardware"] else " (other hardware: not to be compared)"
     pace = new.train_ms / statistics.median(times(runs))
-    print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median; kept in {kept.relative_to(ROOT)}")
+    print(f"training time {new.train_ms:.0f} ms, x {pace:.3f} of the recorded median{other}; "
+          f"kept in {kept.relative_to(ROOT)}")
     return 0 if inside else 1
 
 # ---- trial

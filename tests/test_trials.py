@@ -29,7 +29,7 @@ def test_rerun_of_a_recorded_seed_gives_its_loss(box):
     name, before = box.record("Toy").name, box.tree()
     done = box.main("rerun", name, "--yes", "--seed=2")
     assert done.code == 0 and ", inside 3 sd of run " in done.out, done
-    assert "all of it is records/" in done.out and "torch: " not in done.out  # then and now
+    assert "all of it is records/" in done.out and "then and now" in done.out and "  torch: " not in done.out
     again, = (box.logs / "reruns" / name).iterdir()
     base, _ = box.arms()
     assert losses(box, [again])[0] == pytest.approx(losses(box, base)[1], abs=1e-4)
@@ -58,7 +58,7 @@ def test_rerun_of_a_new_seed_says_whether_it_lies_inside(box, monkeypatch, shift
 
 
 @pytest.mark.parametrize("argv, answer, code", [
-    (["--yes", "--data=nowhere"], "", 2), (["--data=data", "--yes"], "", 2), ([], "n\n", 2), ([], "", 3)])
+    (["--yes", "--data=nowhere"], "", 2), (["--data=data", "--yes"], "", 2), ([], "n\n", 2), ([], "", 2)])
 def test_rerun_runs_nothing_without_data_or_consent(box, monkeypatch, argv, answer, code):
     monkeypatch.setattr(box.trials.Arm, "train", None)
     before = box.tree()
@@ -66,6 +66,20 @@ def test_rerun_runs_nothing_without_data_or_consent(box, monkeypatch, argv, answ
     assert done.code == code and box.tree() == before
     assert ("run this script" in done.out) == (not argv)
     assert not argv or f"val_sha256 {box.meta()['data']['val_sha256']}" in done.err
+
+
+def test_rerun_finds_its_data_by_the_words_of_their_names(box):
+    """In any folder of data/; and it says what differs before it asks."""
+    embedded, mine = box.root / "data/embedded", box.root / "data/mine"
+    embedded.rename(mine)
+    embedded.mkdir()
+    (embedded / "manifest.json").write_text("{}")  # nothing is made anew
+    for path in mine.glob("*train*"):
+        path.rename(mine / f"medieval_{path.name}")
+    done = box.main("rerun", box.record("Toy").name, answer="n\n")
+    order = "then and now", "  the same", "data: mine, the same; seed 4", "run this script", "not run"
+    places = [done.out.find(words) for words in order]
+    assert done.code == 2 and places == sorted(places) and places[0] > 0
 
 
 def test_rerun_runs_no_record_that_fails(box, monkeypatch):
