@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
@@ -31,12 +32,14 @@ from decide import MARGIN, Estimate, Undecided, p_below, welch
 from runs import (
     CLAIMS,
     META,
+    NAME,
     PRIVATE,
     RECORDS,
     RUN_FILES,
     TABLE,
     UNREAD,
     Bad,
+    Problem,
     Record,
     Run,
     check_pauses,
@@ -59,6 +62,7 @@ from sets import (
     ROOT,
     every_record,
     find_record,
+    find_track,
     folders,
     in_turns,
     listing,
@@ -92,7 +96,7 @@ def result_of(runs: list[Run], baseline: list[Run], track: dict) -> dict:
 def changed_knobs(run: Run) -> dict:
     return {k: v for k, v in run.start["changed"].items() if k != "seed"}
 
-def check_record(record: Record, tracks: dict[str, dict]):
+def check_record(record: Record, tracks: dict[str, dict]) -> Iterator[Problem]:
     """Everything but the duplicates, which need the other records. Undecided if scipy is missing, at the end."""
     meta, name, track = record.meta, record.folder.name, tracks.get(record.meta["track"])
     if not (track and record.runs):
@@ -116,7 +120,7 @@ def check_record(record: Record, tracks: dict[str, dict]):
 
 # What follows yields rows (code, what, found, wanted) of a record.
 
-def rows_of_meta(record: Record):
+def rows_of_meta(record: Record) -> Iterator[tuple]:
     """meta.json against the script and the runs."""
     meta, every = record.meta, record.every
     day, last = meta["date"].replace("-", ""), max(run.name for run in every)[:8]
@@ -133,7 +137,7 @@ def rows_of_meta(record: Record):
         for key, value in facts.items():
             yield "headline", f"{key} of {run.name}", value, meta[key]
 
-def rows_of_recipes(record: Record):
+def rows_of_recipes(record: Record) -> Iterator[tuple]:
     """Scripts and knobs, as meta.json, the script and the parent say: this is an older record of the track, with the
     script and the knobs of the baseline."""
     meta, first, sha = record.meta, record.runs[0], record.meta["script_sha256"]
@@ -162,7 +166,7 @@ def rows_of_recipes(record: Record):
             yield "script", f"script of {label}/{run.name}", run.script_sha256, script
             yield "knobs", f"knobs of {label}/{run.name}", run.knobs, knobs
 
-def rows_of_track(record: Record, track: dict):
+def rows_of_track(record: Record, track: dict) -> Iterator[tuple]:
     data, gpu, count = record.meta["data"], record.meta["hardware"]["gpu"], record.meta["hardware"]["count"]
     for key in ("val_sha256", "val_tokens"):
         yield "data", key, data[key], track[key] or data[key]
@@ -179,7 +183,7 @@ def rows_of_track(record: Record, track: dict):
     for word in track["forbidden_text"]:
         yield "forbidden", f"'{word}' in train_gpt.py", word in text, False
 
-def rows_of_readme(record: Record):
+def rows_of_readme(record: Record) -> Iterator[tuple]:
     text, wanted = record.readme, tables(record.meta)
     for mark in TABLE:
         yield "readme", f"the count of '{mark}'", text.count(mark), 1
@@ -189,7 +193,7 @@ def rows_of_readme(record: Record):
     if not record.meta["data"]["public"]:
         yield "readme", "the first line, where data are private,", text.partition("\n")[0], PRIVATE
 
-def rows_of_tests(record: Record, track: dict):
+def rows_of_tests(record: Record, track: dict) -> Iterator[tuple]:
     """What needs scipy: the result, and what the claim asserts of it."""
     result, n = record.meta["result"], len(record.runs)
     for key, wanted in result_of(record.runs, record.baseline, track).items():
@@ -203,7 +207,7 @@ def rows_of_tests(record: Record, track: dict):
     yield ("target", f"a mean below {track['target_loss']}, the track's target, at p < {track['p']} with n >= "
            f"{track['min_runs']} (it is {result['val_loss_mean']:.6f}, p = {p}, n = {n})", below, True)
 
-def check_left_out(record: Record):
+def check_left_out(record: Record) -> Iterator[Problem]:
     """Complete runs in `logs/` of this script and these knobs. Runs of a later day cannot have been left out."""
     known = {run.name for run in record.every} | {row["run_id"] for row in record.meta["left_out"]}
     last = record.meta["date"].replace("-", "")
@@ -219,7 +223,7 @@ def complete_runs() -> list[Run]:
 
 NEAR = 2e-3  # nats: no two seeds came as near at every point, by a factor of ten
 
-def check_duplicates(records: list[Record]):
+def check_duplicates(records: list[Record]) -> Iterator[tuple[str, str, str]]:
     """(record, code, sentence): a run id or a whole curve of times anywhere twice; a curve of losses too, noise aside,
     unless the seeds are equal and the sets are not: a change of speed alone leaves the losses as they were."""
     seen, curves = {}, []
@@ -259,7 +263,7 @@ def verify(names: list[str]) -> int:
         except Bad as bad:
             problems.append((folder.name, bad.code, str(bad)))
         except Undecided as undecided:
-            missing = undecided
+            missing = missing if names and folder.name not in names else undecided
     problems = [row for row in [*problems, *check_duplicates(read)] if not names or row[0] in names]
     failed = {name for name, *_ in problems}
     text = read_text(ROOT / "README.md")
@@ -296,7 +300,9 @@ def make_meta(args, name: str, sets: dict[str, list[Run]], track: dict) -> dict:
 
 def add(args) -> int:
     """Pack run folders into a record: built aside, checked as `verify` would, and only then put in place."""
-    tracks, name = read_tracks(), f"{time.strftime('%Y-%m-%d', time.gmtime())}_{args.name}"
+    track, name = find_track(args.track), f"{time.strftime('%Y-%m-%d', time.gmtime())}_{args.name}"
+    if not NAME.fullmatch(name) or (RECORDS / name).exists():
+        raise Bad("path", f"--name={safe(args.name, 80)} is taken today, or is not 1 to 40 letters and digits")
     args.parent = find_record(args.parent).name if args.parent else None
     given = dict(runs=args.runs, baseline=args.baseline)
     for first, *rest in args.arm:
@@ -312,9 +318,9 @@ def add(args) -> int:
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=RECORDS)) / name
     try:
         if not problems:
-            write_record(part, sets, make_meta(args, name, sets, tracks[args.track]))
+            write_record(part, sets, make_meta(args, name, sets, track))
             record = read_record(part)
-            problems = [(name, *problem) for problem in check_record(record, tracks)]
+            problems = [(name, *problem) for problem in check_record(record, {args.track: track})]
             problems += [row for row in check_duplicates([*every_record(), record]) if row[0] == name]
         report(problems)
         if problems:
@@ -330,7 +336,7 @@ def add(args) -> int:
 def write_record(folder: Path, sets: dict[str, list[Run]], meta: dict):
     fit(meta, META, "meta.json")  # before files are written under names that it gives
     for label, run in ((label, run) for label, own in sets.items() for run in own):
-        (folder / label / run.name).mkdir(parents=True)
+        (folder / label / run.name).mkdir(parents=True, exist_ok=True)
         for file in RUN_FILES:
             (folder / label / run.name / file).write_bytes(read_bytes(run.folder / file))
     (folder / "train_gpt.py").write_bytes(sets["runs"][0].script)
@@ -366,14 +372,14 @@ def parser() -> argparse.ArgumentParser:
     command = lambda name, text: commands.add_parser(
         name, help=text, description=text, allow_abbrev=False).add_argument
     option = command("list", "records by track, best first")
-    option("track", nargs="?", choices=read_tracks(), metavar="TRACK")
+    option("track", nargs="?")
     option("--write", **switch, help="put the tables between the marks of README.md")
     option = command("verify", "recompute everything from raw logs; a line a problem")
     option("names", nargs="*")
     option = command("add", "pack run folders into a record, if verify would pass it")
     option("runs", nargs="+", help="folders of logs/, or their names")
     option("--name", required=True, help="1 to 40 letters and digits; today's date comes before it")
-    option("--track", required=True, choices=read_tracks(), metavar="TRACK")
+    option("--track", required=True)
     option("--claim", required=True, choices=CLAIMS)
     option("--author", required=True)
     option("--summary", required=True, help="at most 120 characters")
@@ -424,7 +430,7 @@ def main(argv: list[str]) -> int:
     except Undecided as undecided:
         print(undecided)
         return 3
-    except (Bad, OSError, UnicodeError, SyntaxError) as bad:
+    except (Bad, OSError, UnicodeError, re.error) as bad:
         if isinstance(bad, BrokenPipeError):  # nobody reads any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 3

@@ -16,6 +16,7 @@ import re
 import stat
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -32,6 +33,7 @@ PLACES = ("data_dir", "resume", "save", "bpe_file", "weights")
 CLAIMS = ("reference", "record", "result", "negative")
 TABLE = "<!-- tables: written by records.py, checked by verify -->", "<!-- end of tables -->"
 PRIVATE = "**Data: private.** The text cannot be passed on: outsiders can verify this record, but not rerun it."
+Problem = tuple[str, str]
 
 class Bad(Exception):
     """What cannot be read, in one sentence; `code` is the check that it failed."""
@@ -97,8 +99,10 @@ def misfit(value, spec, where: str) -> str | None:
     elif isinstance(spec, type):
         fine, name = type(value) is spec or (spec, type(value)) == (float, int), f"of type {spec.__name__}"
         fine = fine and not (type(value) in (int, float) and not abs(value) < 2**63)  # which nan is not either
+    elif isinstance(spec, (dict, list)):
+        fine, name = False, f"of type {type(spec).__name__}"
     else:
-        fine, name = type(value) is type(spec) and value == spec, f"{spec!r:.60}"
+        fine, name = type(value) is type(spec) and value == spec, f"{spec!r}"
     return None if fine else f"{where} is {'missing' if value is MISSING else safe(repr(value))[:60]}, and not {name}"
 
 def first_misfit(parts) -> str | None:
@@ -132,7 +136,7 @@ def literal(node: ast.expr | None):
         case ast.Tuple(elts=items) | ast.List(elts=items):
             return [literal(item) for item in items]
         case ast.BinOp(left=left, op=op, right=right):
-            return SUMS[type(op)](float(literal(left)), float(literal(right)))
+            return SUMS[type(op)](1.0 * literal(left), 1.0 * literal(right))  # no text is multiplied by a float
     value = ast.literal_eval(node)
     str(value)
     return value
@@ -162,15 +166,15 @@ DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 NAME = re.compile(f"{DAY.pattern}_[A-Za-z0-9]{{1,40}}")
 UTC = re.compile(f"{DAY.pattern}T[0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}}Z")
 ARM = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]{0,39}")
-BATCHES = re.compile("([1-9][0-9]{0,8}x[1-9][0-9]{0,8}( +|$))*")  # SEQUENCES x TOKENS of each stage
-RATES = re.compile("([0-9]{1,9}([.][0-9]{1,20})?( +|$))*")
+BATCHES = re.compile(r"\s*([1-9][0-9]{0,8}x[1-9][0-9]{0,8}(\s+|$))*")  # SEQUENCES x TOKENS of each stage
+RATES = re.compile(r"\s*([0-9]{1,9}([.][0-9]{1,20})?(\s+|$))*")
 TEXT, COUNT, LOSS = (str, None), (int, None), (float, "nan", "inf")
 REASON, SUMMARY = re.compile(r".*\w.*", re.S), re.compile(".{0,120}", re.S)
 KNOBS, CLOCK = {...: (bool, int, float, str, [(int, float, str)])}, dict(train_ms=float, wall_s=float)
 ONE_UP, ANY_COUNT = range(1, 10**6 + 1), range(10**6 + 1)  # so that a schedule can be listed
-RUN_KNOBS = dict(KNOBS, steps=ONE_UP, epochs=ONE_UP, sequences_per_step=ONE_UP, train_seq_len=ONE_UP, val_tokens=int,
-                 val_every=ANY_COUNT, checkpoint_every=ANY_COUNT, log_norms=(ANY_COUNT, MISSING),
-                 batch_stages=(BATCHES, MISSING), lr_stages=(RATES, MISSING))
+RUN_KNOBS = dict(KNOBS, steps=ONE_UP, epochs=ONE_UP, sequences_per_step=ONE_UP, train_seq_len=ONE_UP,
+                 val_tokens=range(1, 2**63), val_every=ANY_COUNT, checkpoint_every=ANY_COUNT,
+                 log_norms=(ANY_COUNT, MISSING), batch_stages=(BATCHES, MISSING), lr_stages=(RATES, MISSING))
 DATA = dict(encoding=str, val_sha256=SHA, val_tokens=int, train=[dict(name=str, tokens=int, sha256=(SHA, None))])
 HARDWARE = dict(gpu=TEXT, count=int, memory_mib=COUNT, driver=TEXT)
 SOFTWARE = dict(python=str, torch=str, cuda=TEXT, nccl=TEXT, triton=TEXT, packages={...: str})
@@ -201,9 +205,14 @@ META = dict(
     arms=[dict(name=ARM, changed=KNOBS, patch_sha256=(SHA, None), runs=[RUN_META])],
     result=dict(n=int, val_loss_mean=float, val_loss_sd=(float, None), p=(float, None), train_time_ms_median=float,
                 train_time_ms_sd=(float, None), gain_ms=(float, None), gain_ci_ms=([float], None)))
+TRACK = dict(target_loss=(float, None), p=float, min_runs=int, val_sha256=(SHA, None), val_tokens=int,
+             train=dict(max_epochs=int, sha256=(SHA, None)), hardware=dict(gpu=TEXT, count=int), clock=str,
+             forbidden_text=[str], resumed=False)
 
 def read_tracks() -> dict[str, dict]:
-    return {path.stem: strict_json(read_text(path), path.name) for path in sorted(RECORDS.glob("tracks/*.json"))}
+    tracks = {path.stem: strict_json(read_text(path), path.name) for path in sorted(RECORDS.glob("tracks/*.json"))}
+    fit(tracks, {...: TRACK}, "tracks")
+    return tracks
 
 # ---- Stages: the tokens of every step, from the knobs alone
 
@@ -220,7 +229,7 @@ class Stage(NamedTuple):
 def stages_of(knobs: dict) -> list[Stage]:
     """Those of a run with these knobs; without `batch_stages`, as in all of format 1, one. Bad if they are not legal.
     """
-    batches = (knobs.get("batch_stages") or f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}").split()
+    batches = knobs.get("batch_stages", "").split() or [f"{knobs['sequences_per_step']}x{knobs['train_seq_len']}"]
     rates, n, steps = knobs.get("lr_stages", "").split() or ["1"] * len(batches), len(batches), knobs["steps"]
     if len(rates) != n or n > min(steps, 1000):
         raise Bad("schema", f"metrics.jsonl: {n} batches and {len(rates)} rates are not stages of {steps} steps")
@@ -297,6 +306,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """A run folder of ours. Bad if a file is missing, a link, too large or not of the format."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise Bad("path", f"{safe(folder.name)} is a link, or no folder")
     read_bytes(folder / "log.txt")
     metrics = read_text(folder / "metrics.jsonl")
     if not metrics.endswith("\n"):
@@ -327,7 +338,7 @@ def train_sha256(data: dict) -> str:
     """One hash of all training shards, hex: over the hashes of the files, in order."""
     return hashlib.sha256("".join(f["sha256"] or "" for f in data["train"]).encode()).hexdigest()
 
-def check_clock(run: Run):
+def check_clock(run: Run) -> Iterator[Problem]:
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
     ticking, idle, before = False, False, {}  # idle: stopped, and nothing validated or saved since
     for row in run.events[1:]:
@@ -353,7 +364,7 @@ def check_clock(run: Run):
         if mark:
             ticking, idle = mark == "start", mark == "stop"
 
-def pauses(run: Run):
+def pauses(run: Run) -> Iterator[tuple[int, float, bool]]:
     """(step, seconds, was there a validation?) of each stop of the clock, what its checkpoints took left out. Without
     the last of a run that saves its weights, as it does so then."""
     stop, saved, step, scored = 0, 0, 0, False
@@ -365,7 +376,7 @@ def pauses(run: Run):
         elif step and (row.get("mark") == "start" or row["event"] == "end" and not run.start["knobs"].get("save")):
             yield step, row["wall_s"] - stop - saved, scored
 
-def check_pauses(runs: list[Run]):
+def check_pauses(runs: list[Run]) -> Iterator[Problem]:
     """Seconds of training could be moved into a pause. On one kind of GPU validations take alike long; on CPUs, where
     they differ threefold by themselves, nothing can be said."""
     found = [(run.name, *pause) for run in runs if run.gpu for pause in pauses(run)]
@@ -374,7 +385,7 @@ def check_pauses(runs: list[Run]):
         if seconds > 2 * usual + 0.1:
             yield "clock", f"{name}: the clock stood for {seconds:.3f} s at step {step}, and usually {usual:.3f} s"
 
-def differing(name: str, rows):
+def differing(name: str, rows) -> Iterator[Problem]:
     """Problems among (code, what, found, wanted)."""
     for code, what, found, wanted in rows:
         if found != wanted:
@@ -392,7 +403,7 @@ def says(argument: str, knobs: dict) -> bool:
         return name in knobs and (text == str(knobs[name]) or float(text) == knobs[name])
     return False
 
-def check_run(run: Run):
+def check_run(run: Run) -> Iterator[Problem]:
     """Everything that a run's own files can contradict, the script included if it lies beside them."""
     for rows in rows_of_start(run), rows_of_schedule(run), rows_of_events(run), rows_of_end(run):
         yield from differing(run.name, rows)
@@ -400,7 +411,7 @@ def check_run(run: Run):
 
 # What follows yields rows (code, what, found, wanted) of a run.
 
-def rows_of_start(run: Run):
+def rows_of_start(run: Run) -> Iterator[tuple]:
     """The start event against itself, and against the script."""
     start, knobs, data, ranks = run.start, run.start["knobs"], run.start["data"], run.start["world_size"]
     if run.script is not None:
@@ -433,7 +444,7 @@ def normed_steps(run: Run) -> range:
     """After which norms are written."""
     return multiples(run.start["knobs"].get("log_norms", 0), run.total)
 
-def rows_of_schedule(run: Run):
+def rows_of_schedule(run: Run) -> Iterator[tuple]:
     """The events there are against those that the knobs imply."""
     n, knobs = run.total, run.start["knobs"]
     yield "truncated", "the end", run.end and tuple(run.end[k] for k in ("status", "code", "steps")), ("complete", 0, n)
@@ -446,7 +457,7 @@ def rows_of_schedule(run: Run):
         if kind == "end" or not run.resumed:
             yield "truncated", f"the list of '{kind}' events", found, sorted(due)
 
-def rows_of_events(run: Run):
+def rows_of_events(run: Run) -> Iterator[tuple]:
     """Each event against the knobs."""
     start, normed = run.start, normed_steps(run)
     losses = [p[2] or 0 for p in run.vals + run.steps]
@@ -466,7 +477,7 @@ def rows_of_events(run: Run):
             below = {key: row[key] for key in ("lr", "momentum", "window") if row[key] < 0}
             yield "schema", f"what is below 0 at step {done}", below, {}
 
-def rows_of_end(run: Run):
+def rows_of_end(run: Run) -> Iterator[tuple]:
     """The end's own figures, if it has come."""
     end, room = run.end, run.start["gpu_memory_mib"] or 0
     if not end:

@@ -63,6 +63,12 @@ def find_record(name: str) -> Path:
         raise Bad("path", f"there is no record, run or log {safe(name, 80)}; the records are {names or 'none'}")
     return found[0]
 
+def find_track(name: str) -> dict:
+    tracks = read_tracks()
+    if name not in tracks:
+        raise Bad("track", f"there is no track {safe(name, 40)}: there are {', '.join(tracks)}")
+    return tracks[name]
+
 def parent_of(record: Record) -> Record | None:
     """The record that it names as such, if that is here and another."""
     path = RECORDS / str(record.meta["parent"])
@@ -75,12 +81,10 @@ def show(value, spec: str) -> str:
 
 def listing(only: str | None, records: list[Record]) -> str:
     """Markdown tables by track, best first; other GPUs, or another count of them, make another table."""
-    tracks, metas, out, empty, clocks = read_tracks(), [record.meta for record in records], [LIST_MARKS[0]], [], set()
-    for name, track in tracks.items():
+    metas, out, empty, clocks = [record.meta for record in records], [LIST_MARKS[0]], [], set()
+    for name, track in ({only: find_track(only)} if only else read_tracks()).items():
         timed, goal = track["hardware"]["count"] > 0, track["target_loss"]
         own = [meta for meta in metas if meta["track"] == name]
-        if only not in (None, name):
-            continue
         title = f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}"
         if not (own or only):
             empty.append(title)

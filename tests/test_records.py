@@ -196,6 +196,17 @@ def test_list_and_its_table_in_the_readme(box, tmp_path):
     assert box.main("list", "--write").code == 2 and readme.read_text() == "# A toy\n"
 
 
+@pytest.mark.parametrize("old, new, words", [
+    ('"p": 0.01', '"p": "low"', "tracks.corpus-1xh100.p is 'low', and not of type float"),
+    ('"max_epochs": ', '"epochs": ', "train.epochs is unknown"), ('"NVIDIA H100', '"(NVIDIA', "unterminated"),
+    ('"hardware": {', '"hardware": [{', "not JSON"), ('"clock": ', '"clock": "", "clock": ', "a key twice")])
+def test_a_malformed_track_is_said(box, old, new, words):
+    box.write(box.victim, box.meta() | dict(track="corpus-1xh100"))
+    box.replace(box.root / "records/tracks/corpus-1xh100.json", old, new)
+    done = box.main("verify")
+    assert done.code == 2 and words in done.err and box.main("list", "--help").code == 0
+
+
 @pytest.mark.parametrize("name, differs", [("corpus-1xh100", {"target_loss": 3.85, "min_runs": 3}),
                                            ("fineweb-1xh100", {"target_loss": None})])
 def test_the_track_of_an_eighth_is_its_siblings(name, differs):
