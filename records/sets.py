@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import hashlib
 import json
 import math
+import os
 import re
 import statistics
 from dataclasses import dataclass
@@ -176,6 +178,8 @@ class Set:
 
 def runs_at(path: Path) -> list[Run]:
     """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
+    if path.suffix == ".py":
+        raise Bad("path", f"{safe(path.name, 80)} is a script: compare takes runs; ./run.sh trial A.py B.py makes them")
     if path.is_file():
         return [read_speedrun(path)]
     if (path / "metrics.jsonl").exists():
@@ -200,7 +204,7 @@ def load(text: str | Path) -> Set:
     name of the user's, NAME=, scripts may differ."""
     text, found, script, track = str(text), [], None, None
     match = NAMED.fullmatch(text)
-    named, text = match.groups() if match else ("", text)
+    named, text = match.groups() if match and not os.path.exists(text) else ("", text)
     for name in text.split(","):
         path = next((p for p in (Path(name), LOGS / name, ROOT / "peers" / name) if p.exists()), None)
         path = path or find_record(name)
@@ -211,8 +215,12 @@ def load(text: str | Path) -> Set:
             found += runs_at(path)
     runs = of_one_recipe(found, safe(text, 200), safe(named, 40))
     first, *more = (safe(Path(name).name, 40) for name in text.split(","))
-    label = safe(named, 40) or first + f" and {len(more)} more" * bool(more)
-    return Set(label, runs, runs[0].script or script, track, bool(named))
+    label = first + f" and {len(more)} more" * bool(more)
+    if home := home_of(path):
+        label = label if more else safe(path.resolve().relative_to(home.parent).as_posix(), 80)
+        kept = read_bytes(home / "train_gpt.py")
+        script = script or (kept if hashlib.sha256(kept).hexdigest() == runs[0].script_sha256 else None)
+    return Set(safe(named, 40) or label, runs, runs[0].script or script, track, bool(named))
 
 def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
     """The complete ones, each once, and what is said of the others. Bad unless they make a set; `text` is what the user
@@ -227,9 +235,10 @@ def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
         for recipe in sorted(recipes):
             own = [run for run in runs if run.recipe == recipe]
             print(f"script {recipe[0][:12]}, {differing_knobs(own[0], runs)}:", *(safe(run.name) for run in own))
-        raise Bad("knobs", f"{text} holds {len(runs)} complete runs, {len(once)} in all, of {len(recipes)} recipes "
-                           "(script and knobs): name the runs of one, with commas between; NAME=A,B joins what "
-                           f"scripts alone keep apart{lacking}")
+        advice = "name the runs of one, with commas between; NAME=A,B joins what scripts alone keep apart"
+        raise Bad("knobs", f"{text} holds {len(once)} runs, and no complete one{lacking}" if not runs else
+                           f"{text} holds {len(runs)} complete runs, {len(once)} in all, of {len(recipes)} recipes "
+                           f"(script and knobs): {advice}{lacking}")
     seeds = [run.seed for run in runs if run.start]
     if len({*seeds}) < len(seeds):
         raise Bad("seeds", f"{text} has a seed twice, in {sorted(seeds)}")
@@ -240,6 +249,11 @@ def of_one_recipe(found: list[Run], text: str, named: str) -> list[Run]:
     if len(recipes) > 1:
         print(f"note: {named} joins runs of {len(recipes)} scripts, by your word that they are one")
     return runs
+
+def home_of(path: Path) -> Path | None:
+    """The record that a folder of runs lies in."""
+    return next((folder for folder in path.resolve().parents[:3]
+                 if (folder / "meta.json").is_file() and (folder / "train_gpt.py").is_file()), None)
 
 def diff(a: bytes, b: bytes, names: tuple[str, str], limit: int = 120) -> list[str]:
     texts = [script.decode("utf-8", "replace").split("\n") for script in (a, b)]
@@ -406,17 +420,24 @@ def smooth(values: list[float]) -> list[float]:
     spans = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
     return [statistics.fmean(values[i - k : i + k + 1]) for i, k in enumerate(spans)]
 
+def mean_curve(curves: list[list[tuple]]) -> list[list[float]]:
+    """Of the points that all curves have, by step."""
+    by_step = [{p[0]: p for p in points} for points in curves]
+    shared = [step for step in by_step[0] if all(step in points for points in by_step)]
+    return [[statistics.fmean(points[step][i] or 0 for points in by_step) for i in range(4)] for step in shared]
+
 def draw(axis, column: int, scale: float, s: Set, color: str):
-    """One set: its runs' losses of training faint, their mean smoothed; of validation points, their mean dashed."""
-    trained = [[p for p in run.steps if p[2] is not None] for run in s.runs]
-    scored = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
-    for curves, each, mean in ((trained, dict(lw=0.6, alpha=0.3), dict(lw=1.6)),
-                               (scored, dict(ls="", marker="o", ms=4, mfc="none"), dict(ls="--", lw=1))):
-        lines = [([p[column] / scale for p in points], [p[2] for p in points]) for points in curves]
-        for xs, ys in lines:
-            axis.plot(xs, ys, color=color, **each)
-        xs, ys = ([statistics.fmean(values) for values in zip(*side)] for side in zip(*lines))
-        axis.plot(xs, smooth(ys), color=color, **mean)
+    """One set: its runs' losses of training faint, their mean smoothed, validation dashed."""
+    curves = [[p for p in run.steps if p[2] is not None] for run in s.runs]
+    xs = lambda points: [p[column] / scale for p in points]
+    vals = [[p for p in run.vals if p[0]] or run.vals for run in s.runs]  # before the first step all are alike
+    trained, scored = mean_curve(curves), mean_curve(vals)
+    for points in curves:
+        axis.plot(xs(points), [p[2] for p in points], color=color, lw=0.6, alpha=0.3)
+    axis.plot(xs(trained), smooth([p[2] for p in trained]), color=color, lw=1.6)
+    axis.plot(xs(scored), [p[2] for p in scored], "--", color=color, lw=1)
+    for points in vals:
+        axis.plot(xs(points), [p[2] for p in points], "o", color=color, ms=4, mfc="none")
     axis.plot([], [], color=color, lw=4, label=f"{s.label[:48]}: {spread(s.losses)}")
 
 MARK = re.compile(r"(.+)=([0-9]{1,9}(?:\.[0-9]+)?),([0-9]{1,4}(?:\.[0-9]+)?)")
@@ -429,10 +450,12 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for i, s in enumerate(sets):
         draw(axis, column, scale, s, f"C{i}")
-    seen = [point for line in axis.lines for point in line.get_xydata()]
-    late = [loss for at, loss in seen if at > 0.1 * max(at for at, _ in seen) and math.isfinite(loss)]
+    seen = [(p[column] / scale, p[2]) for s in sets for run in s.runs for p in run.vals + run.steps
+            if p[2] is not None and math.isfinite(p[2])]
+    end = max(at for at, _ in seen)
+    shown = [loss for at, loss in seen if at > 0.1 * end]
     for target in {*map(target_of, sets)} - {None}:
-        late.append(target)
+        shown.append(target)
         axis.axhline(target, color="gray", lw=0.8, ls=":")
         axis.annotate(f"target {target}", (0.01, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     if any(run.steps for s in sets for run in s.runs):
@@ -440,8 +463,8 @@ def picture(plt, sets: list[Set], x: str, marks: tuple = ()):
     axis.plot([], [], "o--", color="gray", lw=1, ms=4, mfc="none", label="validation")
     for i, (name, at, loss) in enumerate(marks):
         axis.plot(float(at), float(loss), "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:48]}: {loss}")
-        late.append(float(loss))
-    low, high = min(late, default=0), max(late, default=1)
+        shown.append(float(loss))
+    low, high = min(shown, default=0), max(shown, default=1)
     edge = 0.05 * (high - low) or 0.05
     machines = {machine(run) for s in sets for run in s.runs}
     axis.set(xlabel=f"{label} ({machines.pop()})" if len(machines) == 1 else label, ylabel="loss", xlim=(0, None),

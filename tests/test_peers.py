@@ -98,7 +98,8 @@ TOLD = "Running PyTorch 2.12 compiled for CUDA 13.0 on NVIDIA H200 with world_si
     (OLD, dict(above=f"\n{RULE}\n", end=""), (3000, 3000), [(0, 251), (3000, 401300)], None),
     (NEW, {}, (1325, 1325), [(1325, 63301)], 39491),
     (TRACK_3, dict(machine=H200, end=""), (3275, 3300), [(125, 21402), (3275, 488035)], None),
-    (TRACK_3, dict(machine=TOLD), (3275, 3300), [(125, 21402), (3275, 488035)], 39491)])
+    (TRACK_3, dict(machine=TOLD, end="peak memory consumption: 39491 MiB"), (3275, 3300),
+     [(125, 21402), (3275, 488035)], 39491)])
 def test_logs_of_all_eras(toy, tmp_path, body, how, steps, vals, peak):
     """2024, with a rule above the source; 2026, with a word behind the fields; track 3, in fractions of seconds, with
     fields before the time, and stopped before its schedule ended."""
@@ -180,13 +181,15 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     assert box.main("compare", *names).code == 3  # there is one run of the other source
 
 
-def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path):
+def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path, monkeypatch):
     write_set(tmp_path / "s=t", PUBLISHED[:4])
     write_set(tmp_path / "s=t" / "more", PUBLISHED[4:])
     (tmp_path / "s=t" / "notes.txt").write_text("a note")
     shutil.copy(tmp_path / "s=t" / "00.txt", tmp_path / "00.txt")
     done = toy.main("compare", f"{tmp_path / 's=t'},{tmp_path / '00.txt'}", tmp_path / "s=t" / "more", "--target=3.28")
     assert done.code == 0 and "skipped: notes.txt has no line of" in done.out and "holds 1 logs twice" in done.out
+    monkeypatch.chdir(tmp_path)
+    assert toy.sets.load("s=t").label == "s=t"  # and not a set t called s
     assert "s=t and 1 more: loss 3.2784 (sd 0.0014, n = 13) (p of a mean below 3.28: 0.00067); 1770" in done.out
 
 
@@ -204,6 +207,8 @@ def test_sets_of_two_scripts_are_joined_by_a_name(toy, tmp_path):
     assert done.code in (0, 3) and "note: mine joins runs of 2 scripts" in done.out and "mine: loss 3.27" in done.out
     assert "early: loss 3.2800" in done.out and "; stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
     assert toy.main("compare", f"mine={tmp_path / 'set'},{tmp_path / 'long.txt'}", early).code == 2
+    many = ",".join(str(tmp_path / "set" / f"{i}.txt") for i in range(13))  # longer than a path may be
+    assert f"mine: loss {3.2784}" in toy.main("compare", f"mine={many}", early).out
 
 
 def test_compare_of_two_public_sets(toy, tmp_path):

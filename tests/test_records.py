@@ -150,6 +150,7 @@ def test_leaving_out_and_keeping_private(bare):
 
 REFUSED = dict(
     name_that_is_a_path=("add", "{run}", *COMMON, "--name", "../x"), compare_of_one=("compare", "a"),
+    name_that_is_there=("add", "{run}", *COMMON, "--name", "Toy"), compare_of_a_script=("compare", "train_gpt.py", "a"),
     run_that_is_not_there=("add", "20200101-000000-abcdef", *COMMON),
     track_that_is_not_there=("add", "{run}", *COMMON, "--track", "x"),
     leave_out_without_reason=("add", "{run}", *COMMON, "--leave-out", "{run}"),
@@ -272,13 +273,34 @@ def test_compare_a_record_with_a_set_of_runs(toy):
     assert inside.out == re.sub(r" \(p of a mean below 5: [^)]+\)", "", done.out) != done.out  # a folder has no track
 
 
+def test_compare_of_a_record_on_no_track_knows_no_target(box):
+    box.victim = box.record("Toy")
+    box.write(box.victim, box.meta() | dict(track="nowhere"))
+    done = box.main("compare", box.victim.name, names(box.arms()[1]))
+    assert done.code == 0 and "p of a mean" not in done.out and done.err == ""
+
+
+def test_the_knob_that_differs_is_never_cut_off(box):
+    """By which sets and runs are called, and of which a mixed set is told."""
+    base, _ = box.arms()
+    pattern = "LS" * 100
+    long = forge.clone(box, base[0], box.root / "long", 5, 1, by=0.1, layer_pattern=pattern, value_pattern="0." * 100)
+    done = box.main("compare", base[0].name, long)
+    assert done.code == 3 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: its loss is +0.1000" in done.out
+    mixed = box.main("compare", f"{base[0].name},{long}", base[1].name)
+    assert mixed.code == 2 and f"layer_pattern={pattern} value_pattern={'0.' * 100}: {long.name}\n" in mixed.out
+
+
 @pytest.mark.parametrize("status, words", [
+    ("stopped", "was stopped at step 7 of 20 (a signal stopped step 7)"),
     ("failed", "failed at step 7 of 20 (a signal stopped step 7)"), (None, "died, or is still running")])
 def test_a_run_without_its_end_is_called_by_how_it_ended(box, status, words):
     base, cold = box.arms()
     rows = box.events(base[0])
     rows[-1] |= dict(status=status, code=75, reason="a signal stopped step 7", steps=7, val_loss=None)
     box.rewrite(base[0], rows if status else rows[:-1])
+    done = box.main("compare", base[0], cold[0])
+    assert done.code == 2 and f"holds 1 runs, and no complete one; {base[0].name} {words}" in done.err
     done = box.main("compare", f"{base[0]},{base[1]}", cold[0])
     assert done.code == 3 and f"note: only complete runs count; {base[0].name} {words}" in done.out
 
@@ -401,7 +423,16 @@ def test_sets_are_called_by_what_differs(box):
     record = box.record("Toy")
     for run in (record / "arms/cold").iterdir():
         box.change(run, forge.put("start", script_sha256="a" * 64))
-    assert label(record / "runs", record / "arms/cold") == ["runs", "cold"]
+    assert label(record / "runs", record / "arms/cold") == [f"{record.name}/runs", f"{record.name}/arms/cold"]
+    scripts = [box.sets.load(record / folder).script for folder in ("runs", "arms/cold")]
+    assert scripts == [(record / "train_gpt.py").read_bytes(), None]  # the arm's is not kept
+
+
+def test_a_mean_is_of_the_points_that_all_runs_have(toy):
+    """Those of two public scripts that a name joins may lie at other steps."""
+    curves = [[(step, None, loss, 10.0 * step) for step, loss in points] for points in (
+        ((5, 4.0), (10, 3.0), (20, 2.0)), ((10, 4.0), (20, 3.0)))]
+    assert toy.sets.mean_curve(curves) == [[10, 0, 3.5, 100], [20, 0, 2.5, 200]]
 
 
 def test_smoothing_keeps_lines_to_their_ends(toy):
