@@ -295,11 +295,14 @@ def changes(a: Run, b: Run) -> str:
     return safe(", ".join(f"{k} {old} -> {new}" for k, old, new in values if old != new) or "none")
 
 def name_by_difference(sets: list[Set]):
-    """Have sets of one script called by the knobs that differ, as they would be typed, unless the user named them."""
-    firsts = [s.runs[0] for s in sets]
-    if all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1:
-        for s in sets:
-            s.label = s.named and s.label or differing_knobs(s.runs[0], firsts) or s.label
+    """Have sets of one script called by the knobs that differ, as they would be typed, and those of one record by their
+    folders in it, unless the user named them."""
+    firsts, homes = [s.runs[0] for s in sets], {s.label.partition("/")[0] for s in sets}
+    one_script = all(run.start for run in firsts) and len({run.script_sha256 for run in firsts}) == 1
+    for s in sets:
+        if not s.named:
+            short = s.label.partition("/")[2] if len(homes) == 1 < len(sets) else ""
+            s.label = one_script and differing_knobs(s.runs[0], firsts) or short or s.label
 
 PAUSE = 900  # seconds between runs that take turns: a start and a compilation, but no night
 
