@@ -97,6 +97,8 @@ OF_FORMAT_2 = dict(
     step_without_its_rate=(lambda rows: at(rows, "step 10").pop("lr"), "schema", "lr is missing"),
     momentum_below_0=(put("step 10", momentum=-0.5), "schema", "step 10"),
     rate_of_a_stage=(put("start", stages=dict(lr=0.5)), "tokens", "'lr': 0.5"),
+    no_stage=(lambda rows: rows[0]["stages"].clear(), "tokens", "by number, is {}"),
+    stages_in_the_knobs_alone=(put("start", knobs=dict(batch_stages="2x128 4x128")), "tokens", 10 * 256 + 10 * 512),
     batch_before_its_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 4x128"), at(rows, "step 10").update(
         sequences=4)], "tokens", "(4, 128)"),
     stages_without_end=(put("start", knobs=dict(batch_stages="1x128 " * 21)), "schema", "not stages of 20 steps"),
@@ -116,6 +118,7 @@ META = dict(
     another_name=(dict(name="2026-11-26_Another"), "schema", "2026-11-26_Another"),
     unknown_track=(dict(track="nowhere"), "track", "no track nowhere"),
     long_summary=(dict(summary="s" * 121), "schema", ".{0,120}"),
+    date_of_another_day=(dict(date="2020-01-01"), "schema", "'2020-01-01'"),
     date_that_no_calendar_has=(dict(date="2026-99-99"), "schema", "2026-99-99"),
 )
 

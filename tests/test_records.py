@@ -155,7 +155,7 @@ REFUSED = dict(
     track_that_is_not_there=("add", "{run}", *COMMON, "--track", "x"),
     leave_out_without_reason=("add", "{run}", *COMMON, "--leave-out", "{run}"),
     arm_that_is_a_path=("add", "{run}", *COMMON, "--arm", "../../../evil={cold}"),
-    parent=("add", "{run}", *COMMON, "--parent", "../x"),
+    arm_without_name=("add", "{run}", *COMMON, "--arm", "{cold}"), parent=("add", "{run}", *COMMON, "--parent", "../x"),
     verify_of_nothing=("verify", "2020-01-01_Nothing"),
     list_of_nothing=("list", "nowhere"), compare_of_nothing=("compare", "a", "b"),
     compare_of_mixed_recipes=("compare", "logs", "{run}"),
