@@ -334,16 +334,22 @@ def test_a_shard_that_is_cut_short_in_training_leaves_a_line_that_says_where(her
     assert process.returncode and "Bus error" in said and 'train_gpt.py", line ' in said and " in read" in said
 
 
-@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
-def test_a_shard_that_loses_its_end_in_training_is_named_once_all_is_saved(here, capsys, monkeypatch, name):
-    """What lies in the page that is left would be read as zeros."""
+def before_step_1(monkeypatch, act):
     real = t.Trainer.train_step
 
     def train_step(self, step, pairs):
-        os.truncate(here / "data" / name, (here / "data" / name).stat().st_size - 2 * (step == 1))
+        if step == 1:
+            act()
         return real(self, step, pairs)
 
     monkeypatch.setattr(t.Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
+def test_a_shard_that_loses_its_end_in_training_is_named_once_all_is_saved(here, capsys, monkeypatch, name):
+    """What lies in the page that is left would be read as zeros."""
+    shard = here / "data" / name
+    before_step_1(monkeypatch, lambda: os.truncate(shard, shard.stat().st_size - 2))
     assert f"train_gpt: {name} was cut short while the run read it: all is saved" in ended(capsys, here, code=2)
     run = run_folders(here)[0]
     assert (run / "weights.pt").exists() and events(run, "end")[0]["code"] == 2
@@ -353,16 +359,12 @@ def test_a_shard_that_loses_its_end_in_training_is_named_once_all_is_saved(here,
 @pytest.mark.skipif(sys.platform == "win32", reason="a file that is mapped stays there")
 def test_a_shard_that_is_replaced_in_training_is_read_to_its_end(here, monkeypatch):
     """The map keeps the old one."""
-    real = t.Trainer.train_step
+    def replace():
+        for path in sorted(here.glob("data/*.bin")):
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content[:-2]) if "train" in path.name else None
 
-    def train_step(self, step, pairs):
-        if step == 1:
-            for path in sorted(here.glob("data/*.bin")):
-                content = path.read_bytes()
-                path.unlink()
-                path.write_bytes(content[:-2]) if "train" in path.name else None
-        return real(self, step, pairs)
-
-    monkeypatch.setattr(t.Trainer, "train_step", train_step)
+    before_step_1(monkeypatch, replace)
     main(here)
     assert events(run_folders(here)[0], "end")[0]["status"] == "complete"
