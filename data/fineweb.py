@@ -20,7 +20,6 @@ import hashlib
 import io
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -29,7 +28,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from urllib.parse import urlsplit
 
-ROOT = Path(__file__).resolve().parent.parent
+from screen import ROOT, say, say_next, show_any_name
+
 REPO = "kjj0/fineweb10B-gpt2"
 LAST_SHARD = 103
 THREADS = 4  # files fetched at a time; more do not fill a line better
@@ -41,23 +41,6 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 class Problem(Exception):
     """What stopped us, told in one sentence; exit code 2."""
-
-
-def say(text, stream=None):
-    """Prints. Where nobody listens (a closed pipe, a full disk) this and what follows goes nowhere: the work does not
-    end for its listener. The twin is in tokenize_text.py."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def show_any_name():
-    """Lets standard output write what its encoding lacks as escapes: a path may hold anything. Twin in
-    tokenize_text.py."""
-    if hasattr(sys.stdout, "reconfigure"):  # a closed one has not
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def shard_names(shards):
@@ -146,11 +129,11 @@ def token_advice():
     return "no access token was sent, so check HF_ENDPOINT, or set HF_TOKEN if that hub wants one"
 
 
-def endpoint_advice(before=""):
-    """`before`, and to look at HF_ENDPOINT where that is set."""
+def endpoint_advice(before="", after=""):
+    """To look at HF_ENDPOINT, between these, where that is set."""
     if not os.environ.get("HF_ENDPOINT"):
         return ""
-    return f"{before}check HF_ENDPOINT, the https:// address of a hub, or unset it"
+    return f"{before}check HF_ENDPOINT, the https:// address of a hub, or unset it{after}"
 
 
 def revision_advice(asked, out, old_commit):
@@ -185,9 +168,8 @@ def patiently(call, what, advice, wait_for_network):
                 raise Problem(f"the hub refuses {what} (HTTP {status}); {advice}") from None
             if pause is None or not (status or wait_for_network):
                 reason = f"HTTP {status}" if status else reason_of(error)
-                endpoint = endpoint_advice() and endpoint_advice() + ", "
-                raise Problem(f"the hub cannot be reached for {what} ({reason}); {endpoint}run this again with a "
-                              "network, or train on your own text with data/tokenize_text.py") from None
+                raise Problem(f"the hub cannot be reached for {what} ({reason}); {endpoint_advice(after=', ')}run this "
+                              "again with a network, or train on your own text with data/tokenize_text.py") from None
             time.sleep(pause)
 
 
@@ -368,8 +350,7 @@ def run(args):
         shutil.rmtree(out / ".download", ignore_errors=True)
         say(f"{len(names)} files verified against the hub; manifest.json written")
     tell_of_others(out)
-    name = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
-    say(f"Next: ./run.sh --data_dir={shlex.quote(str(name))}")
+    say_next(out)
     return 0
 
 

@@ -16,28 +16,20 @@ stopped by Ctrl-C.
 """
 import contextlib
 import math
-import os
-import signal
 import sys
 import types
 import zipfile
 from pathlib import Path
 
+from screen import ROOT, end_by, quit_at_ctrl_c, say
 
-def quit_at_once(*_):
-    """What a Ctrl-C does while torch is imported, which takes seconds."""
-    print("no sample: stopped.", file=sys.stderr)
-    os._exit(130)
-
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, quit_at_once)
+if __name__ == "__main__":
+    quit_at_ctrl_c("no sample: stopped.")
 
 import tokenize_text  # noqa: E402
 import torch  # noqa: E402
-from tokenize_text import Knobs, Problem, say  # noqa: E402
+from tokenize_text import Knobs, Problem  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 2048  # tokens that the model sees of what came before; nothing is cached, so more would be slow
 DEFAULT_TOKENS = {"gpt2": 50, "bytes": 200}  # about 200 characters
 KEYS = {"model", "knobs", "encoding", "vocab_size"}  # what a run saves
@@ -244,8 +236,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == quit_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has come anyway
-    sys.exit(code)
+    end_by(main)

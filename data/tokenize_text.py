@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -39,19 +38,13 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from screen import ROOT, end_by, quit_at_ctrl_c, say, say_next, show_any_name
 
-def quit_at_once(*_):
-    """What a Ctrl-C does before anything is made."""
-    print("tokenize_text.py: stopped, nothing was written.", file=sys.stderr)
-    os._exit(130)
-
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, quit_at_once)  # until main() has the word: numpy's import takes a while
+if __name__ == "__main__":
+    quit_at_ctrl_c("tokenize_text.py: stopped, nothing was written.")
 
 import numpy as np  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 # The twin of these constants is in train_gpt.py (and in fineweb.py beside this file).
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 END_OF_TEXT = 50256
@@ -92,22 +85,6 @@ NO_OBJECT = re.compile(r"(event|id|retry):.*|:.*|null|\[|\]")  # lines that come
 
 class Problem(Exception):
     """A user's mistake or the machine's refusal, told in one sentence; exit code 2."""
-
-
-def say(text, stream=None):
-    """Prints. Where nobody listens (a closed pipe, a full disk) this and what follows goes nowhere: the work does not
-    end for its listener. The twin is in fineweb.py."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def show_any_name():
-    """Lets standard output write what its encoding lacks as escapes: a path may hold anything. Twin in fineweb.py."""
-    if hasattr(sys.stdout, "reconfigure"):  # a closed one has not
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def on_ctrl_c(handler):
@@ -564,8 +541,7 @@ def tell(args, source, held_out, files):
     if "copies_left_out" in held_out:
         say(f"Left out: {held_out['copies_left_out']:,} equal to an earlier one, as a copy of what is learnt would be "
             "scored.")
-    name = args.out.relative_to(ROOT) if args.out.is_relative_to(ROOT) else args.out
-    say(f"Next: ./run.sh --data_dir={shlex.quote(str(name))}")
+    say_next(args.out)
 
 
 def main(argv=None):
@@ -586,8 +562,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) == quit_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has come anyway
-    sys.exit(code)
+    end_by(main)

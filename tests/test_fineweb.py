@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "fineweb.py"
+sys.path.append(str(SCRIPT.parent))
 REPO = "kjj0/fineweb10B-gpt2"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]

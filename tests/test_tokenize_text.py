@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "tokenize_text.py"
+sys.path.append(str(SCRIPT.parent))
 spec = importlib.util.spec_from_file_location("tokenize_text", SCRIPT)
 tokenize_text = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tokenize_text)
