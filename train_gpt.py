@@ -118,7 +118,7 @@ class Hyperparameters:
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
     scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, bigrams, v, smear and pointer
-    gate_lr: float = 0.004  # [lr] gates of attention and of value embeddings
+    gate_lr: float = 0.004  # [lr] gates of value embeddings
     skip_lr: float = 0.005  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
     mix_lr: float = 0.001  # [lr] networks of `Mix`
     head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
@@ -151,7 +151,7 @@ class Hyperparameters:
 
 CANDIDATES = 16_384  # rows of V, a third, in a sampled softmax; half of its tokens, if more
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
-GATE = 12  # channels that a gate reads: of attention's input, or half of it, half of a value row
+GATE = 12  # channels that a gate reads: half of attention's input, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
 BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
@@ -348,8 +348,8 @@ def bigram_index(ids: Tensor, rows: int) -> Tensor:
 class CausalSelfAttention(nn.Module):
     """Attention with merged QKV (@fernbear.bsky.social), QK-norm (arXiv:2010.04245;
     @Grad62304977), a fixed temperature (@leloykun), rotary, value embeddings added to v
-    (arXiv:2410.17897; @KoszarskyB) as far as a gate lets them, and a gate for each head's result;
-    gates see a few channels of the input (@classiclarryd)."""
+    (arXiv:2410.17897; @KoszarskyB) as far as a gate for each head lets them, which sees a few
+    channels of the input and of the embedding (@classiclarryd)."""
 
     def __init__(self, hp, layer: int):
         super().__init__()
@@ -357,7 +357,6 @@ class CausalSelfAttention(nn.Module):
         self.qkv = uniform_matrix(3, hp.model_dim, hp.model_dim)
         self.out = uniform_matrix(hp.model_dim, hp.model_dim)
         self.v_scale = nn.Parameter(torch.full((1,), 0.5))
-        self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
         if self.table != ".":
             self.value_gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))
 
@@ -377,9 +376,7 @@ class CausalSelfAttention(nn.Module):
             v = v + 2 * gate[..., None] * value_embed.view_as(v)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, K)
         y = attend(q, k, v, masks[self.window])[0].transpose(0, 1)  # (T, H, K)
-        gate = linear(x[:, :GATE], self.gate).sigmoid()
-        y = (gate[..., None] * y).reshape(x.shape)
-        return linear(y, self.out)
+        return linear(y.reshape(x.shape), self.out)
 
 
 class MLP(nn.Module):

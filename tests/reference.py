@@ -54,7 +54,7 @@ def gated_attention(attn, seen: Tensor, value: Tensor | None, visible_keys: Tens
             read = torch.cat((seen[:, :6], value[:, :6]), 1)
             v = v + 2 * torch.sigmoid(read @ attn.value_gate[h].double())[:, None] * value[:, own]
         y = attention(q[None, None], k[None, None], v[None, None], visible_keys)[0, 0]
-        heads.append(torch.sigmoid(seen[:, :12] @ attn.gate[h].double())[:, None] * y)
+        heads.append(y)
     return torch.cat(heads, 1) @ attn.out.double().T
 
 

@@ -382,7 +382,7 @@ def test_a_model_by_itself_trains_on_a_cpu():
 
 def test_what_a_model_starts_with():
     model = small_model(small_hp())
-    starts = dict(smear=0.0, copy_scale=1.0, v_scale=0.5, gate=0.0, value_gate=0.0, network_out=0.0)
+    starts = dict(smear=0.0, copy_scale=1.0, v_scale=0.5, value_gate=0.0, network_out=0.0)
     assert model.skip_weights.tolist() == [1, 1] and model.mix_head.skip_weights.tolist() == [0, 0, -0.5, 0]
     assert not model.mix_input.skip_weights.any()
     for name, p in model.named_parameters():
@@ -425,7 +425,7 @@ def test_the_default_model_has_the_stated_size():
     total = sum(p.numel() for p in model.parameters())
     square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
     mixes, pointer = 2 * (768 + 4) * 64, 3 * 128 * 768
-    gates, scalars = (10 + 5) * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    gates, scalars = 5 * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
     assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars + mixes + pointer
     assert round(total / 1e6, 1) == 355.7
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))

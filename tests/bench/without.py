@@ -37,10 +37,6 @@ LINES = dict(  # name: [(what stands there, what does without)]
          "        x, bigrams = self.embed(rows), None\n        x = x.bfloat16() if x.is_cuda else x\n"),
         (" + self.lambdas[2] * bigrams\n", "\n"), ("        model.bigrams.bfloat16()\n", "")],
     block_scale=[("torch.tensor([1.1, 0.0, 0.05])", "torch.tensor([1.0, 0.0, 0.05])")],
-    gates=[
-        ("        self.gate = nn.Parameter(torch.zeros(hp.num_heads, GATE))\n", ""),
-        ("        gate = linear(x[:, :GATE], self.gate).sigmoid()\n"
-         "        y = (gate[..., None] * y).reshape(x.shape)\n", "        y = y.reshape(x.shape)\n")],
     key_offset=[("        if self.window == \"L\":\n            k = offset_keys(k)\n", "")],
     late_input=[("            if i == self.hp.late_layer:\n                seen = norm(x)\n", "")],
     mix_head=[("        return norm(x + self.mix_head(x, streams))\n", "        return norm(x)\n")],
