@@ -403,26 +403,16 @@ def test_on_one_rank_nothing_is_rounded():
     assert torch.equal(*ends)
 
 
-@compiles("torch.neg", "torch.zeros(8)")
-def test_compiled_casts_are_those_of_the_functions():
-    """And what a rank of two sends and receives goes through them; here each gets its own back."""
-    ours, calls = params((64, 64), (64, 64)), []
+def test_what_a_rank_of_two_gets_in_e5m2_is_the_sum_of_what_both_round():
+    """Here each gets its own back, and so half of its buffer twice."""
+    ours = params((64, 64), (64, 64))
     optimizer = tg.Muon(ours, lr=0.1, grad_divisor=2, grad_comm="fp8", world_size=2)
-    optimizer.compile()
-    exchange = optimizer.exchange
-    x = rand(2 * tg.SCALE_BLOCK, bf16=True) * torch.tensor([1e-6, 3e4]).repeat_interleave(tg.SCALE_BLOCK)
-    values, scales = exchange.quantize(x)
-    want, want_scales = tg.quantize_e5m2(x)
-    assert torch.equal(values.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scales, want_scales)
-    assert torch.equal(exchange.dequantize(values, scales), tg.dequantize_e5m2(want, want_scales))
-    for name in ("quantize", "dequantize"):
-        cast = getattr(exchange, name)
-        setattr(exchange, name, lambda *x, name=name, cast=cast: (calls.append(name), cast(*x))[1])
+    exchange, (bucket,) = optimizer.exchange, optimizer.buckets
     exchange.start = lambda collective, sent, size: lambda: sent
     feed(ours, 0)
     bucket, = optimizer.buckets
     want = tg.dequantize_e5m2(*tg.quantize_e5m2(bucket.pack())).view(2, -1).sum(0)
-    assert torch.equal(exchange.receive(exchange.send(bucket)), want) and calls == ["quantize", "dequantize"]
+    assert torch.equal(exchange.receive(exchange.send(bucket)), want) and want.any()
 
 
 def default_optimizers(world_size, **knobs):
