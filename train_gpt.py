@@ -203,11 +203,10 @@ class Stage(NamedTuple):
 def stages(hp) -> list[Stage]:
     """`batch_stages` in equal spans of the run, or one stage of the two plain knobs."""
     batches = hp.batch_stages.split() or [f"{hp.sequences_per_step}x{hp.train_seq_len}"]
-    found = []
-    for k, batch in enumerate(batches):
-        first = k * hp.steps // len(batches)
-        found.append(Stage(first, *map(int, batch.split("x"))))
-    return found
+    return [
+        Stage(k * hp.steps // len(batches), *map(int, batch.split("x")))
+        for k, batch in enumerate(batches)
+    ]
 
 
 def stage_at(step: int, hp) -> Stage:
@@ -840,7 +839,7 @@ def fp8_supported(device):
         layer = CastedLinear(64, 64, grad_scale=1.0, device=device)
         x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
         layer(x).float().square().mean().backward()
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
         return False, "probe failed: " + str(error).partition("\n")[0][:120]
     if not torch.isfinite(layer.weight.grad).all():
         return False, "probe gave non-finite gradients"
@@ -969,14 +968,13 @@ class Bucket:
 
     def pack(self) -> Tensor:
         """Gradients as one bf16 buffer (size,); a parameter without a gradient counts as zero."""
-        grads = [p.grad for p in self.params]
-        first = grads[0]
-        if first is not None and first.dtype == torch.bfloat16 and first.numel() == self.size:
-            return first.flatten()  # alone in its bucket, and of the wire's dtype: no copy
-        buffer = torch.zeros(self.size, dtype=torch.bfloat16, device=self.params[0].device)
-        pairs = [pair for pair in zip(self.views(buffer), grads) if pair[1] is not None]
-        if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+        first = self.params[0]
+        if first.grad is not None and first.dtype == torch.bfloat16 and first.numel() == self.size:
+            return first.grad.flatten()  # alone in its bucket, and of the wire's dtype: no copy
+        buffer = first.new_zeros(self.size, dtype=torch.bfloat16)
+        for view, p in zip(self.views(buffer), self.params):
+            if p.grad is not None:
+                view.copy_(p.grad)
         return buffer
 
 
@@ -1078,10 +1076,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, settings in enumerate(self.param_groups):
             for p in settings["params"]:
                 alike[group, p.dtype, self.kind(p)].append(p)
-        buckets = []
-        for (group, _, (unit, *_)), params in alike.items():
-            buckets.append(Bucket(params, group, unit, self.world_size))
-        return buckets
+        return [
+            Bucket(params, group, unit, self.world_size)
+            for (group, _, (unit, *_)), params in alike.items()
+        ]
 
     def scalar(self, value: float) -> Tensor:
         """A 0-d fp32 tensor on the device: a number that changes would recompile."""
@@ -1133,8 +1131,8 @@ class Muon(ShardedOptimizer):
     update = staticmethod(muon_update)
 
     def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.95, decay=0.0, **exchange):
-        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
-        super().__init__(params, defaults, **exchange)
+        settings = dict(lr=lr, momentum=momentum, beta2=beta2, decay=decay)
+        super().__init__(params, settings, **exchange)
 
     def kind(self, p):
         shape = p.shape[-2:]
@@ -1353,12 +1351,12 @@ class Trainer:
         if step < self.hp.steps - 3 * length:
             return
         for optimizer in self.optimizers:
-            groups = [group for group in optimizer.param_groups if group["name"] in AVERAGED]
-            for p in sum((group["params"] for group in groups), []):
-                state = optimizer.state[p]
-                if "average" not in state:
-                    state["average"] = p.clone()
-                state["average"].lerp_(p, min(1 / length, 1))
+            for group in optimizer.param_groups:
+                for p in group["params"] if group["name"] in AVERAGED else ():
+                    state = optimizer.state[p]
+                    if "average" not in state:
+                        state["average"] = p.clone()
+                    state["average"].lerp_(p, min(1 / length, 1))
 
     @torch.no_grad()
     def blend(self):
@@ -2285,9 +2283,8 @@ class Run:
         loss is not finite."""
         loss, stop, squares = outcome.wait()
         hp, now = self.hp, self.clock.read()
-        at, stage = self.step, stage_at(self.step, hp)
-        self.step += 1
-        step, ms = self.step, now["train_ms"]
+        at, stage, ms = self.step, stage_at(self.step, hp), now["train_ms"]
+        step = self.step = at + 1
         facts = dict(
             step=step, tokens=self.tokens, train_loss=loss, lr=lr_at(at, hp),
             momentum=momentum_at(at, hp), window=window_at(at, hp), sequences=stage.sequences,
@@ -2300,7 +2297,7 @@ class Run:
                 norms[f"{group['name']}.grad"] = math.sqrt(next(left)) / stage.sequences
                 norms[f"{group['name']}.update"] = math.sqrt(next(left))
             facts["norms"] = norms
-        kept = squares or step in (1, hp.steps) or step % math.ceil(hp.steps / 48) == 0
+        kept = squares or step in (1, hp.steps) or not step % math.ceil(hp.steps / 48)
         self.log.emit("step", facts, kept, total=hp.steps, step_avg=ms / step)
         if step == 10 < hp.steps:
             self.log.say(
@@ -2409,7 +2406,7 @@ class Run:
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
-        with contextlib.suppress(AttributeError, ValueError):  # private to torch, or no group
+        with contextlib.suppress(Exception):  # private to torch, or no group
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
         for shard in self.corpus.train.shards + self.corpus.val.shards:
