@@ -243,6 +243,11 @@ def span(length: float, total_steps: int) -> float:
     return length * total_steps if length <= 1 else float(length)
 
 
+def shape_at(step: int, hp) -> tuple[Stage, bool]:
+    """What a step's compiled code depends on: its stage, and whether the softmax is sampled."""
+    return stage_at(step, hp), step < span(hp.sampled, hp.steps)
+
+
 def lr_at(step: int, hp) -> float:
     """Multiplier of every learning rate: the root of the step's tokens, in units of `lr_batch`
     (arXiv:2205.10287), times a decay that is 1 until the cool-down and then linear to `lr_floor`.
@@ -562,7 +567,7 @@ class GPT(nn.Module):
         return norm(x + self.mix_head(x, streams))
 
     def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor, sampled=False) -> Tensor:
-        """Loss of a packed sequence: input_ids (T,) int, targets (T,) int64 -> 0-d fp32, the mean
+        """Loss of a packed sequence: input_ids (T,) int, targets (T,) int -> 0-d fp32, the mean
         over its tokens. sampled: against `candidates` instead of all rows of V."""
         x = self.features(input_ids, window)
         copied = self.pointer(x, input_ids, targets)
@@ -576,8 +581,8 @@ class GPT(nn.Module):
         target is one, and the pointer's row, with weight 1. Others come from a stride through V,
         begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
         strides the mean of the sum is nearly that of the whole softmax (arXiv:1412.2007; PR 360 of
-        modded-nanogpt). targets: (T,) int64; C has room for twice what text has, and a target
-        without room would have an infinite loss."""
+        modded-nanogpt). targets: (T,) int32; C has room for more than text
+        has, 4,900 in 16,384, and a target without room would have an infinite loss."""
         V = self.embed.num_embeddings
         C = min(V, max(CANDIDATES, len(targets) // 2))
         needed = torch.zeros(V, device=targets.device)
@@ -595,7 +600,7 @@ class GPT(nn.Module):
         return self.hp.logit_cap * torch.sigmoid(z / self.hp.logit_temp)
 
     def losses(self, x, copied, targets, rows=slice(None), weights=1.0) -> Tensor:
-        """Cross-entropy of each row: x (n, D), targets (n,) int64, -100 scores 0 -> (n,) fp32 nats.
+        """Cross-entropy of each row: x (n, D), targets (n,) int, -100 scores 0 -> (n,) fp32 nats.
         Row `last_row` + 1 of V is no token's: its softmax share is the probability of copying, so
         p(target) = softmax[target] + softmax[last_row + 1] * copied, with copied (n,) from
         `Pointer`. Over all tokens that sums to at most 1; what is left stays with rows of no token.
@@ -1050,14 +1055,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
     squares = ()
     subtract = staticmethod(subtract)
 
-    def __init__(self, params, defaults: dict, grad_divisor=1, grad_comm="bf16", world_size=None):
+    def __init__(self, params, defaults: dict, grad_divisor=1.0, grad_comm="bf16", world_size=None):
         super().__init__(params, defaults)
         together = dist.is_initialized()
         self.world_size = world_size or (dist.get_world_size() if together else 1)
         self.rank = dist.get_rank() if together else 0
         self.buckets = self.make_buckets()
         self.device = self.buckets[0].params[0].device
-        self.grad_divisor = self.scalar(grad_divisor)
+        # 0-d tensors: a number that changes would recompile, or stay as it was in a CUDA graph
+        self.grad_divisor = torch.as_tensor(grad_divisor, device=self.device)
+        for group in self.param_groups:
+            for key in {"lr", "momentum"}.intersection(group):
+                group[key] = torch.as_tensor(group[key], device=self.device)
         exchange = FP8Exchange if grad_comm == "fp8" and self.world_size > 1 else BF16Exchange
         self.exchange = exchange(self.world_size)
 
@@ -1081,10 +1090,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for (group, _, (unit, *_)), params in alike.items()
         ]
 
-    def scalar(self, value: float) -> Tensor:
-        """A 0-d fp32 tensor on the device: a number that changes would recompile."""
-        return torch.full((), value, dtype=torch.float32, device=self.device)
-
     def compile(self):
         """Let Inductor fuse the updates."""
         self.update, self.subtract = compiled(self.update), compiled(self.subtract)
@@ -1107,8 +1112,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket, in_flight in zip(self.buckets, sent):
             updates = bucket.views(in_flight())
             group = self.param_groups[bucket.group]
-            shrinkage = self.scalar(group["decay"] * group["lr"] ** 2)
-            self.subtract(bucket.params, updates, shrinkage)
+            self.subtract(bucket.params, updates, group["decay"] * group["lr"] ** 2)
         return loss
 
     def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
@@ -1145,14 +1149,13 @@ class Muon(ShardedOptimizer):
 
     def share_update(self, bucket, grad):
         group, shape = self.param_groups[bucket.group], bucket.params[0].shape[-2:]
-        momentum, lr = self.scalar(group["momentum"]), self.scalar(group["lr"])
         grad, buffer = (
             flat.view(-1, bucket.unit)[:, : shape.numel()].unflatten(1, shape)
             for flat in (grad, self.moment(bucket, "momentum_buffer"))
         )
         second = self.moment(bucket, "second_moment", len(grad), max(shape))
-        inputs = grad, buffer, second, momentum, lr, group["beta2"], self.grad_divisor
-        update = self.update(*inputs).flatten(1)
+        settings = group["momentum"], group["lr"], group["beta2"]
+        update = self.update(grad, buffer, second, *settings, self.grad_divisor).flatten(1)
         padding = bucket.unit - shape.numel()
         return (F.pad(update, (0, padding)) if padding else update).flatten()
 
@@ -1172,11 +1175,11 @@ class Adam(ShardedOptimizer):
         return SCALE_BLOCK, id(p) if p.numel() > SCALE_BLOCK else 0
 
     def share_update(self, bucket, grad):
-        group, state = self.param_groups[bucket.group], self.state[bucket.params[0]]
+        group = self.param_groups[bucket.group]
         m, v = self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
-        step = state.setdefault("step", self.scalar(0)).add_(1)
-        lr, betas, eps = self.scalar(group["lr"]), group["betas"], group["eps"]
-        return self.update(grad, m, v, step, lr, betas, eps, self.grad_divisor)
+        step = self.moment(bucket, "step", 1).add_(1)
+        settings = group["lr"], group["betas"], group["eps"]
+        return self.update(grad, m, v, step, *settings, self.grad_divisor)
 
 
 def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[ShardedOptimizer]:
@@ -1239,25 +1242,24 @@ class TokenStream:
             first += len(shard)
         return np.concatenate(pieces).astype(np.int32)
 
-    def pair(self, start: int, seq_len: int) -> tuple[Tensor, Tensor]:
-        """A sequence, and the token that follows each of its tokens: (input_ids (T,) int32,
-        targets (T,) int64)."""
-        tokens = torch.from_numpy(self.read(start, seq_len + 1))
-        return tokens[:-1], tokens[1:].long()
+    def pair(self, start: int, seq_len: int) -> Tensor:
+        """A sequence, and the token that follows each of its tokens: input_ids and targets, as rows
+        of one (2, T) int32."""
+        return torch.from_numpy(self.read(start, seq_len + 1)).unfold(0, seq_len, 1)
 
 
 def prefetch(stream: TokenStream, hp, rank=0, world_size=1, first_step=0, pin=False):
-    """Yield each step's [(input_ids, targets), ...] of this rank, read ahead in a thread; rank r
-    takes the sequences r, r + world_size, ... of a step. RunEnd 4 if the thread failed or gave
-    nothing in time."""
+    """Yield each step's batch of this rank, read ahead in a thread: input_ids and targets of n
+    sequences, (n, 2, T) int32; rank r takes the sequences r, r + world_size, ... of a step. RunEnd
+    4 if the thread failed or gave nothing in time."""
     ready = queue.Queue(4)
 
     def fill():
         try:
             for step, (spans, _) in enumerate(sequences(hp, stream.total)):
                 if step >= first_step:
-                    pairs = [stream.pair(*place) for place in spans[rank::world_size]]
-                    ready.put([[t.pin_memory() for t in p] for p in pairs] if pin else pairs)
+                    batch = torch.stack([stream.pair(*place) for place in spans[rank::world_size]])
+                    ready.put(batch.pin_memory() if pin else batch)
         except BaseException as error:  # it belongs to the thread that waits for the tokens
             ready.put(error)
 
@@ -1293,6 +1295,8 @@ class Trainer:
         self.device = model.embed.weight.device
         self.cuda = self.device.type == "cuda"
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.loss = torch.zeros((), device=self.device)  # of the last step
+        self.graphs = {}  # by `shape_at`: a CUDA graph's replay and the batch that it reads
 
     def compile(self):
         # graphs of one function; `subtract` alone needs one for each shape of bucket: twelve
@@ -1314,25 +1318,31 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.grad_divisor.fill_(stage.sequences)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr
+                group["lr"].fill_(group["initial_lr"] * lr)
                 if "momentum" in group:
-                    group["momentum"] = momentum
+                    group["momentum"].fill_(momentum)
 
-    def train_step(self, step: int, pairs) -> Tensor:
-        """One optimizer step over this rank's sequences of the batch. pairs: iterable of
-        (input_ids, targets). Returns the 0-d sum of their losses / sequences of the step. Each
-        backward sees the undivided mean of its sequence, which FP8's gradient scale is made for;
-        the optimizers divide."""
+    def train_step(self, step: int, batch: Tensor) -> Tensor:
+        """One optimizer step over this rank's sequences of the batch, (n, 2, T) int32: input_ids
+        and targets of each. Returns the 0-d sum of their losses / sequences of the step."""
         self.set_schedules(step)
-        sequences = stage_at(step, self.hp).sequences
-        total = torch.zeros((), device=self.device)
-        for pair in pairs:
-            input_ids, targets = (t.to(self.device, non_blocking=True) for t in pair)
-            loss = self.forward(
-                input_ids, targets, self.window, step < span(self.hp.sampled, self.hp.steps)
-            )
+        batch = batch.to(self.device, non_blocking=True)
+        launch = lambda: self.launch(step, batch)
+        start, inputs = self.graphs.get(shape_at(step, self.hp), (launch, batch))
+        inputs.copy_(batch)
+        start()
+        self.average(step)
+        return self.loss.clone()
+
+    def launch(self, step: int, batch: Tensor):
+        """The device's share of `train_step`, kernel by kernel. Each backward sees the undivided
+        mean of its sequence, which FP8's gradient scale is made for; the optimizers divide."""
+        stage, sampled = shape_at(step, self.hp)
+        self.loss.zero_()
+        for input_ids, targets in batch:
+            loss = self.forward(input_ids, targets, self.window, sampled)
             loss.backward()
-            total += loss.detach() / sequences
+            self.loss += loss.detach() / stage.sequences
         every = self.hp.log_norms
         due = every and not (step + 1) % every
         for optimizer in self.optimizers:
@@ -1341,8 +1351,19 @@ class Trainer:
             ) if due else ()
             optimizer.step()
         self.model.zero_grad()
-        self.average(step)
-        return total
+
+    def capture(self, batches: dict[int, Tensor]) -> int:
+        """Record the launches of each step of `batches`, by its number, as a CUDA graph, which
+        starts all of them at once: one by one they take the host 36 ms, more than a GPU needs for
+        16K tokens. All share the memory of the first. Returns its bytes."""
+        torch.cuda.reset_peak_memory_stats()
+        pool = torch.cuda.graph_pool_handle()
+        for step, batch in batches.items():
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                self.launch(step, batch)
+            self.graphs[shape_at(step, self.hp)] = graph.replay, batch
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
     @torch.no_grad()
     def average(self, step: int):
@@ -1382,9 +1403,9 @@ class Trainer:
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
         for piece in range(self.rank, pieces, self.world_size):
             count = min(length, val_tokens - piece * length)
-            input_ids, targets = stream.pair(piece * length, count)
-            input_ids = F.pad(input_ids, (0, length - count), value=EOT).to(self.device)
-            targets = F.pad(targets, (0, length - count), value=-100).to(self.device)
+            pair = F.pad(stream.pair(piece * length, count), (0, length - count), value=-100)
+            input_ids, targets = pair.to(self.device)
+            input_ids[count:] = EOT
             x = self.features(input_ids, self.window)
             copied = self.pointer(x, input_ids, targets)
             for start in range(0, length, rows):
@@ -1399,28 +1420,30 @@ class Trainer:
         self.model.train()
         return float(sums.sum() / val_tokens)
 
-    def warm_up(self):
-        """Compile and load every kernel on made-up tokens, off the clock: the first step of each
-        stage and of the whole softmax, the last one, a validation and the end. Then put the weights
-        back and empty the optimizers."""
+    def warm_up(self) -> int:
+        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape, the
+        last one, a validation and the end. Then put the weights back, empty the optimizers, and
+        `capture`. Returns what a captured step needs beside all that stays, in bytes, or 0."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
+        # the first step of each shape; the last shape, which as a rule is the largest, comes first
+        firsts = {shape_at(step, self.hp): step for step in reversed(range(self.hp.steps))}
         validated = self.hp.val_seq_len * self.world_size
-        longest = max(validated, *(stage.seq_len for stage in stages(self.hp)))
-        dummy = TokenStream([(np.arange(longest + 1) * 7919 % 256).astype("<u2")])
-        last = self.hp.steps - 1
-        full = min(math.ceil(span(self.hp.sampled, last + 1)), last)  # first step over all of V
-        firsts = [stage.first for stage in stages(self.hp)]
-        for step in {*firsts, full, last}:
-            stage = stage_at(step, self.hp)
-            pairs = [dummy.pair(0, stage.seq_len)] * (stage.sequences // self.world_size)
-            self.train_step(step, pairs)
+        longest = max(validated, *(stage.seq_len for stage, _ in firsts))
+        dummy, batches = TokenStream([np.arange(longest + 1) % 251]), {}
+        for (stage, _), step in firsts.items():
+            pair = dummy.pair(0, stage.seq_len).to(self.device)
+            batches[step] = pair.repeat(stage.sequences // self.world_size, 1, 1)
+            self.set_schedules(step)
+            self.launch(step, batches[step])
         self.evaluate(dummy, validated, 0)
-        self.blend()
         self.model.load_state_dict(kept)
+        scratch = self.capture(batches) if self.cuda and not self.hp.log_norms else 0
         for optimizer in self.optimizers:
-            optimizer.state.clear()
+            for moment in tree_leaves(optimizer.state):
+                moment.zero_()
         gc.collect()
         gc.freeze()  # a collection in the run would stop the host
+        return scratch
 
 
 def build(hp, vocab_size: int, rank: int, world_size: int, device) -> Trainer:
@@ -1959,6 +1982,8 @@ class Clock:
     """Training time in ms and wall time in s, from one reading of one clock; training time does
     not advance while stopped."""
 
+    scratch = 0  # bytes that CUDA graphs use, which torch does not count while they do
+
     def __init__(self, log: RunLog, cuda: bool):
         self.log, self.cuda, self.began = log, cuda, time.perf_counter()
         self.train_ms, self.since, self.peak = 0.0, None, 0
@@ -1982,7 +2007,7 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
             if mark == "stop":
-                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated() + self.scratch)
             torch.cuda.reset_peak_memory_stats()
         reading = self.read()
         self.log.emit("clock", dict(mark=mark, **reading))
@@ -2393,7 +2418,7 @@ class Run:
         from there until `close`."""
         if self.trainer.cuda:
             self.log.say("compiling: a minute or two at the first start, seconds later")
-            self.trainer.warm_up()
+            self.clock.scratch = self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
         else:
             self.log.say(

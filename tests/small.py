@@ -48,12 +48,13 @@ def small_model(hp: tg.Hyperparameters, seed: int = 0, awake: bool = False) -> t
     return model
 
 
-def documents(hp: tg.Hyperparameters, count: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` training sequences of random bytes: (input_ids, targets), a document start at every 100th token."""
+def documents(hp: tg.Hyperparameters, count: int, seed: int = 0) -> torch.Tensor:
+    """`count` training sequences of random bytes, a document start at every 100th token: input_ids and targets,
+    (count, 2, T) int32."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 100, (count, hp.train_seq_len + 1), generator=generator)
     ids[:, ::100] = EOT
-    return [(row[:-1].int(), row[1:].clone()) for row in ids]
+    return ids.int().unfold(1, hp.train_seq_len, 1).contiguous()
 
 
 def trainer(model: tg.GPT, hp: tg.Hyperparameters, rank: int = 0, world_size: int = 1) -> tg.Trainer:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import attention, random_documents, relative_error, visible
 from small import small_hp, trainer
+from tiny import edited, events, make_corpus, run, run_folders
 
 import train_gpt as tg
 
@@ -67,7 +68,7 @@ def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model
     t = trainer(model, hp)
     t.compile()
     ids = [random_documents(hp.train_seq_len + 1, torch.Generator().manual_seed(i)).cuda() for i in range(2)]
-    data = [(t[:-1].int(), t[1:]) for t in ids]
+    data = torch.stack([torch.stack((t[:-1], t[1:])) for t in ids]).int()
     long = random_documents(hp.val_seq_len, torch.Generator().manual_seed(9)).int().cuda()
     targets = long.roll(-1).long()
 
@@ -123,11 +124,11 @@ def test_newton_schulz_in_bf16_orthogonalizes():
 
 
 def test_stages_never_recompile_and_follow_the_uncompiled_model():
-    """Three stages of two lengths, of documents that are cut, with a tied table and an average: the warm-up compiles
-    all, the run nothing, and the losses are those of dense attention without a compiler."""
+    """Three stages of two lengths, one of them with both kinds of softmax, with a tied table and an average: the warm-up
+    compiles and captures all, the run nothing, and the losses are those of dense attention without a compiler."""
     torch._dynamo.reset()
     hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", steps=9, fp8=False,
-               average=1.0)
+               average=1.0, sampled=0.5)
     losses = []
     for fast in (True, False):
         t = tg.build(hp, 384, 0, 1, torch.device("cuda"))
@@ -140,5 +141,26 @@ def test_stages_never_recompile_and_follow_the_uncompiled_model():
             tokens = np.random.default_rng(0).integers(0, 100, 60_000).astype(np.uint16)
             tokens[::180] = tg.EOT
             stream = tg.TokenStream([tokens])
-            losses.append([float(t.train_step(step, pairs)) for step, pairs in enumerate(tg.prefetch(stream, hp))])
+            losses.append([float(t.train_step(step, batch)) for step, batch in enumerate(tg.prefetch(stream, hp))])
+        assert len(t.graphs) == 4 * fast
     assert losses[0] == pytest.approx(losses[1], abs=0.03) and losses[0][-1] < losses[0][0] - 0.3, losses
+
+
+def test_graphs_train_as_their_kernels_one_by_one_and_go_on_from_a_checkpoint(tmp_path):
+    """Runs of the command, since its checkpoints go into tensors that graphs read where they are. Sums by atomics make
+    each run a little different."""
+    make_corpus(tmp_path / "data", train=(60_000,), val=4000)
+    knobs = ["--train_seq_len=1024", "--val_seq_len=2048", "--val_tokens=3000", "--steps=16", "--model_dim=256",
+             "--sequences_per_step=2", "--lr_batch=2048", "--save=False", "--average=1", "--sampled=0.8"]
+    plain = edited(tmp_path, "if self.cuda and not self.hp.log_norms", "if False")
+    run(tmp_path, *knobs, script=plain)
+    run(tmp_path, *knobs, "--checkpoint_every=12")
+    checkpoint = next(tmp_path.glob("logs/*/checkpoints/step_000012.pt"))
+    run(tmp_path, *knobs, f"--resume={checkpoint}")
+    ends = [events(folder, "end")[0] for folder in run_folders(tmp_path)]
+    losses = [end["val_loss"] for end in ends]
+    assert losses == pytest.approx([losses[0]] * 3, abs=0.02), losses
+    first = [events(folder, "step")[0]["train_loss"] for folder in run_folders(tmp_path)[:2]]
+    assert losses[0] < first[0] - 0.3 and first[0] == pytest.approx(first[1], abs=0.01)
+    peaks = [end["peak_train_mib"] for end in ends]
+    assert peaks[1] > 0.7 * peaks[0], ("what graphs hold counts too", peaks)

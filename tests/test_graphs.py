@@ -1,5 +1,7 @@
-"""What dynamo makes of a run, without a GPU: it traces and guards here as there, and Inductor stays out."""
+"""What dynamo and CUDA graphs make of a run, without a GPU: dynamo traces and guards here as there, and Inductor stays
+out; a CUDA graph is played by a call of `launch` on the batch that it would read."""
 
+import functools
 import gc
 
 import numpy as np
@@ -41,8 +43,52 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
         t.warm_up()
         gc.unfreeze()  # what the warm-up froze
         made = dict(torch._dynamo.utils.counters["stats"])
-        for step, pairs in enumerate(tg.prefetch(stream, hp)):
-            loss = t.train_step(step, pairs)
+        for step, batch in enumerate(tg.prefetch(stream, hp)):
+            loss = t.train_step(step, batch)
             t.evaluate(stream, 1024, step)
         assert dict(torch._dynamo.utils.counters["stats"]) == made and made["unique_graphs"] > 12
     assert loss.isfinite()
+
+
+def read_by_graphs(t: tg.Trainer) -> dict[str, int]:
+    """Addresses of all tensors that the launches of a step read or change."""
+    tensors = dict(t.model.named_parameters()) | dict(window=t.window, loss=t.loss)
+    tensors |= {f"batch {i}": batch for i, (_, batch) in enumerate(t.graphs.values())}
+    tensors |= {f"scale {i}": layer.scale for i, layer in enumerate(t.model.fp8_layers)}
+    for name, o in zip(("Adam", "Muon"), t.optimizers):
+        tensors[f"{name} divisor"] = o.grad_divisor
+        for i, group in enumerate(o.param_groups):
+            tensors |= {f"{name} {i} {key}": group[key] for key in ("lr", "momentum") if key in group}
+        for i, state in enumerate(o.state.values()):
+            tensors |= {f"{name} {i} {key}": value for key, value in state.items() if key != "average"}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the_same(monkeypatch):
+    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_chunk=128, steps=9, sampled=0.8, average=1.0, lr_batch=256,
+                  momentum_warmup=0.5, window_min=128)
+    stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+    weights, losses = [], []
+    for by_graphs in (True, False):
+        t = trainer(model_of(hp, 384, "cpu"), hp)
+        if by_graphs:
+            def capture(batches, t=t):
+                t.graphs = {tg.shape_at(step, hp): (functools.partial(t.launch, step, batch), batch)
+                            for step, batch in batches.items()}
+                return 12345
+
+            monkeypatch.setattr(t, "capture", capture)
+            monkeypatch.setattr(t, "cuda", True)
+            assert t.warm_up() == 12345
+            gc.unfreeze()
+            places = read_by_graphs(t)
+            assert set(t.graphs) == {tg.shape_at(step, hp) for step in range(hp.steps)}
+            assert [stage.seq_len for stage, _ in t.graphs] == [512, 512, 256, 128], "the largest first"
+        losses.append([float(t.train_step(step, batch)) for step, batch in enumerate(tg.prefetch(stream, hp))])
+        t.evaluate(stream, 1024, 5)
+        if by_graphs:
+            assert read_by_graphs(t) == places
+        t.blend()
+        weights.append(t.model.state_dict())
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0] - 0.05
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

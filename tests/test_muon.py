@@ -362,7 +362,7 @@ def test_every_parameter_is_in_one_group_and_by_its_rule():
     assert {rule[0] for rule in found.values()} == {rule[0] for rule in KINDS.values()}, "and no kind is empty"
     groups = adam.param_groups + muon.param_groups
     assert all(g["initial_lr"] == g["lr"] for g in groups) and {g["eps"] for g in adam.param_groups} == {1e-10}
-    assert {(g["momentum"], g["beta2"]) for g in muon.param_groups} == {(0.95, 0.9)}
+    assert all(g["momentum"] == 0.95 and g["beta2"] == 0.9 for g in muon.param_groups)
     t = trainer(model, hp)
     t.set_schedules(0)
     assert [float(o.grad_divisor) for o in t.optimizers] == [2.0, 2.0]
@@ -410,7 +410,6 @@ def test_what_a_rank_of_two_gets_in_e5m2_is_the_sum_of_what_both_round():
     exchange, (bucket,) = optimizer.exchange, optimizer.buckets
     exchange.start = lambda collective, sent, size: lambda: sent
     feed(ours, 0)
-    bucket, = optimizer.buckets
     want = tg.dequantize_e5m2(*tg.quantize_e5m2(bucket.pack())).view(2, -1).sum(0)
     assert torch.equal(exchange.receive(exchange.send(bucket)), want) and want.any()
 

@@ -199,8 +199,8 @@ class Parts(scaling.Bench):
 
     def weights(self) -> None:
         """Train the default model through a whole schedule: at the start the head is zero."""
-        for i, pairs in enumerate(tg.prefetch(self.corpus.train, self.hp, 0, 1, 0, self.cuda)):
-            self.say(f"weights: step {i + 1}, loss {float(self.step(*self.arm(1), pairs, i)):.3f}")
+        for i, batch in enumerate(tg.prefetch(self.corpus.train, self.hp, 0, 1, 0, self.cuda)):
+            self.say(f"weights: step {i + 1}, loss {float(self.step(*self.arm(1), batch, i)):.3f}")
         self.first = [t.to("cpu", copy=True) for t in self.tensors]
 
     def medians(self, arms: dict, rounds: int) -> tuple[dict, int]:

@@ -37,8 +37,8 @@ def trace(run, steps: int) -> None:
 
     plan = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(schedule=plan, on_trace_ready=ready) as profile:
-        def train_step(step, pairs):
-            loss = real(step, pairs)
+        def train_step(step, batch):
+            loss = real(step, batch)
             profile.step()
             return loss
 

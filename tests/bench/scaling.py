@@ -77,14 +77,12 @@ class Bench:
                           ranks=self.world, steps=hp.steps, fp8=self.model.lm_head.use_fp8)
         self.say(" ".join(f"{k}: {v}" for k, v in self.facts.items()))
 
-    def sequences(self) -> list:
-        """As many training sequences as a step has, other ones for each rank: [(input_ids, targets)]."""
+    def sequences(self) -> torch.Tensor:
+        """As many training sequences as a step has, other ones for each rank: a batch, as `tg.prefetch` yields it."""
         stream, length, count = self.corpus.train, self.hp.train_seq_len, self.hp.sequences_per_step
-        whole, pairs = (stream.total - 1) // length, []
-        for i in range(self.rank * count, (self.rank + 1) * count):
-            pair = stream.pair(i % whole * length, length)
-            pairs.append(tuple(t.pin_memory() for t in pair) if self.cuda else pair)
-        return pairs
+        whole, places = (stream.total - 1) // length, range(self.rank * count, (self.rank + 1) * count)
+        batch = torch.stack([stream.pair(i % whole * length, length) for i in places])
+        return batch.pin_memory() if self.cuda else batch
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -127,10 +125,10 @@ class Bench:
             optimizer.compile()
         return made
 
-    def step(self, wire: Wire, trainer: tg.Trainer, pairs: list, step: int | None = None):
+    def step(self, wire: Wire, trainer: tg.Trainer, batch: torch.Tensor, step: int | None = None):
         """What the loop does on the GPU: copy tokens, train, sum the loss over ranks. Default: at half the run."""
         tg.dist = wire
-        loss = trainer.train_step(self.hp.steps // 2 if step is None else step, pairs)
+        loss = trainer.train_step(self.hp.steps // 2 if step is None else step, batch)
         if wire.world > 1:
             wire.all_reduce(loss)
         return loss
@@ -186,7 +184,7 @@ class Bench:
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
         batches = tg.prefetch(self.corpus.train, hp, wire.rank, n, 0, self.cuda)
-        losses = torch.stack([self.step(wire, trainer, pairs, i) for i, pairs in enumerate(batches)]).tolist()
+        losses = torch.stack([self.step(wire, trainer, batch, i) for i, batch in enumerate(batches)]).tolist()
         scores = []
         for ranks_of, scorer in ((wire, trainer), self.arm(1)):
             tg.dist = ranks_of

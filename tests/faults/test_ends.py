@@ -274,8 +274,8 @@ def test_only_a_second_ctrl_c_saves_nothing(monkeypatch, names, at_once):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send there")
 def test_a_second_ctrl_c_ends_at_once(here):
-    script = edited(here, "        self.set_schedules(step)\n        sequences",
-                    "        time.sleep(30 * (step == 2))\n        self.set_schedules(step)\n        sequences")
+    script = edited(here, "        self.set_schedules(step)\n        batch",
+                    "        time.sleep(30 * (step == 2))\n        self.set_schedules(step)\n        batch")
     process = subprocess.Popen(command(here, script=script), env=environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert any(line.startswith("step:2/") for line in process.stdout)

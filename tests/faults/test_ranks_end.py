@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import command, edited, environment, events, make_corpus, run_folders
 
-STEP = "        self.set_schedules(step)\n        sequences = "  # within a step, before the first collective
+STEP = "        self.set_schedules(step)\n        batch = "  # within a step, before the first collective
 SYNC = "os.fsync(file.fileno())"  # within a save, on rank 0
 LONG = ("--steps=3000", "--epochs=2000", "--save=False")
 FAILED = "a collective failed: another rank died, hung or never came"
