@@ -79,7 +79,7 @@ class Hyperparameters:
     val_seq_len: int = 262_144  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
-    batch_stages: str = "8x16384 8x32768 16x24576 16x32768"  # [SEQUENCESxTOKENS] empty = one
+    batch_stages: str = "8x16384 8x32768 24x16384 16x32768"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
@@ -93,7 +93,7 @@ class Hyperparameters:
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the average of head and matrices; 0 = off
     average_share: float = 0.5  # [1] share of the average in the final weights
-    sampled: float = 0.8  # [span] in which the training softmax is over candidates; 0 = off
+    sampled: float = 0.9  # [span] in which the training softmax is over candidates; 0 = off
     # -- model
     layer_pattern: str = "SSSLSS-SSSL"  # [one a layer] attention window: L long, S half, - none
     value_pattern: str = ".01.....234"  # [one a layer] value embedding added to v; . none
@@ -166,9 +166,9 @@ SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5,
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
     "40gb": dict(),  # for which the defaults fit too
-    "24gb": dict(val_seq_len=65_536),
+    "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
-        batch_stages="1x16384 1x32768 2x24576 2x32768", val_tokens=2_097_152, val_every=0
+        batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
     ),
     "long": dict(SHORT, steps=850),  # the fewest seconds to 4.13 nats on one H100
     "quick": dict(SHORT, steps=400),  # to 4.41

@@ -28,7 +28,7 @@ KNOBS = dict(sequences_per_step=4, layer_pattern="L-S", value_pattern="0..", tra
 STAGES = dict(batch_stages="4x128 8x128 4x256")
 EIGHT = dict(batch_stages="8x128 16x128 8x256")
 # As the default: longer sequences, then more of them; candidates until the last step; an average at the end
-WHOLE = dict(batch_stages="8x128 8x256 16x256", average=1.0, sampled=3.0,
+WHOLE = dict(batch_stages="8x128 8x256 24x128 16x256", average=1.0, sampled=3.0,
              momentum_warmup=2.0, momentum_cooldown=1.0)
 STILL = dict(head_decay=0.0, table_decay=0.0, muon_decay=0.0)  # so that norms of updates are those of the change
 WAYS = dict(bf16=STILL, fp8=STILL | dict(grad_comm="fp8"), stages=STAGES, eight=EIGHT, whole=WHOLE)
