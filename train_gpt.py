@@ -1355,7 +1355,8 @@ class Trainer:
     def capture(self, batches: dict[int, Tensor]) -> int:
         """Record the launches of each step of `batches`, by its number, as a CUDA graph, which
         starts all of them at once: one by one they take the host 36 ms, more than a GPU needs for
-        16K tokens. All share the memory of the first. Returns its bytes."""
+        16K tokens. A graph reads and writes tensors where they were: what changes is filled in
+        place, and state is copied into. All share the memory of the first. Returns its bytes."""
         torch.cuda.reset_peak_memory_stats()
         pool = torch.cuda.graph_pool_handle()
         for step, batch in batches.items():
@@ -1421,9 +1422,9 @@ class Trainer:
         return float(sums.sum() / val_tokens)
 
     def warm_up(self) -> int:
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape, the
-        last one, a validation and the end. Then put the weights back, empty the optimizers, and
-        `capture`. Returns what a captured step needs beside all that stays, in bytes, or 0."""
+        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape and a
+        validation. Then put the weights back, `capture` the steps, and set all moments to zero.
+        Returns the bytes that a captured step uses and then gives back, or 0."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         # the first step of each shape; the last shape, which as a rule is the largest, comes first
         firsts = {shape_at(step, self.hp): step for step in reversed(range(self.hp.steps))}
