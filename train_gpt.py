@@ -1422,8 +1422,8 @@ class Trainer:
         return float(sums.sum() / val_tokens)
 
     def warm_up(self) -> int:
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape and a
-        validation. Then put the weights back, `capture` the steps, and set all moments to zero.
+        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape and
+        a validation. Then put the weights back, `capture` the steps, and set all moments to zero.
         Returns the bytes that a captured step uses and then gives back, or 0."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         # the first step of each shape; the last shape, which as a rule is the largest, comes first
@@ -1438,7 +1438,9 @@ class Trainer:
             self.launch(step, batches[step])
         self.evaluate(dummy, validated, 0)
         self.model.load_state_dict(kept)
-        scratch = self.capture(batches) if self.cuda and not self.hp.log_norms else 0
+        # of several ranks none: collectives within a graph have not been tried
+        alone = self.cuda and self.world_size == 1 and not self.hp.log_norms
+        scratch = self.capture(batches) if alone else 0
         for optimizer in self.optimizers:
             for moment in tree_leaves(optimizer.state):
                 moment.zero_()
