@@ -165,7 +165,7 @@ SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5,
 )
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
-    "40gb": dict(),  # for which the defaults fit too
+    "40gb": dict(val_seq_len=131_072),
     "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
         batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
@@ -398,8 +398,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):  # (T, D)
-        hidden = F.relu(self.up(x)).square()
-        return self.down(hidden)
+        return self.down(F.relu(self.up(x)).square())
 
 
 class Mix(nn.Module):
@@ -581,8 +580,8 @@ class GPT(nn.Module):
         target is one, and the pointer's row, with weight 1. Others come from a stride through V,
         begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
         strides the mean of the sum is nearly that of the whole softmax (arXiv:1412.2007; PR 360 of
-        modded-nanogpt). targets: (T,) int32; C has room for more than text
-        has, 4,900 in 16,384, and a target without room would have an infinite loss."""
+        modded-nanogpt). targets: (T,) int32. C has room for three times the kinds of token that
+        text has, 4,900 in 16,384; a target without room would have an infinite loss."""
         V = self.embed.num_embeddings
         C = min(V, max(CANDIDATES, len(targets) // 2))
         needed = torch.zeros(V, device=targets.device)
@@ -1066,7 +1065,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.grad_divisor = torch.as_tensor(grad_divisor, device=self.device)
         for group in self.param_groups:
             for key in {"lr", "momentum"}.intersection(group):
-                group[key] = torch.as_tensor(group[key], device=self.device)
+                group[key] = torch.as_tensor(1.0 * group[key], device=self.device)
         exchange = FP8Exchange if grad_comm == "fp8" and self.world_size > 1 else BF16Exchange
         self.exchange = exchange(self.world_size)
 
@@ -1129,8 +1128,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class Muon(ShardedOptimizer):
     """Momentum, orthogonalized by Newton-Schulz. params: matrices (..., R, C), leading dimensions
     are separate ones; equal shapes are orthogonalized in one batch, each rank its share of it. `lr`
-    and `momentum` may change every step. Works as any torch.optim.Optimizer, without a process
-    group and under any LR scheduler. Raises ValueError for what is no matrix."""
+    and `momentum` may change every step; they are 0-d tensors, which schedulers fill in place, so
+    that a state_dict to be kept is to be copied. Works as any torch.optim.Optimizer, without a
+    process group and under any LR scheduler. Raises ValueError for what is no matrix."""
 
     update = staticmethod(muon_update)
 
@@ -1177,7 +1177,7 @@ class Adam(ShardedOptimizer):
     def share_update(self, bucket, grad):
         group = self.param_groups[bucket.group]
         m, v = self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
-        step = self.moment(bucket, "step", 1).add_(1)
+        step = self.moment(bucket, "step", 1)[0].add_(1)
         settings = group["lr"], group["betas"], group["eps"]
         return self.update(grad, m, v, step, *settings, self.grad_divisor)
 
@@ -1299,7 +1299,7 @@ class Trainer:
         self.graphs = {}  # by `shape_at`: a CUDA graph's replay and the batch that it reads
 
     def compile(self):
-        # graphs of one function; `subtract` alone needs one for each shape of bucket: twelve
+        # compiled graphs of one function; `subtract` has one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
         parts = self.model, self.features, self.pointer, self.losses
         self.forward, self.features, self.pointer, self.losses = map(compiled, parts)
@@ -1309,7 +1309,7 @@ class Trainer:
     def set_schedules(self, step: int):
         """Set all that changes between steps: window, rates, momentum, and at a stage's border
         FP8's gradient scale and the divisor. Compiled code sees them as tensors, so nothing
-        recompiles. The graphs of a new stage's shapes and of the whole softmax are from `warm_up`;
+        recompiles. Code for a new stage's shapes and for the whole softmax is from `warm_up`;
         weights, moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
@@ -1356,7 +1356,9 @@ class Trainer:
         """Record the launches of each step of `batches`, by its number, as a CUDA graph, which
         starts all of them at once: one by one they take the host 36 ms, more than a GPU needs for
         16K tokens. A graph reads and writes tensors where they were: what changes is filled in
-        place, and state is copied into. All share the memory of the first. Returns its bytes."""
+        place, and state is copied into. So no launch may wait for the GPU, as print(loss) or
+        .item() do: to look into a step, --log_norms=1000000 leaves the graphs out. thread_local:
+        other threads may go on. All share the memory of the first. Returns its bytes."""
         torch.cuda.reset_peak_memory_stats()
         pool = torch.cuda.graph_pool_handle()
         for step, batch in batches.items():
@@ -1422,9 +1424,9 @@ class Trainer:
         return float(sums.sum() / val_tokens)
 
     def warm_up(self) -> int:
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape and
-        a validation. Then put the weights back, `capture` the steps, and set all moments to zero.
-        Returns the bytes that a captured step uses and then gives back, or 0."""
+        """Compile and load the kernels of a step of each shape and of a validation, on made-up
+        tokens and off the clock. Then put the weights back, `capture` the steps, and set all
+        moments to zero. Returns the bytes that a captured step uses and then gives back, or 0."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         # the first step of each shape; the last shape, which as a rule is the largest, comes first
         firsts = {shape_at(step, self.hp): step for step in reversed(range(self.hp.steps))}

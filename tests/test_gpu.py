@@ -7,7 +7,8 @@ import pytest
 import torch
 from reference import attention, random_documents, relative_error, visible
 from small import small_hp, trainer
-from tiny import edited, events, make_corpus, run, run_folders
+from tiny import edited, events, make_corpus, run_folders
+from tiny import run as run_script
 
 import train_gpt as tg
 
@@ -124,8 +125,8 @@ def test_newton_schulz_in_bf16_orthogonalizes():
 
 
 def test_stages_never_recompile_and_follow_the_uncompiled_model():
-    """Three stages of two lengths, one of them with both kinds of softmax, with a tied table and an average: the warm-up
-    compiles and captures all, the run nothing, and the losses are those of dense attention without a compiler."""
+    """Three stages of two lengths, one of them with both kinds of softmax, with a tied table and an average: warm-up
+    compiles and captures all, the run nothing; the losses are those of dense attention without a compiler."""
     torch._dynamo.reset()
     hp = small(batch_stages=f"2x{8 * BLOCK} 4x{8 * BLOCK} 2x{16 * BLOCK}", steps=9, fp8=False,
                average=1.0, sampled=0.5)
@@ -133,7 +134,7 @@ def test_stages_never_recompile_and_follow_the_uncompiled_model():
     for fast in (True, False):
         t = tg.build(hp, 384, 0, 1, torch.device("cuda"))
         if fast:
-            t.warm_up()
+            assert t.warm_up() > 2**20, "what a step uses and gives back"
         else:
             t.model.use_flex = False
             t = trainer(t.model, hp)
@@ -153,14 +154,12 @@ def test_graphs_train_as_their_kernels_one_by_one_and_go_on_from_a_checkpoint(tm
     knobs = ["--train_seq_len=1024", "--val_seq_len=2048", "--val_tokens=3000", "--steps=16", "--model_dim=256",
              "--sequences_per_step=2", "--lr_batch=2048", "--save=False", "--average=1", "--sampled=0.8"]
     plain = edited(tmp_path, "alone = self.cuda and", "alone = False and")
-    run(tmp_path, *knobs, script=plain)
-    run(tmp_path, *knobs, "--checkpoint_every=12")
+    run_script(tmp_path, *knobs, script=plain)
+    run_script(tmp_path, *knobs, "--checkpoint_every=12")
     checkpoint = next(tmp_path.glob("logs/*/checkpoints/step_000012.pt"))
-    run(tmp_path, *knobs, f"--resume={checkpoint}")
+    run_script(tmp_path, *knobs, f"--resume={checkpoint}")
     ends = [events(folder, "end")[0] for folder in run_folders(tmp_path)]
     losses = [end["val_loss"] for end in ends]
     assert losses == pytest.approx([losses[0]] * 3, abs=0.02), losses
     first = [events(folder, "step")[0]["train_loss"] for folder in run_folders(tmp_path)[:2]]
     assert losses[0] < first[0] - 0.3 and first[0] == pytest.approx(first[1], abs=0.01)
-    peaks = [end["peak_train_mib"] for end in ends]
-    assert peaks[1] > 0.7 * peaks[0], ("what graphs hold counts too", peaks)

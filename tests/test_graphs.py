@@ -1,8 +1,10 @@
 """What dynamo and CUDA graphs make of a run, without a GPU: dynamo traces and guards here as there, and Inductor stays
 out; a CUDA graph is played by a call of `launch` on the batch that it would read."""
 
+import copy
 import functools
 import gc
+import types
 
 import numpy as np
 import torch
@@ -50,8 +52,8 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
     assert loss.isfinite()
 
 
-def read_by_graphs(t: tg.Trainer) -> dict[str, int]:
-    """Addresses of all tensors that the launches of a step read or change."""
+def read_by_graphs(t: tg.Trainer) -> dict:
+    """Addresses of all tensors that the launches of a step read or change, and the numbers that they hold as such."""
     tensors = dict(t.model.named_parameters()) | dict(window=t.window, loss=t.loss)
     tensors |= {f"batch {i}": batch for i, (_, batch) in enumerate(t.graphs.values())}
     tensors |= {f"scale {i}": layer.scale for i, layer in enumerate(t.model.fp8_layers)}
@@ -61,7 +63,9 @@ def read_by_graphs(t: tg.Trainer) -> dict[str, int]:
             tensors |= {f"{name} {i} {key}": group[key] for key in ("lr", "momentum") if key in group}
         for i, state in enumerate(o.state.values()):
             tensors |= {f"{name} {i} {key}": value for key, value in state.items() if key != "average"}
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    numbers = [{key: value for key, value in group.items() if key != "params" and not isinstance(value, torch.Tensor)}
+               for o in t.optimizers for group in o.param_groups]
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()} | dict(numbers=numbers)
 
 
 def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the_same(monkeypatch):
@@ -92,3 +96,27 @@ def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the
         weights.append(t.model.state_dict())
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0] - 0.05
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_checkpoint_goes_into_the_tensors_that_graphs_read():
+    """Of a run whose average has begun, and with the numbers of older files as param_groups."""
+    hp = small_hp(steps=6, average=1.0, sampled=0.0)
+    stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+    batches = list(tg.prefetch(stream, hp))
+    first, second = (trainer(model_of(hp, 384, "cpu"), hp) for _ in range(2))
+    for step in range(4):
+        first.train_step(step, batches[step])
+    own = [o.state_dict() for o in first.optimizers]
+    for state in own:
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+    saved = copy.deepcopy(dict(model=first.model.state_dict(), optimizers=[own], step=4, train_ms=1.0, run_id="x"))
+    second.warm_up()
+    gc.unfreeze()
+    places = read_by_graphs(second)
+    run = types.SimpleNamespace(hp=hp, trainer=second, rank=0, clock=types.SimpleNamespace(),
+                                log=types.SimpleNamespace(emit=lambda *_: None))
+    tg.Run.restore(run, saved)
+    assert read_by_graphs(second) == places and run.step == 4
+    losses = [[float(t.train_step(step, batches[step])) for step in (4, 5)] for t in (first, second)]
+    assert losses[0] == losses[1]

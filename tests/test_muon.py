@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from probe import compiles
 from reference import SlowAdam, SlowMuon, normalized, relative_error, subtracted
 from small import documents, plan, small_hp, small_model, trainer
 

@@ -126,7 +126,8 @@ class Bench:
         return made
 
     def step(self, wire: Wire, trainer: tg.Trainer, batch: torch.Tensor, step: int | None = None):
-        """What the loop does on the GPU: copy tokens, train, sum the loss over ranks. Default: at half the run."""
+        """What the loop does on the GPU, but kernel by kernel, without CUDA graphs: copy tokens, train, sum the loss
+        over ranks. Default: at half the run."""
         tg.dist = wire
         loss = trainer.train_step(self.hp.steps // 2 if step is None else step, batch)
         if wire.world > 1:
