@@ -3,9 +3,9 @@ bench of arms trains by its function.
 
     TRIAL_SCRIPT=my.py ./run.sh records/seeds.py --knob=value ...
 
-run.sh takes this for the script, chooses preset and data, and hands standard input on. A line there is a command, and
-the answer a line of JSON behind MARK: `context`, what a run would say of machine, data and knobs; `train SEED`, the
-name of a complete run's folder in logs/. A run that does not end well ends this process, as it would its own.
+run.sh takes this for the script, chooses preset and data, and hands standard input on. Behind MARK it prints what a run
+would say of machine, data and knobs, as JSON; then for each seed, a line of standard input, the name of the complete
+run in logs/. A run that does not end well ends this process, as it would its own.
 """
 
 import gc
@@ -14,19 +14,18 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 MARK = "\x1etrial "  # no line of a training begins with the record separator
 
-def load(path: Path):
+def load(path):
     """The script as the module it would be for an import."""
     spec = importlib.util.spec_from_file_location("train_gpt", path)
     module = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
-def context(script, argv: list[str]) -> dict:
+def context(script, argv):
     """What decides whether an earlier run counts beside those of now."""
     hp = script.parse_overrides(argv)
     script.check(hp, 1)
@@ -35,7 +34,7 @@ def context(script, argv: list[str]) -> dict:
     data, machine = facts(hp.val_tokens) if callable(facts) else facts, script.machine(device, world_size)
     return dict(machine, data=data, world_size=world_size, knobs=script.public_knobs(hp))
 
-def train(script, argv: list[str], source: bytes, seed: int | str, facts: Callable) -> tuple:
+def train(script, argv, source, seed, facts):
     """One run: (0, what `facts` makes of it), or (the code that its own process would exit with, None). That would end
     here: what it left is cleared away, the compiled code kept."""
     code, found = 0, None
@@ -53,20 +52,20 @@ def train(script, argv: list[str], source: bytes, seed: int | str, facts: Callab
         script.torch.cuda.empty_cache()
     return code, found
 
-def main(argv: list[str]) -> None:
+def main(argv):
     path = Path(os.environ["TRIAL_SCRIPT"])
     source, script = path.read_bytes(), load(path)
     script.torch._dynamo.config.recompile_limit = 64  # of one function for all seeds, and not for one
-    named = lambda run: dict(run_id=run.log.run_id)
-    for word, *seed in map(str.split, sys.stdin):
-        try:
-            code, answer = train(script, argv, source, *seed, named) if word == "train" else (0, context(script, argv))
-        except script.RunEnd as end:  # train_once says these itself
-            print(f"train_gpt: {end}", file=sys.stderr)
-            code = end.code
+    try:
+        print(MARK + json.dumps(context(script, argv)), flush=True)
+    except script.RunEnd as end:  # train_once says these itself
+        print(f"train_gpt: {end}", file=sys.stderr)
+        sys.exit(end.code)
+    for seed in map(str.strip, sys.stdin):
+        code, run_id = train(script, argv, source, seed, lambda run: run.log.run_id)
         if code:
             sys.exit(code)
-        print(MARK + json.dumps(answer), flush=True)
+        print(MARK + run_id, flush=True)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

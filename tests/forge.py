@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -70,7 +69,6 @@ class Box:
     def main(self, *argv, answer=""):
         """`python records/records.py argv` in this process."""
         out, err, where, patch = io.StringIO(), io.StringIO(), Path.cwd(), mock.patch.object
-        self.records.complete_runs.cache_clear()
         os.chdir(self.root)
         try:
             with (mock.patch.dict(os.environ, self.environment), patch(sys, "stdin", io.StringIO(answer)),
@@ -135,19 +133,20 @@ class Box:
     def reseal(self, record, **claims):
         """Compute all that meta.json and README.md say anew, if all runs are complete, then put `claims` over it."""
         meta = json.loads((record / "meta.json").read_text())
-        args = SimpleNamespace(**meta, private=not meta["data"]["public"], leave_out=[])
         with contextlib.suppress(self.runs.Bad):
             found = self.runs.read_record(record)
             if found.whole:
-                track = self.runs.read_tracks()[meta["track"]]
-                meta = self.records.make_meta(args, meta["name"], found.sets, track)
+                track, public = self.runs.read_tracks()[meta["track"]], meta["data"]["public"]
+                meta |= self.records.computed(found.sets)
+                meta["data"]["public"] = public
+                meta["result"] = self.records.result_of(found.runs, found.baseline, track)
         self.write(record, overlay(meta, claims))
 
     def write(self, record, meta):
         (record / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         with contextlib.suppress(TypeError, ValueError):  # numbers that are none make no table
             text, (start, end) = (record / "README.md").read_text(encoding="utf-8"), self.runs.TABLE
-            text = text.partition(start)[0] + self.records.tables(meta) + text.partition(end)[2]
+            text = text.partition(start)[0] + self.sets.tables(meta) + text.partition(end)[2]
             (record / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
     def run(self, i=1, label="runs"):
@@ -281,7 +280,7 @@ def in_stages(rows, **knobs):
         start[key] |= knobs
     start["argv"] += [f"--{key}={value}" for key, value in knobs.items()]
     stages = runs.stages_of(start["knobs"])
-    start["stages"] = [stage.facts(start["knobs"]) for stage in stages]
+    start["stages"] = [stage._asdict() for stage in stages]
     for row in (row for row in rows if "tokens" in row):
         done = row.get("step", row.get("steps"))
         row["tokens"] = runs.tokens_before(done, stages)
@@ -323,7 +322,7 @@ def build(root):
     (root / "python").write_text(PYTHON)
     (root / "python").chmod(0o755)
     checkout = Box(root)
-    (root / "README.md").write_text(README.format(*checkout.records.LIST_MARKS))
+    (root / "README.md").write_text(README.format(*checkout.sets.LIST_MARKS))
     done = checkout.process("trial", "train_gpt.py", "train_gpt.py", "--runs=2", COLD, *KNOBS)
     assert done.code == 0, done
     (root / "trial.txt").write_text(done.out)
@@ -334,7 +333,7 @@ def build(root):
     track |= dict(target_loss=TARGET, min_runs=3, val_sha256=data["val_sha256"], val_tokens=600,
                   train=dict(max_epochs=1, sha256=runs.train_sha256(data)))
     (tracks / f"{TRACK}.json").write_text(json.dumps(track))
-    checkout.add("Toy", base, "reference", "--arm", f"cold={cold[0]}", cold[1])
+    checkout.add("Toy", base, "reference", "--arm", f"cold={cold[0]},{cold[1]}")
     fast = [clone(checkout, base[0], root / "made", 20 * i - 3600, i, 0.8 + 0.01 * i, 4e-3 * i, mlp_ratio=3)
             for i in (1, 2, 3)]
     slow = [clone(checkout, base[0], root / "made", 20 * i - 3590, i, 1 + 0.01 * i, 4e-3 * i + 1e-3)
