@@ -186,17 +186,6 @@ class Box:
         del meta[label][i]
         self.write(self.victim, meta)
 
-    def delay(self, label, seconds, first=0):
-        """Have the runs of a set, from the `first` on, start `seconds` later, everywhere."""
-        meta = self.meta()
-        for entry in meta[label][first:]:
-            folder = self.victim / label / entry["run_id"]
-            entry["run_id"], utc = later(folder.name, seconds)
-            rows, folder = self.events(folder), folder.rename(folder.with_name(entry["run_id"]))
-            rows[0].update(run_id=folder.name, utc=utc)
-            self.rewrite(folder, rows)
-        self.write(self.victim, meta)
-
     def expect(self, code, *words):
         """The [code, sentence] of verify, which must fail, without a traceback, and end with its count; one has this
         code and, in its sentence, these words."""

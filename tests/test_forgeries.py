@@ -46,23 +46,17 @@ def insert(place, kind, **event):
     return lambda rows: rows.insert(place, dict(event=kind, **event))
 
 
-def wall_goes_back(rows):
-    late = rows[rows.index(at(rows, "val 10")) + 1 :]
-    for row in (row for row in late if "wall_s" in row):
-        row["wall_s"] -= 3
-
-
 forgeries(forge.Box.edit, dict(
     loss_of_the_last_validation_alone=(put("val", val_loss=4.0), "headline", "be 4.0"),
     knob_against_changed=(put("start", changed=dict(head_lr=0.5)), "knobs", default_of("head_lr")),
+    seed_twice=(put("start", seed=1, knobs=dict(seed=1)), "seeds", "[1]"),
+    another_run_than_its_folder=(put("start", run_id="20200101-000000-abcdef"), "path", "holds the run 20200101-"),
     knob_of_one_run=(put("start", knobs=dict(head_lr=0.5), changed=dict(head_lr=0.5)), "knobs", "recipes"),
     seed_against_its_knob=(put("start", seed=9), "knobs", "be 9"),
     tokens_doubled_at_a_step=(put("step 10", tokens=5120), "tokens", "2560"),
     rate_of_tokens=(put("end", tokens_per_s=99999), "tokens", "99999"),
-    other_validation_in_one_run=(put("start", data=dict(val_sha256="a" * 64)), "data", "a" * 64),
     fewer_tokens_validated=(put("val", val_tokens=300), "tokens", "is 300"),
     loss_that_is_nan=(put("step 10", train_loss="nan"), "nan", "nan"),
-    loss_below_0=(put("step 10", train_loss=-0.5), "nan", "-0.5"),
     step_missing=(lambda rows: rows.remove(at(rows, "step 7")), "truncated", "6, 7, 8"),
     no_end=(lambda rows: rows.pop(), "truncated", "the end status is None"),
     second_end=(lambda rows: rows.insert(5, rows[-1]), "truncated", "'end' events is [20, 20]"),
@@ -77,7 +71,8 @@ forgeries(forge.Box.edit, dict(
     step_on_a_stopped_clock=(lambda rows: rows.insert(*swap(rows, "clock", "step")), "clock", "the clock stands"),
     mark_that_comes_twice=(lambda rows: rows.insert(rows.index(at(rows, "clock")), at(rows, "clock")), "clock",
                            "the mark 'stop' comes twice"),
-    wall_that_goes_back=(wall_goes_back, "clock", "gone back by"),
+    wall_that_goes_back=(lambda rows: [row.update(wall_s=row["wall_s"] - 3) for row in rows[-3:]], "clock",
+                         "gone back by"),
     time_too_short_to_divide_by=(put("end", train_ms=1e-310), "clock", "grew by"),
     memory_without_a_gpu=(put("end", peak_val_mib=9), "track", "peak_val_mib is 9"),
     argument_unlike_its_knob=(lambda rows: rows[0]["argv"].append("--steps=21"), "knobs", "arguments"),
@@ -87,6 +82,7 @@ forgeries(forge.Box.edit, dict(
     stages_in_the_knobs_alone=(put("start", knobs=dict(batch_stages="2x128 4x128")), "tokens", 10 * 256 + 10 * 512),
     batch_before_its_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 4x128"), at(rows, "step 10").update(
         sequences=4)], "tokens", "sequences is 4"),
+    schedule_too_long_to_list=(put("start", knobs=dict(steps=10**12, val_every=1)), "schema", "steps is 10000"),
     stages_without_end=(put("start", knobs=dict(batch_stages="1x128 " * 21)), "schema", "not stages of 20 steps"),
 ))
 forgeries(lambda box, change: [box.edit_all(in_format_1), box.edit(change)], dict(
@@ -123,24 +119,6 @@ forgeries(lambda box, change: box.claims.update(change), dict(
 ))
 
 # ---- Losses and runs
-
-
-@forgery
-def seed_twice(box):
-    def change(rows):
-        rows[0].update(seed=1)
-        rows[0]["knobs"].update(seed=1)
-        rows[0]["changed"].pop("seed")
-    box.edit(change)
-    return "seeds", "[1]"
-
-
-@forgery
-def folders_of_two_runs_exchanged(box):
-    first, second = box.run(0), box.run(1)
-    for old, new in ((first, first.with_name("spare")), (second, first), (first.with_name("spare"), second)):
-        old.rename(new)
-    return "path", f"the folder {first.name}"
 
 
 @forgery
@@ -260,21 +238,17 @@ def test_seconds_moved_into_a_pause(box, step):
 # ---- Scripts and claims
 
 
-@forgery
-def script_that_did_not_run(box):
-    (box.victim / "train_gpt.py").write_bytes(b"print('fast')\n")
-    return "script", box.meta()["script_sha256"]
-
-
 CLASS = "\nclass Hyperparameters:\n    steps: int = {}\n    mlp_ratio: int = {}\n"
 
 
 def script(box, change):
+    """Puts a text behind the script that the record keeps, or that these sets ran too."""
     text, *labels = change
     (box.victim / "train_gpt.py").write_bytes(box.extend_script(text, *labels))
 
 
 forgeries(script, dict(
+    script_that_did_not_run=(["print('fast')\n", "arms/cold"], "script", "SHA-256 of train_gpt.py"),
     compile_variable=(["os.environ['TORCHINDUCTOR_MAX_AUTOTUNE'] = '1'\n"], "forbidden", "'max_autotune'"),
     default_unlike_the_runs=([CLASS.format("knob(20)", "knob(6, 'a meaning')"), "runs"], "knobs",
                              "mlp_ratio in changed, since the script's default is 6"),
@@ -303,12 +277,6 @@ def baseline_that_was_as_fast(box):
 def baseline_that_ran_at_the_same_time(box):
     """Each run still ran when the next began, by its own account."""
     box.edit_all(lambda rows: [row.update(wall_s=row["wall_s"] + 13) for row in rows if "wall_s" in row])
-    return "gain", "(p is None)"
-
-
-@on_a_baseline
-def baseline_in_one_piece_between_the_runs(box):
-    box.delay("runs", 600, first=1)
     return "gain", "(p is None)"
 
 

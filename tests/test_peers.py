@@ -3,8 +3,6 @@
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 
 import forge
 import pytest
@@ -73,7 +71,6 @@ def test_reading_a_log(toy, tmp_path):
     run = toy.runs.read_speedrun(write_log(tmp_path / "a log.txt", steps_of(3.2791), newline="\r\n"))
     assert run.vals == [(0, None, 10.8258, 0), (885, None, 3.6, 71000), (1770, None, 3.2791, 142000)]
     assert run.steps == [(11, None, 7.5, 882)] and run.script == SOURCE.encode() and run.name == "a log"
-    assert run.script_sha256 == hashlib.sha256(SOURCE.encode()).hexdigest()
 
 
 OLD = """step:0/3000 val_loss:10.9886 train_time:251ms step_avg:nanms
@@ -136,12 +133,9 @@ def test_links_and_large_or_other_files_are_refused_before_reading(toy, tmp_path
     with open(large, "wb") as file:
         file.truncate(9 << 20)
     os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "short.txt").write_text(log.read_text().replace(f"\n{RULE}\n", f"\n{RULE[1:]}\n"))
-    for name, code, word in (("link", "path", "link"), ("large", "size", "9437184"), ("pipe", "path", "plain"),
-                             ("short", "schema", "100 '='")):
-        with pytest.raises(toy.runs.Bad) as caught:
+    for name, word in dict(link="link", large="9437184", pipe="plain").items():
+        with pytest.raises(toy.runs.Bad, match=word):
             toy.runs.read_speedrun(tmp_path / f"{name}.txt")
-        assert caught.value.code == code and word in str(caught.value)
 
 
 @pytest.mark.parametrize("old, new", [
@@ -163,19 +157,17 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     write_log(logs / "c" / "again.txt", steps_of(3.28))  # that log without the carriage returns
     write_log(logs / "c" / "died.txt", steps_of(3.28) + "step:1771/1770 train_time:9ms step_avg:nanms\n")
     write_log(logs / "c" / "other.log", steps_of(3.27), changed)
-    early = steps_of(3.28).replace("step:1770/", "step:1760/")
-    write_log(logs / "c" / "early.txt", early)
+    write_log(logs / "c" / "early.txt", steps_of(3.28).replace("step:1770/", "step:1760/"))
     (logs / "c" / "not\x1b[31m.txt").write_text("hello")
     (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
     done = box.main("import", logs)
     assert done.code == 0 and done.out.count("skipped: ") == 2 and "\x1b" not in done.out
-    names = [hashlib.sha256(source.encode()).hexdigest()[:12] for source in (SOURCE, changed)]
-    assert f"peers/{names[0]}: 6 logs, 5 complete\n" in done.out and f"peers/{names[1]}: 1 logs" in done.out
     assert "n = 4); 1770 steps" in done.out and "stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
-    assert box.main("import", logs / "a").code == 0
-    for name, count in zip(names, (6, 1)):
+    for source, count, whole in ((SOURCE, 6, 5), (changed, 1, 1)):
+        name = hashlib.sha256(source.encode()).hexdigest()[:12]
+        assert f"peers/{name}: {count} logs, {whole} complete\n" in done.out
         assert len([*(box.root / "peers" / name).iterdir()]) == count
-    assert box.main("compare", *names).code == 2  # one holds runs of two lengths
+        assert (box.main("compare", name, name).code == 2) == (count == 6)  # which are of two lengths
 
 
 def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_path, monkeypatch):
@@ -244,10 +236,6 @@ def write(path, content=b"x"):
     path.write_bytes(content)
 
 
-def stray_run(folder):
-    return lambda box: write(box.victim / folder / "20200101-000000-abcdef" / "log.txt")
-
-
 def in_file(name, old, new):
     return lambda box: box.replace(next(box.victim.glob(name)), old, new)
 
@@ -256,26 +244,21 @@ LOSS = '"train_loss": '  # of step 1
 METRICS = "runs/*/metrics.jsonl"
 SPOILED = dict(
     nan_as_a_number=(in_file(METRICS, LOSS, LOSS + "NaN, \"x\": "), "schema", "is nan"),
-    number_beyond_all_floats=(in_file(METRICS, LOSS, LOSS + "1e999, \"x\": "), "schema", "is inf"),
     unknown_key_in_an_event=(in_file(METRICS, LOSS, '"note": 1, ' + LOSS), "schema", "note is unknown"),
     key_twice_in_an_event=(in_file(METRICS, LOSS, LOSS + "4.0, \"train_loss\": "), "schema", "key twice"),
     switch_for_a_step=(in_file(METRICS, '"step": 1,', '"step": true,'), "schema", "step is True", "int"),
-    digits_of_another_script=(in_file(METRICS, '"step": 1,', '"step": \u0661,'), "schema", "not JSON"),
     event_of_no_kind=(in_file(METRICS, '"event": "val"', '"event": "vale"'), "schema", "vale"),
     deep_json=(in_file("meta.json", '"a toy"', "[" * 50000 + "]" * 50000), "schema", "not JSON"),
     table_in_its_readme=(in_file("README.md", "n = 3)", "n = 30)"), "readme", "n = 3)"),
     table_twice=(in_file("README.md", "```", "<!-- end of tables -->"), "readme", "generated table"),
-    no_table_in_its_readme=(in_file("README.md", "| set | run |", ""), "readme", "| set | run |"),
     log_that_is_a_link=(lambda box: linked(box.run() / "log.txt"), "path", "log.txt is a link"),
     record_that_is_a_link=(lambda box: linked(box.victim), "path", "YYYY-MM-DD"),
     log_too_large=(lambda box: write(box.run() / "log.txt", b"x" * 1100000), "size", "bytes, and "),
     pictures_too_large=(lambda box: [write(box.victim / f"{i}.png", b"x" * 60000) for i in "ab"], "size", "120000"),
     file_of_no_kind=(lambda box: write(box.victim / "notes.txt"), "path", "notes.txt"),
-    script_within_a_run=(lambda box: write(box.run() / "train_gpt.py"), "path", "train_gpt.py"),
-    run_that_meta_does_not_list=(stray_run("runs"), "path", "20200101-000000-abcdef"),
-    arm_that_meta_does_not_list=(stray_run("arms/ghost"), "path", "arms/"),
+    run_that_meta_does_not_list=(lambda box: write(box.victim / "runs/20200101-000000-abcdef/log.txt"), "path",
+                                 "20200101-000000-abcdef"),
     run_that_is_not_there=(lambda box: shutil.rmtree(box.run()), "path", "['runs/"),
-    no_meta=(lambda box: (box.victim / "meta.json").unlink(), "path", "meta.json"),
     arm_twice=(arm_twice, "path", "cold', 'arms/cold"),
     metrics_cut_within_a_line=(lambda box: write(box.run() / "metrics.jsonl", (
         box.run() / "metrics.jsonl").read_bytes()[:-30]), "truncated", "within a line"),
@@ -291,19 +274,6 @@ def test_what_makes_no_record(box, spoil, code, words):
 def test_control_characters_are_printed_escaped(box):
     """An author who would colour the terminal, turn the direction of writing, or break the line of a table."""
     box.write(box.victim, box.meta() | dict(author="\x1b[31m \u202e\ud800\n| x |", summary="\x1b[2J"))
-    readme = (box.victim / "README.md").read_text(encoding="utf-8")
-    assert "by \\x1b[31m \\u202e\\ud800\\n| x |." in readme
-    box.replace(box.victim / "README.md", "by \\x1b", "by me \\x1b")
+    box.replace(box.victim / "README.md", "by \\x1b[31m \\u202e\\ud800\\n| x |.", "by me \x1b")
     for done in (box.main("verify"), box.main("list"), box.main("compare", box.victim.name, box.run().name)):
         assert done.code in (0, 1, 3) and (done.out + done.err).replace("\n", "").isprintable()
-
-
-def test_a_schedule_too_long_to_list_is_refused_at_once(box):
-    """Steps by the billion, each to be validated, in a process that may take 2 GB."""
-    box.edit(forge.put("start", knobs=dict(steps=10**12, val_every=1)))
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); " \
-            "sys.argv[1:] = ['verify']; runpy.run_path('records/records.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", limit], cwd=box.root, env=box.environment, capture_output=True,
-                          encoding="utf-8")
-    assert done.returncode == 1 and done.stderr == "" and " failed" in done.stdout.splitlines()[-1]
-    assert any(f"FAIL {box.victim.name} {code}: " in done.stdout for code in ("schema", "truncated"))
