@@ -18,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import sets
 import trials
 from decide import MARGIN, Undecided, p_below, welch
@@ -46,7 +44,6 @@ from runs import (
     safe,
     script_knobs,
     sha256_of,
-    train_sha256,
 )
 from sets import (
     LOGS,
@@ -115,11 +112,10 @@ def check_record(record, tracks, logged):
             ("knobs", "the number of recipes (script and knobs, seed aside)", len(recipes), len(runs[:1])),
             ("knobs", "having the recipe of runs/", label != "runs" and record.runs[0].recipe in recipes, False),
             ("seeds", "the list of seeds that come twice", sorted({s for s in seeds if seeds.count(s) > 1}), [])])
-    yield from differing(name, rows_of_meta(record, logged))
-    yield from differing(name, rows_of_recipes(record))
-    yield from differing(name, rows_of_track(record, track))
-    yield from differing(name, rows_of_readme(record))
-    yield from differing(name, rows_of_tests(record, track) if record.whole else ())
+    tested = rows_of_tests(record, track) if record.whole else ()
+    for rows in (rows_of_meta(record, logged), rows_of_recipes(record), rows_of_track(record, track),
+                 rows_of_readme(record), tested):
+        yield from differing(name, rows)
 
 # What follows yields rows (code, what, found, wanted) of a record.
 
@@ -170,8 +166,8 @@ def rows_of_track(record, track):
     data, hardware = record.meta["data"], record.meta["hardware"]
     for key in ("val_sha256", "val_tokens"):
         yield "data", key, data[key], track[key] or data[key]
-    stream = train_sha256(data)
-    yield "data", "SHA-256 over the training shards", stream, track["train"]["sha256"] or stream
+    stream = sha256_of("".join(shard["sha256"] or "" for shard in data["train"]).encode())
+    yield "data", "SHA-256 over those of the training shards, in order,", stream, track["train"]["sha256"] or stream
     allowed, most, gpu = track["hardware"]["gpu"] or "", track["train"]["max_epochs"], hardware["gpu"] or ""
     yield "track", f"'{gpu}' as a GPU of the form '{allowed}'", bool(re.fullmatch(allowed, gpu)), True
     yield "track", "the number of GPUs", hardware["count"], track["hardware"]["count"]
@@ -302,18 +298,16 @@ def add(args):
 
 def write_record(folder, sets, meta):
     fit(meta, META, "meta.json")  # before files are written under names that it gives
-    for label, run in ((label, run) for label, own in sets.items() for run in own):
-        (folder / label / run.name).mkdir(parents=True, exist_ok=True)
-        for file in RUN_FILES:
-            (folder / label / run.name / file).write_bytes(read_bytes(run.folder / file))
+    for label, own in sets.items():
+        for run in own:
+            place = folder / label / run.name
+            place.mkdir(parents=True, exist_ok=True)
+            for file in RUN_FILES:
+                (place / file).write_bytes(read_bytes(run.folder / file))
     (folder / "train_gpt.py").write_bytes(sets["runs"][0].script)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(skeleton(meta), encoding="utf-8", newline="\n")
-
-def skeleton(meta):
-    """A record's README.md, whose text is still to be written."""
     private, name = "" if meta["data"]["public"] else f"{PRIVATE}\n\n", meta["name"]
-    return f"""{private}# {name}
+    text = f"""{private}# {name}
 
 {safe(meta["summary"])}
 
@@ -324,6 +318,7 @@ python records/records.py verify {name}
 python records/records.py rerun {name}
 ```
 """
+    (folder / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 # ---- Command line
 
@@ -335,7 +330,7 @@ def mark(text):
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="records.py", description="Work with records; see records/README.md.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    several, switch = dict(nargs="+", action="extend", default=[]), dict(action="store_true")
+    several = dict(nargs="+", action="extend", default=[])
     a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas; "
                  "NAME=A,B joins runs of several scripts under a name of yours")
     margin = dict(type=float, default=MARGIN, help="losses count as equal where the interval of their difference holds "
@@ -347,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     option = command("list", sets.list_records, "records by track, best first")
-    option("--write", **switch, help="put the tables between the marks of README.md")
+    option("--write", action="store_true", help="put the tables between the marks of README.md")
     option = command("verify", lambda args: verify(args.names), "recompute everything from raw logs; a line a problem")
     option("names", nargs="*")
     option = command("add", add, "pack run folders into a record, if verify would pass it")
@@ -361,11 +356,11 @@ def parser() -> argparse.ArgumentParser:
     option("--baseline", **several, metavar="RUN", help="runs of the parent's script, in turns with these")
     option("--arm", **several, metavar="NAME=RUN,RUN", help="runs with other knobs")
     option("--leave-out", **several, metavar="RUN=REASON", help="runs of this script and knobs, and why")
-    option("--private", **switch, help="the text cannot be passed on")
+    option("--private", action="store_true", help="the text cannot be passed on")
     option = command("rerun", lambda args: verify([args.name]) or trials.rerun(args),
                      "run a record's own script again, and compare")
     option("name")
-    option("--yes", **switch, help="do not ask")
+    option("--yes", action="store_true", help="do not ask")
     option("--data", help="folder with the record's shards; default: looked for in data/")
     option("--seed", type=int, help="default: the next unused")
     option = command("compare", sets.compare, "two sets of runs")

@@ -221,9 +221,6 @@ def tokens_before(step, parts):
     return sum((end - first) * stage.sequences * stage.seq_len
                for (first, end), stage in zip(spans, parts))
 
-def stage_at(step, parts) -> Stage:
-    return max(stage for stage in parts if stage.first <= max(step, 0))
-
 # ---- A run
 
 @dataclass
@@ -312,10 +309,6 @@ def read_run(folder) -> Run:
     end, script = last if last["event"] == "end" else {}, folder / "train_gpt.py"
     return Run(folder.name, folder, read_bytes(script) if script.exists() else None, start["script_sha256"],
                start["knobs"]["steps"], *curves.values(), start, end, events, start["gpu"])
-
-def train_sha256(data):
-    """One hash of all training shards, hex: over the hashes of the files, in order."""
-    return sha256_of("".join(shard["sha256"] or "" for shard in data["train"]).encode())
 
 def check_clock(run):
     """Marks alternate; while they run, training and wall time grow alike; else training time stands still."""
@@ -458,8 +451,9 @@ def rows_of_events(run):
     yield "nan", "losses below 0 or not finite", [loss for loss in losses if not 0 <= loss < math.inf], []
     for row in (row for row in run.events if "tokens" in row):
         done = row.get("step", row.get("steps"))
-        stage = stage_at(done - 1, run.stages)._asdict()
-        due = stage | dict(tokens=tokens_before(done, run.stages), val_tokens=start["data"]["val_tokens"])
+        stage = max(stage for stage in run.stages if stage.first < max(done, 1))
+        due = stage._asdict() | dict(tokens=tokens_before(done, run.stages),
+                                        val_tokens=start["data"]["val_tokens"])
         found = {key: row[key] for key in due if key in row}
         yield "tokens", f"'{row['event']}' of step {done}:", found, {key: due[key] for key in found}
         if row["event"] == "step" and "log_norms" in start["knobs"]:
@@ -481,7 +475,6 @@ def rows_of_end(run):
 
 # ---- The public speedrun's logs: the script's own source, a line of 100 '=', versions and the GPUs, then the steps
 
-RULE = "=" * 100
 STEP = re.compile(r"^step:(\d{1,9})/(\d{1,9})(?: .*)? train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)(?: .*)?$", re.A | re.M)
 LOSS_WORD = re.compile(r"(?<= )(val|train)_loss:(\d{1,9}\.\d{1,20}|nan|inf)(?= )", re.A)
 GPU = re.compile(r"^(?:\|\s+\d+\s+|Running .*?)(NVIDIA [\w .()-]*?)(?:\s{2,}| with world_size)", re.A | re.M)
@@ -490,7 +483,7 @@ def read_speedrun(path):
     """A log of one run. Most of 2024 have a rule above the source as well. Lines of the source may look like steps:
     reading starts behind it. A run may stop before its schedule ends, at a validation."""
     text, name = read_bytes(path).decode("utf-8", "replace").replace("\r\n", "\n"), safe(path.name)
-    source, *parts = re.split(f"^{RULE}\n", text, flags=re.M)
+    source, *parts = re.split("^={100}\n", text, flags=re.M)
     if parts and not source.strip():
         source, *parts = parts
     if not parts:
@@ -506,8 +499,8 @@ def read_speedrun(path):
             curves[kind].append((points[-1][0], None, float(loss), ms))
     for before, after in pairwise(points):
         if after < before or after[1] != before[1]:
-            a, b = (f"step:{step}/{total}" for step, total in (before, after))
-            raise Bad("schema", f"{name} holds several runs, as {b} comes after {a}: give each a log")
+            raise Bad("schema", f"{name} holds several runs, as step:{after[0]}/{after[1]} comes after "
+                                f"step:{before[0]}/{before[1]}: give each a log")
     if not curves["val"] or points[0][1] == 0:
         raise Bad("schema", f"{name} has no validation loss with its train_time behind the source")
     gpu, digest = GPU.search(rest), sha256_of(text.encode())[:12]
@@ -556,8 +549,9 @@ def read_record(folder):
             raise Bad("size", f"{size} bytes, and {limit} are allowed")
     meta, readme = strict_json(read_text(folder / "meta.json"), "meta.json"), read_text(folder / "README.md")
     fit(meta, META, "meta.json")
-    for entry in (entry for _, own in entries(meta) for entry in own):
-        entry.pop("sha256", None)
+    for _, own in entries(meta):
+        for entry in own:
+            entry.pop("sha256", None)
     moment(f"{meta['date']} 000000")
     found = {inside.rpartition("/")[0] for inside in sizes if "/" in inside}
     listed = {f"{label}/{entry['run_id']}" for label, own in entries(meta) for entry in own}

@@ -102,11 +102,11 @@ def row(meta):
             f"{meta['parent'] or 'none'} | {show(gain, '.2f')} |")
 
 def write_list(records):
-    path, (start, end) = ROOT / "README.md", LIST_MARKS
+    path, whole = ROOT / "README.md", listing(records)
     text = path.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise Bad("readme", f"README.md lacks the lines '{start}' and '{end}'")
-    text = text.partition(start)[0] + listing(records) + text.partition(end)[2]
+    text, found = re.subn(".*".join(LIST_MARKS), lambda _: whole, text, flags=re.S)
+    if not found:
+        raise Bad("readme", f"README.md lacks the lines '{LIST_MARKS[0]}' and '{LIST_MARKS[1]}'")
     path.write_text(text, encoding="utf-8", newline="\n")
 
 def list_records(args):
@@ -177,13 +177,11 @@ def public_logs(paths):
             print(f"skipped: {bad}")
     return found
 
-NAMED = re.compile("([^/,=]*)=(.+)", re.S)
-
 def load(text):
     """The set that a name, a path or a list of these with commas stands for. Bad unless it has one recipe; behind a
     name of the user's, NAME=, scripts may differ."""
-    match = None if os.path.exists(text) else NAMED.fullmatch(str(text))
-    named, listed = match.groups() if match else ("", str(text))
+    match = None if os.path.exists(text) else re.fullmatch("([^/,=]*)=(.+)", text, re.S)
+    named, listed = match.groups() if match else ("", text)
     paths, found, script, track = [], [], None, None
     for name in listed.split(","):
         here = [path for path in (Path(name), LOGS / name, ROOT / "peers" / name) if path.exists()]
@@ -243,9 +241,12 @@ def describe(s, target=None):
 
 def changes(a, b):
     """What of the knobs changed, and what one script alone has."""
-    values = lambda name: [run.knobs.get(name, "absent") for run in (a, b)]
-    rows = [(name, *values(name)) for name in sorted(a.knobs | b.knobs)]
-    return safe(", ".join(f"{name} {old} -> {new}" for name, old, new in rows if old != new) or "none")
+    found = []
+    for name in sorted(a.knobs | b.knobs):
+        old, new = (run.knobs.get(name, "absent") for run in (a, b))
+        if old != new:
+            found.append(f"{name} {old} -> {new}")
+    return safe(", ".join(found) or "none")
 
 # ---- compare
 
@@ -314,10 +315,10 @@ def verdict(a, b, margin):
 def compare_sets(a, b, margin, target=None):
     """Prints the diff of the scripts, what differs, and the verdict. Exit code: 0 where the losses differ, are
     identical, or are equal within `margin`, 3 where more runs are needed to say so."""
-    first, other, notes = a.runs[0], b.runs[0], []
+    first, other = a.runs[0], b.runs[0]
     public = None in (first.val_sha256, other.val_sha256)
     if public:
-        notes.append("public logs do not name their validation tokens; losses compare only if they were the same")
+        print("note: public logs do not name their validation tokens; losses compare only if they were the same")
     elif first.val_sha256 != other.val_sha256:
         raise Bad("data", f"{a.label} was validated on the tokens {first.val_sha256[:12]} and {b.label} on "
                           f"{other.val_sha256[:12]}: their losses cannot be compared")
@@ -332,9 +333,7 @@ def compare_sets(a, b, margin, target=None):
     machines = {f"{run.gpu}, torch {run.start.get('torch')}, driver {run.start.get('driver')}"
                 for run in a.runs + b.runs}
     if len(machines) > 1:
-        notes.append(f"not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
-    for note in notes:
-        print(f"note: {note}")
+        print(f"note: not one kind of machine, so the times say little: {safe(' and '.join(sorted(machines)))}")
     return verdict(a, b, margin)
 
 def compare(args):

@@ -51,7 +51,6 @@ def test_stages_are_those_of_the_script(toy, count):
     assert [*map(tuple, stages)] == [*map(tuple, train_gpt.stages(hp))]
     for step in range(hp.steps + 1):
         assert toy.runs.tokens_before(step, stages) == train_gpt.tokens_before(step, hp)
-        assert toy.runs.stage_at(step, stages) == [stage for stage in stages if stage.first <= step][-1]
 
 
 def test_a_record_of_stages(bare):
