@@ -7,7 +7,6 @@ t decides. Which of the two it is follows from the seeds alone, before any loss 
 
 import bisect
 import contextlib
-import hashlib
 import json
 import math
 import statistics
@@ -71,10 +70,8 @@ def welch(a, b):
     return estimate(gap, distributions().ttest_ind(b, a, equal_var=False))
 
 def paired(a, b):
-    """Of the mean of b[i] - a[i], by Student's t-test. None below two pairs."""
+    """Of the mean of b[i] - a[i], by Student's t-test."""
     gaps = [y - x for x, y in zip(a, b, strict=True)]
-    if len(gaps) < 2:
-        return None
     if len(set(gaps)) == 1:  # as of equal sets: there is nothing to divide by
         return Estimate(gaps[0], gaps[0], gaps[0], float(gaps[0] == 0))
     return estimate(statistics.fmean(gaps), distributions().ttest_rel(b, a))
@@ -148,28 +145,23 @@ def false_alarms(counts, by_pairs, draws=20_000):
         ever |= found.pvalue < 1 - LEVEL
     return float(ever.mean())
 
-def key(runs):
-    """What a set of runs is, seeds aside."""
-    return hashlib.sha256(json.dumps(runs[0].recipe).encode()).hexdigest()
-
 def look(file, duel):
     """Note a look at two sets in `file`, logs/looks.jsonl, and say what the looks so far make of this one. The same
     runs again are no new look."""
-    names = sorted(run.name for run in duel.a + duel.b)
-    rows, row = [], dict(n=duel.n, runs=names)
-    row |= dict(a=key(duel.a), b=key(duel.b))
+    names = {run.name for run in duel.a + duel.b}
+    a, b = (str(runs[0].recipe) for runs in (duel.a, duel.b))
+    rows, row = [], dict(n=duel.n, runs=sorted(names), a=a, b=b)
     with open(file, "a+", encoding="utf-8") as log:
         log.seek(0)
         for line in log:
             with contextlib.suppress(ValueError):  # half a line, of a full disk
                 rows.append(json.loads(line))
         if row not in rows:
-            log.write(json.dumps(row) + "\n")
+            log.write(f"\n{json.dumps(row)}\n")  # the line before may be half a one
             rows.append(row)
-    met = [other for other in rows if other["a"] == row["a"]]
+    met = [other for other in rows if other["a"] == a]
     ideas = {other["b"] for other in met}
-    same = (other for other in met if other["b"] == row["b"])
-    again = [other["n"] for other in same if not {*names}.isdisjoint(other["runs"])]
+    again = [other["n"] for other in met if other["b"] == b and names.intersection(other["runs"])]
     return warnings_of(again, len(ideas), duel.by_pairs)
 
 def warnings_of(looks, ideas, by_pairs):
