@@ -373,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     option("--x", choices=sets.AXES, default="time", help="against what, time by default")
     option("--mark", **several, type=mark, metavar="NAME=X,LOSS", help="points of which no log is here")
     option("--out", default="plot.png", help="the picture, plot.png by default")
-    option = command("import", sets.import_logs, "sort logs of the public speedrun into peers/")
+    option = command("import", sets.import_logs, "sort logs of the public speedrun into peers/, with their origins")
     option("paths", nargs="+")
     option = command("trial", trials.trial,
                      "does B help? Other arguments are knobs: --knob=value, --a.knob=value, --b.knob=value")

@@ -402,14 +402,20 @@ def plot(args):
 # ---- import
 
 def import_logs(args):
-    """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`."""
+    """Copy logs of the public speedrun into peers/<hash of their source>/, each a set for `compare` and `plot`, with
+    an origins.tsv: a copy's name and where it came from, a line each."""
     found = {run.digest: run for run in public_logs([*map(Path, args.paths)])}.values()
     for sha in sorted({run.script_sha256[:12] for run in found}):
         own = [run for run in found if run.script_sha256.startswith(sha)]
         whole, folder = [run for run in own if run.complete], ROOT / "peers" / sha
         folder.mkdir(parents=True, exist_ok=True)
         for run in own:
-            (folder / f"{run.digest}.txt").write_bytes(read_bytes(run.folder))
+            copy = folder / f"{run.digest}.txt"
+            if copy.exists():
+                continue
+            copy.write_bytes(read_bytes(run.folder))
+            with open(folder / "origins.tsv", "a", encoding="utf-8") as origins:
+                origins.write(f"{copy.name}\t{safe(run.folder.resolve())}\n")
         print(f"peers/{sha}: {len(own)} logs, {len(whole)} complete")
         for total in sorted({run.total for run in whole}):
             print("  " + describe(Set(sha, [run for run in whole if run.total == total], None)))

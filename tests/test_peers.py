@@ -163,10 +163,13 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     done = box.main("import", logs)
     assert done.code == 0 and done.out.count("skipped: ") == 2 and "\x1b" not in done.out
     assert "n = 4); 1770 steps" in done.out and "stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
+    assert box.main("import", logs / "a").code == 0  # which are there
     for source, count, whole in ((SOURCE, 6, 5), (changed, 1, 1)):
         name = hashlib.sha256(source.encode()).hexdigest()[:12]
         assert f"peers/{name}: {count} logs, {whole} complete\n" in done.out
-        assert len([*(box.root / "peers" / name).iterdir()]) == count
+        rows = [row.split("\t") for row in (box.root / "peers" / name / "origins.tsv").read_text().splitlines()]
+        assert sorted(row[0] for row in rows) == sorted(path.name for path in (box.root / "peers" / name).glob("*.txt"))
+        assert len(rows) == count and all(str(logs) in row[1] for row in rows)
         assert (box.main("compare", name, name).code == 2) == (count == 6)  # which are of two lengths
 
 
