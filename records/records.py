@@ -332,7 +332,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     several = dict(nargs="+", action="extend", default=[])
     a_set = dict(help="a record, a run folder, a folder of runs or public logs, one log, or several with commas; "
-                 "NAME=A,B joins runs of several scripts under a name of yours")
+                 "NAME=A,B joins runs of several scripts under a name of yours; others are called by what differs")
     margin = dict(type=float, default=MARGIN, help="losses count as equal where the interval of their difference holds "
                   f"0 and lies within this; {MARGIN} nats by default")
 

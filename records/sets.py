@@ -156,6 +156,7 @@ class Set:
     runs: list[Run]
     script: bytes | None
     track: str | None = None
+    place: Path | None = None  # of the first thing named
 
 def runs_at(path):
     """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
@@ -192,8 +193,24 @@ def load(text):
         else:
             found += runs_at(paths[-1])
     runs = of_one_recipe(found, safe(listed, 200), safe(named, 40))
-    label = safe(paths[0].name, 80) + f" and {len(paths) - 1} more" * (len(paths) > 1)
-    return Set(safe(named, 40) or label, runs, runs[0].script or script, track)
+    place = os.path.abspath(paths[0]) + f" and {len(paths) - 1} more" * (len(paths) > 1)
+    return Set(safe(named, 40), runs, runs[0].script or script, track, Path(place))
+
+def load_all(texts):
+    """The sets that these stand for. Those without a name of the user's are called by the knobs that differ, if one
+    script ran and these tell them apart, else by the ends of their paths, as long as it takes."""
+    sets = [load(text) for text in texts]
+    own = [s for s in sets if not s.label]
+    tried = [["/".join(s.place.parts[-n:]) for s in own]
+             for n in range(1, 9)]
+    if len({s.runs[0].script_sha256 for s in own}) == 1:
+        typed = [{f"{name}={value}" for name, value in s.runs[0].knobs.items()} for s in own]
+        alike = set.intersection(*typed)
+        tried.insert(0, [" ".join(sorted(knobs - alike)) for knobs in typed])
+    best = max(tried, key=lambda labels: len({*labels} - {""}))  # the first of these
+    for s, label in zip(own, best):
+        s.label = safe(label)
+    return sets
 
 def of_one_recipe(found, text, named):
     """The complete ones, each once, and what is said of the others. Bad unless they make a set; `text` is what the user
@@ -337,7 +354,7 @@ def compare_sets(a, b, margin, target=None):
     return verdict(a, b, margin)
 
 def compare(args):
-    return compare_sets(load(args.a), load(args.b), args.margin, args.target)
+    return compare_sets(*load_all([args.a, args.b]), args.margin, args.target)
 
 # ---- plot
 
@@ -391,7 +408,7 @@ def plot(args):
         import matplotlib.pyplot as plt
     except ImportError:
         raise Undecided("not drawn: matplotlib missing") from None
-    sets = [load(name) for name in args.sets]
+    sets = load_all(args.sets)
     if len({run.val_sha256 for s in sets for run in s.runs} - {None}) > 1:
         raise Bad("data", "the sets were validated on other tokens: their losses do not belong into one picture")
     figure = picture(plt, sets, args.x, args.mark)

@@ -181,7 +181,7 @@ def test_a_folder_is_read_with_its_folders_and_without_what_is_no_log(toy, tmp_p
     done = toy.main("compare", f"{tmp_path / 's=t'},{tmp_path / '00.txt'}", tmp_path / "s=t" / "more", "--target=3.28")
     assert done.code == 0 and "skipped: notes.txt has no line of" in done.out
     monkeypatch.chdir(tmp_path)
-    assert toy.sets.load("s=t").label == "s=t"  # and not a set t called s
+    assert toy.sets.load_all(["s=t"])[0].label == "s=t"  # and not a set t called s
     assert "s=t and 1 more: loss 3.2784 (sd 0.0014, n = 13) (p of a mean below 3.28: 0.00067); 1770" in done.out
 
 
@@ -204,9 +204,10 @@ def test_compare_of_two_public_sets(toy, tmp_path):
     write_set(tmp_path / "old", PUBLISHED)
     write_set(tmp_path / "new", [loss - 0.01 for loss in PUBLISHED], steps=1600, ms=120000)
     done = toy.main("compare", tmp_path / "old", tmp_path / "new")
-    assert done.code == 0 and "new helped: its loss is -0.0100 (95 % " in done.out and "losses compare only" in done.out
+    assert done.code == 0 and "steps=1600 helped: its loss is -0.0100 (95 % " in done.out
+    assert "losses compare only" in done.out
     assert "no verdict on time (x 0.845)" in done.out and "not one kind" not in done.out
-    assert "old: loss 3.2784 (sd 0.0014, n = 13); 1770 steps in 142.00 (" in done.out
+    assert "steps=1770: loss 3.2784 (sd 0.0014, n = 13); 1770 steps in 142.00 (" in done.out
     assert "; NVIDIA H100 80GB HBM3\n" in done.out
 
 

@@ -181,10 +181,10 @@ def test_the_example_for_tensorboard(toy, monkeypatch):
 
 def test_compare_a_record_with_a_set_of_runs(toy):
     base, cold = toy.arms()
-    done = toy.main("compare", toy.record("Toy").name, f"cold={names(cold)}")
+    done = toy.main("compare", toy.record("Toy").name, names(cold))
     gap, low, high, _ = slow_welch(losses(toy, base), losses(toy, cold))
     assert done.code == 0 and done.out.startswith(f"scripts: the same\nchanged knobs: head_lr {HEAD_LR} -> 0.0001\n")
-    assert f"cold hurt: its loss is {gap:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, n = 3 and 2" in done.out
+    assert f"\nhead_lr=0.0001 hurt: its loss is {gap:+.4f} (95 % interval {low:+.4f} to {high:+.4f}, n = 3" in done.out
     inside = toy.main("compare", toy.record("Toy") / "runs", toy.record("Toy") / "arms" / "cold")
     assert inside.code == 0 and "p of a mean below 5" in done.out and "p of a mean" not in inside.out  # no track
 
@@ -223,11 +223,11 @@ def alternating(box, *shifts, pace=0.5):
 
 
 @pytest.mark.parametrize("shifts, options, code, words", [
-    ((0.001, -0.002, 0.002), [], 0, "b: equal to a within 0.01"),
+    ((0.001, -0.002, 0.002), [], 0, f"head_lr=0.5: equal to head_lr={HEAD_LR} within 0.01"),
     ((0.001, -0.002, 0.002), ["--margin=0.001"], 3, "the losses are not separated"),
     ((0.03, -0.02, 0.02), [], 3, "no effect on the loss that could be told from noise"),
-    ((-0.03, -0.02, -0.025), [], 0, "b helped: its loss is -0.0250"),
-    ((0.003, 0.002, 0.0025), [], 0, "b hurt, by less than 0.01: its loss is +0.0025")])
+    ((-0.03, -0.02, -0.025), [], 0, "head_lr=0.5 helped: its loss is -0.0250"),
+    ((0.003, 0.002, 0.0025), [], 0, "head_lr=0.5 hurt, by less than 0.01: its loss is +0.0025")])
 def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, options, code, words):
     done = box.main("compare", *alternating(box, *shifts), *options)
     margin, last = float((options or ["=0.01"])[0].partition("=")[2]), done.out.splitlines()[-1]
@@ -286,6 +286,20 @@ def test_a_picture_shows_both_losses(toy, tmp_path, monkeypatch, count, x, colum
     assert [*zip(*scored.get_data())] == [(p[column] / scale, p[2]) for p in run.vals[1:]]
     (low, high), shown = axis.get_ylim(), [text.get_text() for text in axis.get_legend().get_texts()]
     assert low < 0.5 < run.val_loss < high and "a mark: 0.5" in shown
+
+
+def test_sets_are_called_by_what_differs(box):
+    """By knobs where one script ran and they tell all apart, else by where they lie; a name of the user's stays."""
+    (base, cold), record = box.arms(), box.record("Toy")
+    called = lambda *texts: [s.label for s in box.sets.load_all([*map(str, texts)])]
+    assert called(base[0], cold[0], f"mine={base[1]}") == [f"head_lr={HEAD_LR}", "head_lr=0.0001", "mine"]
+    assert called(base[0], base[1], cold[0]) == [base[0].name, base[1].name, cold[0].name]
+    assert called(record) == [record.name] and called(f"{base[0]},{base[1]}") == [f"{base[0].name} and 1 more"]
+    for run in (record / "arms/cold").iterdir():
+        box.change(run, forge.put("start", script_sha256="a" * 64))
+    assert called(record / "runs", record / "arms/cold") == ["runs", "cold"]
+    shutil.copytree(record / "runs", box.root / "runs")
+    assert called(record / "runs", box.root / "runs") == [f"{record.name}/runs", f"{box.root.name}/runs"]
 
 
 def test_a_mean_is_of_the_points_that_all_runs_have(toy):
