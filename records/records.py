@@ -3,8 +3,8 @@
     python records/records.py COMMAND --help
 
 Exit codes: 0 fine; 1 a check failed, or a rerun lies outside the interval; 2 bad usage or unreadable input; 3 not
-decidable yet (the number of runs needed is printed, or that scipy is missing). `list` needs the standard library alone;
-scipy and matplotlib are imported where they are used.
+decidable yet (the number of runs needed is printed, or what library is missing). `list` needs the standard library
+alone; scipy and matplotlib are imported where they are used.
 """
 
 import argparse
@@ -368,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     option("b", **a_set)
     option("--margin", **margin)
     option("--target", type=float, help="print p of a mean loss below it; default: that of a record's track")
-    option = command("plot", sets.plot, "losses of training and validation")
+    option = command("plot", sets.plot, "each run's training losses faint, their mean smoothed, validation dashed")
     option("sets", nargs="+", **a_set)
     option("--x", choices=sets.AXES, default="time", help="against what, time by default")
     option("--mark", **several, type=mark, metavar="NAME=X,LOSS", help="points of which no log is here")
@@ -393,7 +393,7 @@ def main(argv):
         top.error(f"unknown: {safe(' '.join(args.knobs))}")
     try:
         return args.run(args)
-    except Undecided as undecided:
+    except (Undecided, ImportError) as undecided:
         print(undecided)
         return 3
     except (Bad, OSError, UnicodeError) as bad:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from decide import MOST_RUNS, PAIRS, Duel, Undecided, p_below, welch
+from decide import MOST_RUNS, PAIRS, Duel, p_below, welch
 from runs import (
     ID,
     RECORDS,
@@ -374,44 +374,43 @@ def mean_curve(curves, column, scale):
     mean = lambda step, i: statistics.fmean(points[step][i] for points in by_step)
     return [mean(step, column) / scale for step in shared], [mean(step, 2) for step in shared]
 
-def picture(plt, sets, x, marks):
-    """The losses of sets in one panel: training as a smoothed line, validation dashed. `marks`: (name, x, loss) of
-    what no log is here for."""
+def picture(sets, x, marks):
+    """The losses of sets in one panel: each run's training faint, the smoothed mean over it, validation dashed.
+    `marks`: (name, x, loss) of what no log is here for."""
+    from matplotlib.figure import Figure
+
     column, scale, label = AXES[x]
-    if any(p[column] is None for s in sets for run in s.runs for p in run.vals):
-        raise Bad("tokens", "public logs say nothing of tokens: take --x time or --x steps")
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis, thin = figure.subplots(), dict(lw=1, ms=4, mfc="none")
     for i, s in enumerate(sets):
-        xs, ys = mean_curve([run.steps for run in s.runs], column, scale)
-        axis.plot(xs, smooth(ys), color=f"C{i}", lw=1.6, label=f"{s.label[:48]}: {spread(losses(s.runs))}")
+        curves, color = [run.steps for run in s.runs], f"C{i}"
+        for points in curves:
+            axis.plot(*mean_curve([points], column, scale), color=color, lw=0.6, alpha=0.4)
+        xs, ys = mean_curve(curves, column, scale)
+        axis.plot(xs, smooth(ys), color=color, label=f"{s.label[:40]}: {spread(losses(s.runs))}")
         later = [run.vals[1:] or run.vals for run in s.runs]  # before training all are alike
-        vals = mean_curve(later, column, scale)
-        axis.plot(*vals, "o--", color=f"C{i}", lw=1, ms=4, mfc="none")
-    axis.plot([], [], "o--", color="gray", mfc="none", label="validation")
+        axis.plot(*mean_curve(later, column, scale), "o--", color=color, **thin)
+    axis.plot([], [], "o--", color="gray", **thin, label="validation")
     for i, (name, at, loss) in enumerate(marks):
-        axis.plot(at, loss, "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:48]}: {loss}")
-    end = max(at for line in axis.lines for at in line.get_xdata())
+        axis.plot(at, loss, "Dsv^<>PX*p"[i % 10], color=f"C{len(sets) + i}", label=f"{name[:40]}: {loss}")
     points = [point for line in axis.lines for point in zip(*line.get_data())]
-    shown = [loss for at, loss in points if at > 0.1 * end and math.isfinite(loss)]  # without the first fall
+    start = 0.1 * axis.dataLim.x1  # behind the first fall
+    shown = [loss for at, loss in points if at >= start and math.isfinite(loss)]
     shown += [loss for *_, loss in marks]
-    axis.set(xlabel=label, ylabel="loss", xlim=(0, None))
-    if shown:
-        axis.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
+    axis.set(xlabel=label, ylabel="loss (solid: training, smoothed)", xlim=(0, None),
+             ylim=(min(shown) - 0.1, max(shown) + 0.1))
     axis.grid(alpha=0.2)
-    axis.legend(fontsize=8 if len(sets) + len(marks) < 5 else 6.5)
+    axis.legend(fontsize=min(7, 140 / (len(sets) + len(marks) + 1)))  # so that it fits into the axes
     return figure
 
 def plot(args):
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise Undecided("not drawn: matplotlib missing") from None
     sets = load_all(args.sets)
-    if len({run.val_sha256 for s in sets for run in s.runs} - {None}) > 1:
+    shas = {run.val_sha256 for s in sets for run in s.runs}
+    if len(shas - {None}) > 1:
         raise Bad("data", "the sets were validated on other tokens: their losses do not belong into one picture")
-    figure = picture(plt, sets, args.x, args.mark)
+    if args.x == "tokens" and None in shas:
+        raise Bad("tokens", "public logs say nothing of tokens: take --x time or --x steps")
+    figure = picture(sets, args.x, args.mark)
     figure.savefig(args.out, dpi=84, format="png", pil_kwargs=dict(optimize=True))
     print(f"{safe(args.out)}: {Path(args.out).stat().st_size} bytes")
     return 0

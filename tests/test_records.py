@@ -273,17 +273,23 @@ def test_compare_other_machines_scripts_and_streams(box):
         assert done.code == 2 and "validated on" in done.err and done.out == ""
 
 
-@pytest.mark.parametrize("count, x, column, scale", [(1, "time", 3, 1e3), (10, "tokens", 1, 1e6), (3, "steps", 0, 1)])
-def test_a_picture_shows_both_losses(toy, tmp_path, monkeypatch, count, x, column, scale):
+@pytest.mark.parametrize("count, x, column, scale", [(1, "time", 3, 1e3), (20, "tokens", 1, 1e6), (3, "steps", 0, 1)])
+def test_a_picture_shows_both_losses_and_keeps_its_legend_inside(toy, tmp_path, monkeypatch, count, x, column, scale):
     drawn, picture, (base, cold) = [], toy.sets.picture, toy.arms()
     monkeypatch.setattr(toy.sets, "picture", lambda *row: drawn.append(picture(*row)) or drawn[-1])
-    sets = [f"a name without end {i} {'x' * 99}={run}" for i, run in enumerate((2 * (base + cold))[:count])]
+    sets = [f"a name without end {i} {'W' * 99}={run}" for i, run in enumerate((4 * (base + cold))[:count])]
     done = toy.main("plot", *sets, f"--x={x}", "--out", tmp_path / "plot.png", "--mark", "a mark=1e-3,0.5")
     assert done.code == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    drawn[0].draw_without_rendering()
     axis, = drawn[0].axes
-    run, (trained, scored) = toy.runs.read_run(base[0]), axis.lines[:2]
-    assert [*trained.get_xdata()] == [p[column] / scale for p in run.steps]
-    assert [*zip(*scored.get_data())] == [(p[column] / scale, p[2]) for p in run.vals[1:]]
+    legend, frame = axis.get_legend().get_window_extent(), axis.get_window_extent()
+    assert frame.contains(*legend.min) and frame.contains(*legend.max)
+    run, (raw, mean, scored) = toy.runs.read_run(base[0]), axis.lines[:3]
+    xs = lambda points: [p[column] / scale for p in points]
+    assert [*zip(*raw.get_data())] == [*zip(xs(run.steps), [p[2] for p in run.steps])]
+    assert [*mean.get_xdata()] == xs(run.steps) and raw.get_alpha() < 1 and raw.get_linewidth() < mean.get_linewidth()
+    assert [*zip(*scored.get_data())] == [*zip(xs(run.vals[1:]), [p[2] for p in run.vals[1:]])]
+    assert scored.get_linestyle() == "--" and mean.get_linestyle() == "-"
     (low, high), shown = axis.get_ylim(), [text.get_text() for text in axis.get_legend().get_texts()]
     assert low < 0.5 < run.val_loss < high and "a mark: 0.5" in shown
 
