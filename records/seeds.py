@@ -8,6 +8,7 @@ would say of machine, data and knobs, as JSON; then for each seed, a line of sta
 run in logs/. A run that does not end well ends this process, as it would its own.
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
@@ -49,6 +50,9 @@ def train(script, argv, source, seed, facts):
     gc.unfreeze()  # the warm-up froze what was there
     gc.collect()
     if script.torch.cuda.is_available():
+        # cuBLAS keeps a workspace in the memory of the first run's CUDA graphs, which would keep all of that
+        with contextlib.suppress(AttributeError):  # private to torch
+            script.torch._C._cuda_clearCublasWorkspaces()
         script.torch.cuda.empty_cache()
     return code, found
 

@@ -69,20 +69,14 @@ def show(value, spec):
     return "n/a" if value is None else format(value, spec)
 
 def listing(records):
-    """Markdown tables by track, best first."""
-    out, empty = [LIST_MARKS[0]], []
+    """A Markdown table by track, best first, and the tracks with their targets."""
+    head = "| record | track | claim | time, s | loss | sd | n | p |", "|-|-|-|-|-|-|-|-|"
+    out, goals = [LIST_MARKS[0], "", *head], []
     for name, track in read_tracks().items():
         own = [record.meta for record in records if record.meta["track"] == name]
-        goal = track["target_loss"]
-        title = f"**{name}**, {f'target {goal}' if goal else 'no target, time not ranked'}"
-        if not own:
-            empty.append(title)
-            continue
-        kinds = {machine(meta["hardware"]["gpu"], meta["hardware"]["count"]) for meta in own}
-        out += ["", f"{title}; {', '.join(sorted(kinds))}.", "",
-                "| record | claim | time, s | loss | sd | n | p | parent | gain, s |", "|-|-|-|-|-|-|-|-|-|"]
         out += [row(meta) for meta in sorted(own, key=lambda meta: rank(track, meta))]
-    out += ["", f"No record yet: {'; '.join(empty)}."] if empty else []
+        goals.append(f"{name} {track['target_loss'] or 'none'}{'' if own else ' (no record yet)'}")
+    out += ["", f"Targets, and without one times are not ranked: {', '.join(goals)}."]
     return "\n".join([*out, LIST_MARKS[1]])
 
 def rank(track, meta):
@@ -96,10 +90,8 @@ def machine(gpu, count):
 
 def row(meta):
     r, name = meta["result"], meta["name"]
-    gain = r["gain_ms"] / 1e3 if r["gain_ci_ms"] else None  # only from interleaved runs
-    return (f"| [{name}](records/{name}) | {meta['claim']} | {r['train_time_ms_median'] / 1e3:.1f} | "
-            f"{r['val_loss_mean']:.4f} | {show(r['val_loss_sd'], '.4f')} | {r['n']} | {show(r['p'], '.2g')} | "
-            f"{meta['parent'] or 'none'} | {show(gain, '.2f')} |")
+    return (f"| [{name}](records/{name}) | {meta['track']} | {meta['claim']} | {r['train_time_ms_median'] / 1e3:.1f} | "
+            f"{r['val_loss_mean']:.4f} | {show(r['val_loss_sd'], '.4f')} | {r['n']} | {show(r['p'], '.2g')} |")
 
 def write_list(records):
     path, whole = ROOT / "README.md", listing(records)
