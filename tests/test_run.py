@@ -436,10 +436,8 @@ def test_a_module_beside_the_script_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("old, new, kind", [
-    ("hidden = F.relu(self.up(x)).square()", "hidden = F.gelo(self.up(x))",
-     "AttributeError("),
-    ("        return self.down(hidden)\n", "        return hidden @ self.down.weight\n",
-     "RuntimeError(")])
+    ("return self.down(F.relu(self.up(x)).square())", "return self.down(F.gelo(self.up(x)))", "AttributeError("),
+    ("return self.down(F.relu(self.up(x)).square())", "return self.up(x) @ self.down.weight", "RuntimeError(")])
 def test_a_script_that_fails_is_told_its_line(tmp_path, old, new, kind):
     make_corpus(tmp_path / "data")
     script = edited(tmp_path, old, new)
