@@ -6,6 +6,7 @@ import shutil
 
 import forge
 import pytest
+from reference import PUBLISHED
 
 RULE = "=" * 100
 # Its lines look like rules and steps without being any.
@@ -25,7 +26,6 @@ SMI = """+----------------------------------------------------------------------
 |-----------------------------------------+------------------------+----------------------+
 """ + "".join(f"|   {i}  NVIDIA H100 80GB HBM3          On  |   00000000:{i}9:00.0 Off |                    0 |\n"
               for i in range(8))
-PUBLISHED = [3.2791, 3.2773, 3.2783, 3.2775, 3.2781, 3.2775, 3.2793, 3.2772, 3.2769, 3.2775, 3.2806, 3.2779, 3.2816]
 
 
 PEAK = "peak memory allocated: 39491 MiB"
