@@ -68,3 +68,17 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def toy(tmp_path_factory):
+    """The checkout of forge.py, only to be read."""
+    import forge
+
+    return forge.made(tmp_path_factory)
+
+
+@pytest.fixture
+def box(toy, tmp_path, request):
+    """A copy of it, without what the module's LEFT_OUT names."""
+    return toy.copy(tmp_path, *getattr(request.module, "LEFT_OUT", ()))

@@ -12,12 +12,7 @@ import forge
 import pytest
 from forge import KNOBS, losses
 from reference import slow_welch, t_quantile
-
-
-@pytest.fixture
-def box(tmp_path_factory, tmp_path):
-    return forge.box(tmp_path_factory, tmp_path)
-
+from tiny import events
 
 # ---- rerun
 
@@ -29,8 +24,8 @@ def test_rerun_of_a_recorded_seed_gives_its_loss(box):
     assert "all of it is records/" in done.out and " then, " not in done.out
     again, = (box.logs / "reruns" / name).iterdir()
     base, _ = box.arms()
-    assert losses(box, [again])[0] == pytest.approx(losses(box, base)[1], abs=1e-4)
-    assert box.events(again)[0]["seed"] == 2 and set(before) == {p for p in box.tree() if again not in p.parents}
+    assert losses([again])[0] == pytest.approx(losses(base)[1], abs=1e-4)
+    assert events(again)[0]["seed"] == 2 and set(before) == {p for p in box.tree() if again not in p.parents}
     assert box.main("verify").code == 0
 
 
@@ -38,13 +33,13 @@ def test_rerun_of_a_recorded_seed_gives_its_loss(box):
 def test_rerun_of_a_new_seed_says_whether_it_lies_inside(box, monkeypatch, shift, place, code):
     """In place of a run comes one whose loss lies `shift` half widths of the interval from the mean."""
     base, _ = box.arms()
-    values = losses(box, base)
+    values = losses(base)
     half, mean = t_quantile(0.975, 2) * statistics.stdev(values) * math.sqrt(4 / 3), statistics.fmean(values)
 
     def run_alone(script, knobs, seed, nproc):
         assert (script, seed, nproc) == (box.record("Toy") / "train_gpt.py", 4, 1)
-        new = forge.clone(box, base[0], box.logs, 5, 4, by=mean + shift * half - values[0])
-        box.change(new, forge.put("start", torch="9.9"))
+        new = forge.clone(base[0], box.logs, 5, 4, by=mean + shift * half - values[0])
+        forge.edit(new, forge.put("start", torch="9.9"))
         return box.runs.read_run(new)
 
     monkeypatch.setattr(box.trials, "run_alone", run_alone)
@@ -82,12 +77,12 @@ def test_seeds_of_one_process_are_those_of_separate_ones_bit_for_bit(box):
     """The toy's runs come from two processes, one an arm, and seed 3 alone from run.sh. Here run.sh makes each anew."""
     base, cold = box.arms()
     for run in (base[1], cold[1]):  # the second of their processes
-        rows = box.events(run)
+        rows = events(run)
         before = set(box.logs.iterdir())
         box.shell(*[argument for argument in rows[0]["argv"] if not argument.startswith(("--data_dir", "--preset"))])
         again, = set(box.logs.iterdir()) - before
         seen = lambda found: [(row.get("train_loss"), row.get("val_loss")) for row in found]
-        assert seen(box.events(again)) == seen(rows)
+        assert seen(events(again)) == seen(rows)
 
 
 def test_what_the_toy_trial_said(box):
@@ -95,7 +90,7 @@ def test_what_the_toy_trial_said(box):
     assert said.startswith("before the runs: Welch's t decides, as there are 2 seeds in common")
     base, cold = box.arms()
     assert sorted([*base, *cold]) == [cold[0], base[0], base[1], cold[1], base[2]]  # B A A B, and the run by run.sh
-    gap, low, high, _ = slow_welch(losses(box, base[:2]), losses(box, cold))
+    gap, low, high, _ = slow_welch(losses(base[:2]), losses(cold))
     verdict = f"train_gpt.py head_lr=0.0001 hurt: its loss is {gap:+.4f} (95 % interval {low:+.4f} to {high:+.4f}"
     assert said.splitlines()[-1].startswith(verdict)
     assert said.count("run.sh: no GPU, processes: 1") == 2  # two processes for four runs
@@ -108,7 +103,7 @@ class Stand:
 
     def __init__(self, box, monkeypatch):
         self.box, self.ready, self.trained, self.now = box, {}, [], {}
-        start = box.events(box.arms()[0][0])[0]
+        start = events(box.arms()[0][0])[0]
         self.start = {key: start[key] for key in (*box.runs.SOFTWARE, "gpu", "gpu_count", "gpu_memory_mib", "driver",
                                                   "data", "world_size", "knobs")}
         monkeypatch.setattr(box.trials.Arm, "ask", lambda arm, line="": self.ask(arm, line.strip()))
@@ -149,7 +144,7 @@ def test_runs_of_other_data_versions_or_machines_are_not_counted(taken, now):
     taken.now = now
     base, cold = taken.box.arms()
     for name, run in dict(base1=base[0], base2=base[1], cold1=cold[0]).items():
-        taken.ready[name] = forge.clone(taken.box, run, taken.box.root / "new", 7200, int(name[-1]))
+        taken.ready[name] = forge.clone(run, taken.box.root / "new", 7200, int(name[-1]))
     done = trial(taken.box, "--runs=2", forge.COLD)
     assert "already in logs/" not in done.out and len(taken.trained) == 4 and done.code == 0
 
@@ -157,8 +152,8 @@ def test_runs_of_other_data_versions_or_machines_are_not_counted(taken, now):
 def test_a_resumed_run_is_no_run_of_a_trial(taken):
     base, _ = taken.box.arms()
     resume = dict(event="resume", step=2, from_run_id=base[0].name)
-    taken.box.change(base[1], lambda rows: rows.insert(1, resume))
-    taken.ready["base2"] = forge.clone(taken.box, base[0], taken.box.root / "new", 60, 2)
+    forge.edit(base[1], lambda rows: rows.insert(1, resume))
+    taken.ready["base2"] = forge.clone(base[0], taken.box.root / "new", 60, 2)
     trial(taken.box, "--runs=2", forge.COLD)
     assert taken.trained == ["base2", "cold2"]
 
@@ -166,8 +161,8 @@ def test_a_resumed_run_is_no_run_of_a_trial(taken):
 def test_other_seeds_try_a_winner_again_and_a_second_look_is_said(taken):
     base, cold = taken.box.arms()
     for i in range(11, 15):
-        taken.ready[f"base{i}"] = forge.clone(taken.box, base[0], taken.box.root / "new", 60 * i, i, by=0.01 * i)
-        taken.ready[f"cold{i}"] = forge.clone(taken.box, cold[0], taken.box.root / "new", 60 * i + 5, i, by=0.02 * i)
+        taken.ready[f"base{i}"] = forge.clone(base[0], taken.box.root / "new", 60 * i, i, by=0.01 * i)
+        taken.ready[f"cold{i}"] = forge.clone(cold[0], taken.box.root / "new", 60 * i + 5, i, by=0.02 * i)
     done = trial(taken.box, "--runs=3", "--first-seed=11", forge.COLD)
     assert taken.trained == ["cold11", "base11", "base12", "cold12", "cold13", "base13"]
     assert done.out.startswith("before the runs: the differences between runs of one seed decide (3 pairs")
