@@ -72,7 +72,6 @@ step:3275/3300 train_time:488.031s step_avg:149.02ms
 step:3275/3300 val_loss:3.27992 ema_loss:3.28104 lr:0.00x train_time:488.035s step_avg:149.02ms
 """
 H200 = "Running on device_name=NVIDIA H200 with world_size=8\nUsing seed=3\n"
-TOLD = "Running PyTorch 2.12 compiled for CUDA 13.0 on NVIDIA H200 with world_size 8"
 
 
 @pytest.mark.parametrize("body, how, complete, found", [
@@ -80,7 +79,6 @@ TOLD = "Running PyTorch 2.12 compiled for CUDA 13.0 on NVIDIA H200 with world_si
     (OLD, dict(above=f"\n{RULE}\n", end=""), True, (3000, 3000, 3.2791, 401300)),
     (NEW, {}, True, (1325, 1325, 3.2781, 63301)),
     (TRACK_3, dict(machine=H200, end=""), True, (3275, 3300, 3.27992, 488035)),
-    (TRACK_3, dict(machine=TOLD), True, (3275, 3300, 3.27992, 488035)),
     (steps_of(3.28).replace("step:1770/", "step:1769/"), {}, True, (1769, 1770, 3.28, 142000)),
     (steps_of(3.28) + "step:1770/1770 train_time:9ms step_avg:nanms\n", {}, True, (1770, 1770, 3.28, 142000)),
     (steps_of(3.28).replace("1770 val_loss:3.28", "1770 loss:3.28"), {}, False, (1770, 1770, 3.6, 71000)),
@@ -124,8 +122,8 @@ def test_absurd_numbers_in_a_log_are_refused_or_borne(box, old, new):
     body = steps_of(3.28).replace(" train_loss:7.5", "").replace(old, new).replace("step:1770/0", "step:0/0")
     logs = [write_log(box.root / f"{loss}.txt", body.replace("3.2800", loss))
             for loss in ("3.2810", "3.2790")]
-    for argv in (("import", *logs), ("compare", *logs), ("plot", *logs), ("plot", logs[0])):
-        done = box.main(*argv)
+    for command in ("import", "compare", "plot"):
+        done = box.main(command, *logs)
         assert done.code in (0, 2, 3) and "Traceback" not in done.err
 
 
@@ -138,9 +136,8 @@ def test_import_groups_logs_by_the_hash_of_their_source(box):
     write_log(logs / "c" / "other.log", steps_of(3.27), changed)
     write_log(logs / "c" / "early.txt", steps_of(3.28).replace("step:1770/", "step:1760/"))
     (logs / "c" / "not\x1b[31m.txt").write_text("hello")
-    (logs / "link.txt").symlink_to(logs / "a" / "00.txt")
     done = box.main("import", logs)
-    assert done.code == 0 and done.out.count("skipped: ") == 2 and "\x1b" not in done.out
+    assert done.code == 0 and done.out.count("skipped: ") == 1 and "\x1b" not in done.out
     assert "n = 4); 1770 steps" in done.out and "stopped at step 1760 of 1770 planned, in 142.00 (" in done.out
     assert box.main("import", logs / "a").code == 0  # which are there
     for source, count, whole in ((SOURCE, 6, 5), (changed, 1, 1)):

@@ -97,8 +97,7 @@ REFUSED = dict(
     verify_of_nothing=("verify", "2020-01-01_Nothing"), compare_of_mixed_recipes=("compare", "logs", "{run}"),
     compare_of_a_script=("compare", "train_gpt.py", "a"), import_of_nothing=("import", "nothing"),
     plot_of_no_mark=("plot", "{run}", "--mark=x=1"), plot_into_nothing=("plot", "{run}", "--out=nowhere/x.png"),
-    trial_of_nothing=("trial", "nothing.py", "train_gpt.py"), unknown_option=("list", "--all"),
-    compare_of_one=("compare", "a"),
+    trial_of_nothing=("trial", "nothing.py", "train_gpt.py"), compare_of_one=("compare", "a"),
     trial_without_runs=(*TRIAL, "--runs=0"), trial_with_a_seed=(*TRIAL, "--seed=3"))
 
 
@@ -216,8 +215,7 @@ EQUAL, APART = "time to equal loss, within {:g}, x 0.5", "not at equal loss, x 0
 
 @pytest.mark.parametrize("shifts, margin, code, words, time", [
     ((0.001, -0.002, 0.002), 0.01, 0, f"head_lr=0.5: equal to head_lr={HEAD_LR} within 0.01", EQUAL),
-    ((0.001, -0.002, 0.002), 0.001, 3, "the losses are not separated", APART),
-    ((0.03, -0.02, 0.02), 0.01, 3, "no effect on the loss that could be told from noise", APART),
+    ((0.001, -0.002, 0.002), 0.001, 3, "no effect on the loss that could be told from noise", APART),
     ((-0.03, -0.02, -0.025), 0.01, 0, "head_lr=0.5 helped: its loss is -0.0250", APART),
     ((0.003, 0.002, 0.0025), 0.01, 0, "head_lr=0.5 hurt, by less than 0.01: its loss is +0.0025", EQUAL)])
 def test_time_to_equal_loss_takes_an_interval_inside_the_margin(box, shifts, margin, code, words, time):
@@ -235,8 +233,6 @@ def test_runs_that_did_not_take_turns_give_no_verdict_on_time(box):
     (a, b), (base, _) = alternating(box, 0.001, 0.002, 0.0015), box.arms()
     assert "no verdict on time" not in box.main("compare", a, b).out
     assert "no verdict on time (x " in box.main("compare", names(base), b).out
-    done = box.main("compare", names(base[:2]), b)
-    assert done.code == 3 and "takes an interval to say" not in done.out
     done = box.main("compare", base[0], b)
     assert done.code == 3 and "takes an interval to say, and so 3 runs of each" in done.out
 
