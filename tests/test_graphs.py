@@ -24,6 +24,10 @@ def model_of(hp, rows: int, device: str) -> tg.GPT:
     return model
 
 
+def random_stream() -> tg.TokenStream:
+    return tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+
+
 def kinds(model: tg.GPT, hp) -> set:
     """Those of buckets: an optimizer's function is compiled once for each."""
     return {(bucket.params[0].dtype, *(p.shape for p in bucket.params))
@@ -39,7 +43,7 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
     model, full = model_of(hp, 384, "cpu"), tg.Hyperparameters()
     assert len(kinds(model, hp)) == len(kinds(model_of(full, tg.VOCAB["gpt2"], "meta"), full))
     t = trainer(model, hp)
-    stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+    stream = random_stream()
     with torch._dynamo.config.patch(recompile_limit=8):  # dynamo's own; `compile` raises it
         t.compile()
         t.warm_up()
@@ -71,7 +75,7 @@ def read_by_graphs(t: tg.Trainer) -> dict:
 def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the_same(monkeypatch):
     hp = small_hp(batch_stages="1x128 2x256 1x512", copy_chunk=128, steps=9, sampled=0.8, average=1.0, lr_batch=256,
                   momentum_warmup=0.5, window_min=128)
-    stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+    stream = random_stream()
     weights, losses = [], []
     for by_graphs in (True, False):
         t = trainer(model_of(hp, 384, "cpu"), hp)
@@ -101,7 +105,7 @@ def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the
 def test_a_checkpoint_goes_into_the_tensors_that_graphs_read():
     """Of a run whose average has begun, and with the numbers of older files as param_groups."""
     hp = small_hp(steps=6, average=1.0, sampled=0.0)
-    stream = tg.TokenStream([np.random.default_rng(0).integers(0, 100, 9000).astype(np.uint16)])
+    stream = random_stream()
     batches = list(tg.prefetch(stream, hp))
     first, second = (trainer(model_of(hp, 384, "cpu"), hp) for _ in range(2))
     for step in range(4):
