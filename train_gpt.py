@@ -165,7 +165,7 @@ SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5,
 )
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
-    "40gb": dict(val_seq_len=131_072),
+    "40gb": dict(val_seq_len=131_072),  # CUDA graphs keep a step's memory in validation too
     "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
         batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
