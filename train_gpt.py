@@ -610,9 +610,10 @@ class GPT(nn.Module):
         shares = weights * bits.exp2()
         rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
         own = rows == targets.clamp(0, self.last_row)[:, None]
-        found = shares * (own + copied[:, None] * (rows == self.last_row + 1))
-        total = shares.sum(-1).log()
-        return (total - found.sum(-1).log()) * (targets >= 0)
+        # three sums, so that the backward, which writes a transposed copy, has none over V
+        pointed = (shares * (rows == self.last_row + 1)).sum(-1)
+        found = (shares * own).sum(-1) + copied * pointed
+        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
@@ -758,6 +759,11 @@ def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def column_major(x: Tensor) -> Tensor:
+    """Copy of an FP8 matrix (N, n). Where n < 1024, as in the stream, x comes from a sum over
+    channels, which Inductor would join the copy to, and write it byte by byte; no kernel reaches
+    over a view as wider numbers, which itself costs nothing."""
+    if x.size(1) < 1024:
+        x = x.view(torch.int32)[None].view(x.dtype)[0]
     return x.t().contiguous().t()
 
 
@@ -783,7 +789,7 @@ class FP8Matmul(torch.autograd.Function):
         g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
         grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
         # (in, N) x (N, out): the head's small operand goes first; fp32 out, as sequences are summed
-        x8_t, g8 = x8.t().contiguous(), column_major(g8)
+        x8_t, g8 = column_major(x8).t(), column_major(g8)
         grad_w = torch._scaled_mm(x8_t, g8, inv[0], inv[2], out_dtype=torch.float32).t()
         return grad_x, grad_w.contiguous(), None
 
@@ -1440,9 +1446,7 @@ class Trainer:
             self.launch(step, batches[step])
         self.evaluate(dummy, validated, 0)
         self.model.load_state_dict(kept)
-        # of several ranks none: collectives within a graph have not been tried
-        alone = self.cuda and self.world_size == 1 and not self.hp.log_norms
-        scratch = self.capture(batches) if alone else 0
+        scratch = self.capture(batches) if self.cuda and not self.hp.log_norms else 0
         for optimizer in self.optimizers:
             for moment in tree_leaves(optimizer.state):
                 moment.zero_()
