@@ -1290,14 +1290,12 @@ HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them wo
 
 
 class Trainer:
-    """One rank's model and optimizers, and what is done with them. `forward`, `features`, `pointer`
-    and `losses` are the model's, compiled on a GPU; `window`: 0-d int32, in blocks."""
+    """One rank's model and optimizers, and what is done with them. `window`: 0-d int32, in blocks.
+    """
 
     def __init__(self, hp, model: GPT, optimizers, rank=0, world_size=1):
         self.hp, self.model, self.optimizers = hp, model, optimizers
         self.rank, self.world_size = rank, world_size
-        self.forward, self.features = model, model.features
-        self.pointer, self.losses = model.pointer, model.losses
         self.device = model.embed.weight.device
         self.cuda = self.device.type == "cuda"
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -1305,10 +1303,13 @@ class Trainer:
         self.graphs = {}  # by `shape_at`: a CUDA graph's replay and the batch that it reads
 
     def compile(self):
+        """The model in three parts: the layers, which take longest, once for each length, whether
+        or not the softmax is sampled."""
         # compiled graphs of one function; `subtract` has one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
-        parts = self.model, self.features, self.pointer, self.losses
-        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)
+        model = self.model
+        model.features, model.losses = compiled(model.features), compiled(model.losses)
+        model.pointer.forward = compiled(model.pointer.forward)
         for optimizer in self.optimizers:
             optimizer.compile()
 
@@ -1346,7 +1347,7 @@ class Trainer:
         stage, sampled = shape_at(step, self.hp)
         self.loss.zero_()
         for input_ids, targets in batch:
-            loss = self.forward(input_ids, targets, self.window, sampled)
+            loss = self.model(input_ids, targets, self.window, sampled)
             loss.backward()
             self.loss += loss.detach() / stage.sequences
         every = self.hp.log_norms
@@ -1406,7 +1407,7 @@ class Trainer:
         each has its own fp64 sum. each: nothing, or fp32 zeros (pieces, val_seq_len) to fill with
         the loss of each token."""
         self.window.fill_(window_at(step, self.hp))
-        self.model.eval()  # all that it does: head and MLPs leave FP8
+        model = self.model.eval()  # all that it does: head and MLPs leave FP8
         length = self.hp.val_seq_len
         pieces, rows = math.ceil(val_tokens / length), math.gcd(length, HEAD_ROWS)
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
@@ -1415,18 +1416,18 @@ class Trainer:
             pair = F.pad(stream.pair(piece * length, count), (0, length - count), value=-100)
             input_ids, targets = pair.to(self.device)
             input_ids[count:] = EOT
-            x = self.features(input_ids, self.window)
-            copied = self.pointer(x, input_ids, targets)
+            x = model.features(input_ids, self.window)
+            copied = model.pointer(x, input_ids, targets)
             for start in range(0, length, rows):
                 part = slice(start, start + rows)
-                losses = self.losses(x[part], copied[part], targets[part])
+                losses = model.losses(x[part], copied[part], targets[part])
                 sums[piece] += losses.double().sum()
                 for kept in each:
                     kept[piece, part] = losses
         if self.world_size > 1:
             for values in (sums, *each):
                 dist.all_reduce(values)
-        self.model.train()
+        model.train()
         return float(sums.sum() / val_tokens)
 
     def warm_up(self) -> int:

@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
     trainer.set_schedules(0)
 
     def sequence(pair) -> None:
-        trainer.forward(*pair, trainer.window).backward()
+        trainer.model(*pair, trainer.window).backward()
 
     def optimize() -> None:
         for optimizer in trainer.optimizers:

@@ -66,8 +66,6 @@ class Bench:
         self.hp, self.corpus = hp, tg.load_corpus(hp, thorough=False)
         base = tg.build(hp, tg.VOCAB[self.corpus.encoding], self.rank, self.world, self.device)
         self.model, self.cuda, self.window = base.model, base.cuda, base.window
-        self.forward, self.features = base.forward, base.features
-        self.pointer, self.losses = base.pointer, base.losses
         self.tensors = list(self.model.state_dict().values())
         self.first = [t.clone() for t in self.tensors]
         self.flag = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -118,8 +116,6 @@ class Bench:
         with mock.patch.object(tg.Muon, "make_buckets", make):
             optimizers = tg.build_optimizers(self.model, hp, wire.world)
         made = self.made[key] = tg.Trainer(hp, self.model, optimizers, wire.rank, wire.world)
-        made.forward, made.features = self.forward, self.features
-        made.pointer, made.losses = self.pointer, self.losses
         made.window = self.window
         for optimizer in optimizers if self.cuda else ():
             optimizer.compile()
@@ -234,7 +230,7 @@ class Bench:
         """Leave gradients in the model for optimizers timed by themselves. The head is zero before a first step."""
         wire, trainer = self.arm(1)
         self.step(wire, trainer, self.pairs[:1])
-        self.forward(*(t.to(self.device) for t in self.pairs[0]), trainer.window).backward()
+        self.model(*(t.to(self.device) for t in self.pairs[0]), trainer.window).backward()
 
     def update(self, wire: Wire, trainer: tg.Trainer) -> None:
         tg.dist = wire
