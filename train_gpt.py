@@ -613,7 +613,7 @@ class GPT(nn.Module):
         # three sums, so that the backward, which writes a transposed copy, has none over V
         pointed = (shares * (rows == self.last_row + 1)).sum(-1)
         found = (shares * own).sum(-1) + copied * pointed
-        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
+        return (shares.sum(-1) / found).log() * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
@@ -1303,12 +1303,13 @@ class Trainer:
         self.graphs = {}  # by `shape_at`: a CUDA graph's replay and the batch that it reads
 
     def compile(self):
-        """The model in three parts: the layers, which take longest, once for each length, whether
-        or not the softmax is sampled."""
+        """The model in parts, of which the layers, which take longest, compile once for a length,
+        whether or not the softmax is sampled."""
         # compiled graphs of one function; `subtract` has one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
         model = self.model
-        model.features, model.losses = compiled(model.features), compiled(model.losses)
+        for part in "features candidates losses".split():
+            setattr(model, part, compiled(getattr(model, part)))
         model.pointer.forward = compiled(model.pointer.forward)
         for optimizer in self.optimizers:
             optimizer.compile()

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import torch
 from small import small_hp, trainer
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import train_gpt as tg
 
@@ -54,6 +55,41 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
             t.evaluate(stream, 1024, step)
         assert dict(torch._dynamo.utils.counters["stats"]) == made and made["unique_graphs"] > 12
     assert loss.isfinite()
+
+
+class Launched(TorchDispatchMode):
+    """Names of all operations but those within compiled functions' forwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+    def skip(self, function):
+        def call(*args):
+            with _disable_current_modes():
+                return function(*args)
+        return call
+
+
+def test_a_launch_takes_nothing_from_the_host_and_gives_it_nothing(monkeypatch):
+    """As a CUDA graph wants it: a number in an assignment would be copied to the GPU, .item() would wait for it."""
+    launched = Launched()
+    monkeypatch.setattr(tg, "compiled", launched.skip)
+    hp = small_hp(batch_stages="1x128", steps=4, sampled=0.5, model_dim=128, num_heads=2)
+    t = trainer(model_of(hp, 384, "cpu"), hp)
+    t.compile()
+    batch = random_stream().pair(0, 128)[None]
+    for step in (0, 3):
+        t.set_schedules(step)
+        with launched:
+            t.launch(step, batch)
+    assert {"add", "mul"} & launched.names, "that much is seen"
+    host = {"lift_fresh", "lift_fresh_copy", "_local_scalar_dense", "nonzero", "masked_select"}
+    assert not launched.names & host
 
 
 def read_by_graphs(t: tg.Trainer) -> dict:
