@@ -2428,7 +2428,7 @@ class Run:
         """Warm up, go on from a checkpoint, if there is one, and run the loop, with signals caught
         from there until `close`."""
         if self.trainer.cuda:
-            self.log.say("compiling: a minute or two at the first start, seconds later")
+            self.log.say("compiling: three minutes at the first start, one at later ones")
             self.clock.scratch = self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
         else:
