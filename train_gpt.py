@@ -613,7 +613,7 @@ class GPT(nn.Module):
         # three sums, so that the backward, which writes a transposed copy, has none over V
         pointed = (shares * (rows == self.last_row + 1)).sum(-1)
         found = (shares * own).sum(-1) + copied * pointed
-        return (shares.sum(-1) / found).log() * (targets >= 0)
+        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
@@ -759,10 +759,11 @@ def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def column_major(x: Tensor) -> Tensor:
-    """Copy of an FP8 matrix (N, n). Where n < 1024, as in the stream, x comes from a sum over
-    channels, which Inductor would join the copy to, and write it byte by byte; no kernel reaches
-    over a view as wider numbers, which itself costs nothing."""
-    if x.size(1) < 1024:
+    """Copy of an FP8 matrix (N, n). Where n < 2048, as in the stream but not in the MLP, x comes
+    from a sum over channels, which Inductor would join the copy to, and write it byte by byte; no
+    kernel reaches over a view as wider numbers, which itself costs nothing. ([None]: Inductor drops
+    two views in a row.)"""
+    if x.size(1) < 2048:
         x = x.view(torch.int32)[None].view(x.dtype)[0]
     return x.t().contiguous().t()
 
@@ -789,8 +790,9 @@ class FP8Matmul(torch.autograd.Function):
         g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
         grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
         # (in, N) x (N, out): the head's small operand goes first; fp32 out, as sequences are summed
-        x8_t, g8 = column_major(x8).t(), column_major(g8)
-        grad_w = torch._scaled_mm(x8_t, g8, inv[0], inv[2], out_dtype=torch.float32).t()
+        grad_w = torch._scaled_mm(
+            column_major(x8).t(), column_major(g8), inv[0], inv[2], out_dtype=torch.float32
+        ).t()
         return grad_x, grad_w.contiguous(), None
 
 
@@ -1304,7 +1306,8 @@ class Trainer:
 
     def compile(self):
         """The model in parts, of which the layers, which take longest, compile once for a length,
-        whether or not the softmax is sampled."""
+        whether or not the softmax is sampled. A deepcopy of the model would compute with this
+        one's weights: build another."""
         # compiled graphs of one function; `subtract` has one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
         model = self.model
@@ -2428,7 +2431,7 @@ class Run:
         """Warm up, go on from a checkpoint, if there is one, and run the loop, with signals caught
         from there until `close`."""
         if self.trainer.cuda:
-            self.log.say("compiling: three minutes at the first start, one at later ones")
+            self.log.say("compiling: minutes at the first start, less than two later")
             self.clock.scratch = self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
         else:
@@ -2491,7 +2494,10 @@ def verdict(error: BaseException):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if re.search("^Dist.*Error|gloo|NCCL|rendezvous|pair closure|by peer|Timed out waiting", text):
+    if re.search(  # but what a CUDA graph cannot capture
+        "^(?!.*captur)(Dist.*Error|.*(gloo|NCCL|rendezvous|pair clos|by peer|Timed out waiting))",
+        text
+    ):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
             "or RANK, MASTER_ADDR or MASTER_PORT is missing, wrong or in use; where a checkpoint "

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from probe import compiles
 from reference import relative_error
 from small import small_hp, small_model
+from torch._inductor.utils import run_and_get_code
 
 import train_gpt as tg
 
@@ -74,6 +76,21 @@ def test_the_gradient_of_the_weight_keeps_fp32():
     layer, x, grad = make((64,))
     weight_grad = torch.autograd.grad(layer(x), layer.weight, grad)[0]
     assert not torch.equal(weight_grad, weight_grad.bfloat16().float()), "this sum over sequences needs its low bits"
+
+
+@compiles("torch.relu", "torch.ones(8)")
+@pytest.mark.parametrize("width, kernels", [(768, 2), (2048, 1)])
+def test_a_copy_to_column_major_is_apart_from_the_sum_of_a_narrow_row(width, kernels):
+    """Else Inductor joins them, and a GPU writes a byte at a time; the values are those of a plain transposition."""
+    def normed(x):
+        x8 = tg.to_fp8(tg.norm(x), torch.ones(()), E4M3)
+        return x8, tg.column_major(x8)
+
+    torch._dynamo.reset()
+    x = torch.randn(32, width)
+    (x8, copy_), code = run_and_get_code(torch.compile(normed, fullgraph=True, dynamic=False), x)
+    assert torch.equal(copy_.float(), x8.float()) and copy_.stride() == (1, 32)
+    assert "".join(code).count("aten.view.dtype(") == 2 * (kernels - 1)
 
 
 def test_what_is_too_large_saturates():

@@ -287,7 +287,7 @@ class Parts(scaling.Bench):
         ids, targets = (t.to(self.device) for t in self.pairs[0])
         self.window.fill_(self.model.max_window)
         with torch.no_grad(), mock.patch.object(self.model, "use_flex", False):
-            return self.model.features(ids, self.window), targets
+            return tg.GPT.features(self.model, ids, self.window), targets
 
     def head(self) -> None:
         model, (x, targets) = self.model, self.real_features()
@@ -368,9 +368,9 @@ class Parts(scaling.Bench):
         attention."""
         with mock.patch.object(self.model, "use_flex", self.model.use_flex and chunks is None), \
                 mock.patch.object(tg, "dense_chunks", chunks or tg.dense_chunks):
-            x = (self.model.features if chunks else self.features)(ids, self.window)
+            x = tg.GPT.features(self.model, ids, self.window) if chunks else self.model.features(ids, self.window)
             none, parts = torch.zeros(len(x), device=x.device), pieces(len(x), min(rows, len(x)))
-            return torch.cat([self.losses(x[part], none[part], targets[part]) for part in parts])
+            return torch.cat([self.model.losses(x[part], none[part], targets[part]) for part in parts])
 
     @torch.no_grad()
     def longest(self) -> None:

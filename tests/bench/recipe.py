@@ -50,7 +50,7 @@ def _backward(grad, x8, w8, scale):
     g8 = tg.to_fp8(grad, scale[2], E5M2)
     inv = [s.reciprocal() for s in scale.unbind()]
     grad_x = torch._scaled_mm(g8, tg.column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
-    grad_w = torch._scaled_mm(x8.t().contiguous(), tg.column_major(g8), inv[0], inv[2], out_dtype=torch.float32)
+    grad_w = torch._scaled_mm(tg.column_major(x8).t(), tg.column_major(g8), inv[0], inv[2], out_dtype=torch.float32)
     return grad_x, grad_w.t().contiguous()
 
 

@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 from tiny import command, edited, environment, events, make_corpus, run_folders
+
+import train_gpt as tg
 
 STEP = "        self.set_schedules(step)\n        batch = "  # within a step, before the first collective
 SYNC = "os.fsync(file.fileno())"  # within a save, on rank 0
@@ -85,3 +88,14 @@ def test_a_slow_save_is_no_dead_rank_and_a_stop_within_one_is(tmp_path):
     codes, said = ranks.ends(1)
     assert codes == [4] and [row["step"] for row in events(run_folders(tmp_path)[0], "checkpoint")] == [2]
     one_sentence(said, 1, FAILED)
+
+
+@pytest.mark.parametrize("error, code", [
+    (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, unhandled cuda error"), 4),
+    (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp, operation not permitted when stream is capturing"), 1),
+    (dist.DistBackendError("rank 1 left"), 4),
+])
+def test_what_a_graph_cannot_capture_is_no_lost_rank(error, code):
+    with pytest.raises(type(error)) as caught:
+        exec(compile("raise error", tg.__file__, "exec"), dict(error=error))
+    assert tg.verdict(caught.value)[0] == code
