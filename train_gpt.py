@@ -1830,7 +1830,7 @@ def read_manifest(folder: Path):
             for split in ("train", "val")
         )
     except Exception as error:
-        raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
+        raise Refused(2, f"{path} cannot be used ({error!r}): make it or get it again") from None
     for shard in set(train).intersection(val):
         raise Refused(2, f"{shard} says both train and val: rename it, or let manifest.json decide")
     notes = [
@@ -2321,6 +2321,8 @@ class Run:
         """Await a step's loss and write its line. True if a rank wants to stop; RunEnd 3 if the
         loss is not finite."""
         loss, stop, squares = outcome.wait()
+        with contextlib.suppress(Exception):  # private to torch, or no group
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         hp, now = self.hp, self.clock.read()
         at, stage, ms = self.step, stage_at(self.step, hp), now["train_ms"]
         step = self.step = at + 1
@@ -2445,8 +2447,6 @@ class Run:
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
-        with contextlib.suppress(Exception):  # private to torch, or no group
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
         for shard in self.corpus.train.shards + self.corpus.val.shards:
             require(  # what is missing in the last page reads as 0

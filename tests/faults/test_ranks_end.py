@@ -80,6 +80,14 @@ def test_a_rank_that_fails_hangs_or_leaves_within_a_step(tmp_path, failure, code
     one_sentence(said[-1], 0, FAILED)
 
 
+def test_a_slow_first_validation_is_no_dead_rank(tmp_path):
+    """Where one rank has more of it to score than a collective may take."""
+    summed = "        if self.world_size > 1:\n            for values in (sums, *each):"
+    slow = "        if step == self.rank == 0:\n            import time; time.sleep(6)\n"
+    codes, *said = Ranks(tmp_path, "--steps=3", "--save=False", changes=[summed, slow + summed]).ends(0, 1)
+    assert codes == [0, 0], said
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP there")
 def test_a_slow_save_is_no_dead_rank_and_a_stop_within_one_is(tmp_path):
     """A save takes longer than a collective may. Rank 0 stops within the second one."""
