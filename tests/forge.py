@@ -25,8 +25,8 @@ import runs  # noqa: E402
 
 DEFAULTS = runs.script_knobs((ROOT / "train_gpt.py").read_bytes())
 # a knob given twice counts as the last says
-KNOBS = ("--steps=1 --train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 --steps=20 "
-         "--val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 "
+KNOBS = ("--steps=1 --train_seq_len=128 --val_seq_len=128 --sequences_per_step=2 --val_tokens=600 --epochs=1 "
+         "--steps=20 --val_every=10 --model_dim=64 --num_heads=1 --layer_pattern=LS --value_pattern=0. --late_layer=0 "
          "--mixed_layers=0 --bigram_rows=256 --bigram_dim=16 --window_min=128 --window_max=128").split()
 COLD = "--b.head_lr=0.0001"  # the other arm learns next to nothing, so that few runs tell it from the first
 TARGET, TRACK, README = 5.0, "toy-cpu", "# A toy\n\n{}\nold\n{}\n\nThe end.\n"
