@@ -2494,8 +2494,8 @@ def verdict(error: BaseException):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if re.search(  # but what a CUDA graph cannot capture
-        "^(?!.*captur)(Dist.*Error|.*(gloo|NCCL|rendezvous|pair clos|by peer|Timed out waiting))",
+    if re.match(  # but what a CUDA graph cannot capture
+        "(?!.*captur)(Dist.*Error|.*(gloo|NCCL|rendezvous|pair closure|by peer|Timed out waiting))",
         text
     ):
         return 4, (
