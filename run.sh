@@ -214,7 +214,7 @@ else
     case $gpus in 1) ;; 2|3) processes=2 ;; 4|5|6|7) processes=4 ;; *) processes=8 ;; esac
     [ "$gpus" -eq $processes ] || say "using $processes of $gpus GPUs: a step's 8 sequences divide among 1, 2, 4 or 8"
     [ -n "$PYTORCH_CUDA_ALLOC_CONF" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF-expandable_segments:True}"
-    export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER-0}"  # NCCL may not keep the addresses of such segments in a graph
+    export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER-0}"  # which may not keep such memory in a CUDA graph
     if [ "$mib" -ge 76800 ]; then fits=80gb; elif [ "$mib" -ge 38912 ]; then fits=40gb; else fits=24gb; fi
     [ "$mib" -ge 22528 ] || [ -n "$preset" ] || say "$((mib / 1024)) GiB are less than any preset was measured on:" \
         "if memory runs out, lower --train_seq_len and --val_seq_len, or take --preset=tiny"

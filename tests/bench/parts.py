@@ -368,7 +368,8 @@ class Parts(scaling.Bench):
         attention."""
         with mock.patch.object(self.model, "use_flex", self.model.use_flex and chunks is None), \
                 mock.patch.object(tg, "dense_chunks", chunks or tg.dense_chunks):
-            x = tg.GPT.features(self.model, ids, self.window) if chunks else self.model.features(ids, self.window)
+            features = functools.partial(tg.GPT.features, self.model) if chunks else self.model.features
+            x = features(ids, self.window)
             none, parts = torch.zeros(len(x), device=x.device), pieces(len(x), min(rows, len(x)))
             return torch.cat([self.model.losses(x[part], none[part], targets[part]) for part in parts])
 

@@ -5,9 +5,9 @@
 equal: N ranks against one that accumulates gradients. speed: tokens/s and efficiency, strong and weak. ablate:
 grouping, overlap and FP8 exchange, each taken away by a patch made here. exposed: NCCL kernels that run while nothing
 computes, and bytes sent. share: each rank's optimizer at 8 ranks, timed on one GPU. faults: SIGKILL, SIGTERM, resume.
-model: step time on paper. Kernels start one by one, without the CUDA graphs of a run, so that small
-steps wait for the host. Without CUDA, or with --tiny, the model is tiny. Ranks see the environment as it is. Exit
-code 2: bad input; 1: a part failed."""
+model: step time on paper. Kernels start one by one, without the CUDA graphs of a run, so that small steps wait for the
+host. Without CUDA, or with --tiny, the model is tiny. Ranks see the environment as it is. Exit code 2: bad input; 1: a
+part failed."""
 
 from __future__ import annotations
 
