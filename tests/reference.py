@@ -89,11 +89,10 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
             x = x + summed(model.mix_input, x, streams)
         a, b, c = block.lambdas.double()
         x = a * x + b * x0 + c * bigrams
-        if letter != "-":
-            seen = rms(outputs[hp.late_layer] if i > hp.late_layer else x)
-            value = None if table == "." else model.value_embeds[table].weight.double()[rows]
-            keys = visible(ids, window if letter == "L" else max(window // 2, 1))
-            x = x + gated_attention(block.attn, seen, value, keys, hp)
+        seen = rms(outputs[hp.late_layer] if i > hp.late_layer else x)
+        value = None if table == "." else model.value_embeds[table].weight.double()[rows]
+        keys = visible(ids, window if letter == "L" else max(window // 2, 1))
+        x = x + gated_attention(block.attn, seen, value, keys, hp)
         x = x + (rms(x) @ block.mlp.up.weight.double().T).clamp(min=0) ** 2 @ block.mlp.down.weight.double().T
         outputs.append(x)
         if str(i) in hp.mixed_layers.split():

@@ -17,7 +17,7 @@ BLOCK = tg.BLOCK
 
 
 def small(**knobs) -> tg.Hyperparameters:
-    knobs = dict(train_seq_len=16 * BLOCK, val_seq_len=32 * BLOCK, layer_pattern="LS-SLS", value_pattern="01..01",
+    knobs = dict(train_seq_len=16 * BLOCK, val_seq_len=32 * BLOCK, layer_pattern="LSSSLS", value_pattern="01..01",
                  model_dim=256, num_heads=2, sequences_per_step=2, steps=40) | knobs
     return small_hp(**knobs)
 

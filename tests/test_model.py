@@ -86,7 +86,7 @@ def test_a_short_run_is_a_scaled_run():
 
 
 def test_a_step_sets_window_learning_rate_and_momentum():
-    hp = small_hp(steps=10, layer_pattern="--", value_pattern="..", window_min=128, window_max=512)
+    hp = small_hp(steps=10, layer_pattern="SS", value_pattern="..", window_min=128, window_max=512)
     model = small_model(hp)
     t = trainer(model, hp)
     adam, muon = t.optimizers
@@ -157,13 +157,13 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
     for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
-        assert want.any() and relative_error(got, want) < 1e-4
+        assert want.any() and (got - want).norm() < 1e-4 * want.norm() + 1e-5  # a scalar's terms may cancel
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
 
 
 def test_the_pointer_sees_its_document_so_far_and_of_the_one_before_only_its_end():
     """What its last token's features hold goes into the key of the next document's first token, and no other."""
-    hp = small_hp(train_seq_len=512, layer_pattern="SS-S", window_max=512)
+    hp = small_hp(train_seq_len=512, layer_pattern="SSSS", window_max=512)
     model = small_model(hp, awake=True)
     ids = torch.randint(0, 100, (512,), generator=torch.Generator().manual_seed(3)).int()
     ids[0] = ids[200] = EOT
@@ -305,7 +305,7 @@ def every_loss(model, ids, blocks, pointing=False):
         return model.losses(x, pointing * model.pointer(x, ids, targets), targets)
 
 
-@pytest.mark.parametrize("pattern, pointing", [("SS-S", False), ("LS-S", False), ("SS-S", True)])
+@pytest.mark.parametrize("pattern, pointing", [("SSSS", False), ("LSSS", False), ("SSSS", True)])
 def test_no_later_token_moves_a_loss_and_other_documents_only_by_their_last_token(pattern, pointing):
     """Smearing, bigrams and, of long layers and the pointer, keys read the token before, be it another document's."""
     hp = small_hp(train_seq_len=512, window_max=512, layer_pattern=pattern)
@@ -329,9 +329,12 @@ def test_the_window_limits_how_far_a_layer_looks():
     ids = torch.randint(0, 100, (1024,), generator=torch.Generator().manual_seed(4)).int()
     changed = ids.clone()
     changed[5] = 101
-    for pattern, blocks, reach in (("L-", 2, 2), ("S-", 2, 1), ("S-", 4, 2), ("--", 4, 0)):
-        hp = small_hp(train_seq_len=1024, val_seq_len=1024, layer_pattern=pattern, value_pattern="..", window_max=1024)
+    for pattern, blocks, reach in (("L", 2, 2), ("S", 2, 1), ("S", 4, 2), ("S", 4, 0)):
+        hp = small_hp(train_seq_len=1024, val_seq_len=1024, layer_pattern=pattern, value_pattern=".", late_layer=0,
+                      mixed_layers="0", window_max=1024)
         model = small_model(hp, awake=True)
+        if not reach:  # what smear, bigrams and pointer move without attention
+            torch.nn.init.zeros_(model.blocks[0].attn.out)
         moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
         assert not moved[max(7, 128 * reach) :].any() if reach else moved.nonzero().tolist() == [[5], [6]]
         assert not reach or moved[128 * reach - 128 : 128 * reach].any()
@@ -349,7 +352,7 @@ def test_rotary_is_a_complex_rotation_of_half_of_the_pairs():
 
 
 @pytest.mark.parametrize("pattern, values, late", [
-    ("LS-S", "0..0", 1), ("SLS", "0.1", 0), ("LL", "..", 0), ("SSSLSS-SSSL", ".01.....234", 7), ("S-L", ".00", 1)])
+    ("LSSS", "0..0", 1), ("SLS", "0.1", 0), ("LL", "..", 0), ("SSSLSSSSSL", ".0......12", 6), ("SSL", ".00", 1)])
 def test_the_model_is_the_one_written_out(pattern, values, late):
     """Features and the gradients of all parameters, against float64 layer by layer."""
     mixed = " ".join(map(str, range(0, len(pattern), 2)))
@@ -426,13 +429,13 @@ def test_the_default_model_has_the_stated_size():
     total = sum(p.numel() for p in model.parameters())
     square, mlp, table, pairs = 768 * 768, 768 * 3072, 50304 * 768, 249_856 * 192
     mixes, pointer = 2 * (768 + 4) * 64, 3 * 128 * 768
-    gates, scalars = 5 * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
-    assert total == 10 * 4 * square + 11 * 2 * mlp + 6 * table + pairs + gates + scalars + mixes + pointer
-    assert round(total / 1e6, 1) == 355.7
+    gates, scalars = 3 * 6 * 12, sum(p.numel() for p in model.parameters() if p.ndim < 2)
+    assert total == 10 * 4 * square + 10 * 2 * mlp + 4 * table + pairs + gates + scalars + mixes + pointer
+    assert round(total / 1e6, 1) == 273.7
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    assert embeddings == 6 * table + pairs
-    assert total - embeddings + table - gates - scalars - mixes == 114_425_856, "in matmuls"
-    assert (len(model.skip_weights), len(model.blocks)) == (5, 11)
+    assert embeddings == 4 * table + pairs
+    assert total - embeddings + table - gates - scalars - mixes == 109_707_264, "in matmuls"
+    assert (len(model.skip_weights), len(model.blocks)) == (5, 10)
     assert hp.num_heads * hp.head_dim == 768 == 6 * hp.head_dim
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 SCRIPT = Path(importlib.util.find_spec("train_gpt").origin)  # what tests import: it may be a copy
 KNOBS = ("--train_seq_len=256 --val_seq_len=512 --sequences_per_step=4 --val_tokens=1200 --steps=8 --val_every=0 "
-         "--model_dim=64 --num_heads=2 --layer_pattern=LS-L --value_pattern=0..0 --late_layer=2 "
+         "--model_dim=64 --num_heads=2 --layer_pattern=LSSL --value_pattern=0..0 --late_layer=2 "
          "--mixed_layers=2 --bigram_rows=256 --bigram_dim=16 --window_max=512").split()
 
 

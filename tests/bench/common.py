@@ -21,7 +21,7 @@ from tiny import make_corpus  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 TINY = ("--train_seq_len=256 --val_seq_len=512 --sequences_per_step=8 --model_dim=64 --num_heads=1 --window_max=256 "
-        "--layer_pattern=LS-L --value_pattern=0..0 --late_layer=1 --mixed_layers=1 --bigram_rows=256 --bigram_dim=16 "
+        "--layer_pattern=LSSL --value_pattern=0..0 --late_layer=1 --mixed_layers=1 --bigram_rows=256 --bigram_dim=16 "
         "--val_tokens=1500 --epochs=100").split()
 
 # ---- Options

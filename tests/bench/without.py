@@ -25,7 +25,7 @@ KNOBS = dict(
     fp8="--fp8=False",
     momentum="--momentum_warmup=0,--momentum_cooldown=0",
     softcap="--logit_cap=30,--logit_shift=0",
-    value_embeds="--value_pattern=...........",
+    value_embeds="--value_pattern=..........",
 )
 LINES = dict(  # name: [(what stands there, what does without)]
     bigrams=[
