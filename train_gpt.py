@@ -1,4 +1,4 @@
-"""GPT Sprint: train a GPT-2-class language model (274 M parameters, 110 M in matmuls), fast.
+"""GPT Sprint: train a GPT-2-class language model (351 M parameters, 110 M in matmuls), fast.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the full FineWeb run, 8 H100s
     python train_gpt.py                               # the same steps on one GPU, by accumulation
@@ -96,7 +96,7 @@ class Hyperparameters:
     sampled: float = 0.9  # [span] in which the training softmax is over candidates; 0 = off
     # -- model
     layer_pattern: str = "SSSLSSSSSL"  # [one a layer] attention window: L long, S half
-    value_pattern: str = ".0......12"  # [one a layer] value embedding added to v; . none
+    value_pattern: str = ".01....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 6  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 6 8"  # [layers] whose outputs, and x0, both `Mix`es weigh
     copy_chunk: int = 2048  # [tokens] of the equal chunks in which `Pointer` looks back, or fewer
@@ -112,14 +112,14 @@ class Hyperparameters:
     logit_temp: float = 7.5  # [1] see logit_cap
     # -- adam
     head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head
-    table_betas: tuple = (0.75, 0.95)  # [1] value embeddings and bigrams
+    table_betas: tuple = (0.75, 0.98)  # [1] value embeddings and bigrams
     scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates, skip weights, `Mix`
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
     scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, bigrams, v, smear and pointer
     gate_lr: float = 0.004  # [lr] gates of value embeddings
-    skip_lr: float = 0.005  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
+    skip_lr: float = 0.015  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
     mix_lr: float = 0.001  # [lr] networks of `Mix`
     head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
@@ -128,7 +128,7 @@ class Hyperparameters:
     down_scale: float = 4.0  # [x muon_lr] second matrix of an MLP
     muon_decay: float = 1.2  # [1] as head_decay, for the matrices
     muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
-    muon_momentum: float = 0.95  # [1] Nesterov momentum, after its warm-up if there is one
+    muon_momentum: float = 0.93  # [1] Nesterov momentum, after its warm-up if there is one
     muon_momentum_start: float = 0.85  # [1] where the warm-up begins and the cool-down ends
     # -- fp8
     fp8: bool = True  # [switch] FP8 head and MLPs where the GPU passes a probe; False = bf16

@@ -74,7 +74,7 @@ def test_types():
     ("--val_tokens=0", ["--val_tokens=0 is too small"]),
     ("--val_every=-1", ["--val_every=-1 is too small"]),
     ("--model_dim=100", ["--model_dim", "multiple of 64"]),
-    ("--layer_pattern=LSL", ["--layer_pattern", "'LSL' and '.0......12'"]),
+    ("--layer_pattern=LSL", ["--layer_pattern", "'LSL' and '.01....234'"]),
     ("--layer_pattern=XSSSLSSSSL", ["L and S"]),
     ("--window_min=4096", ["--window_min", "--window_max"]),
     ("--grad_comm=fp16", ["bf16 or fp8"]),

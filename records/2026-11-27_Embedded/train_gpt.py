@@ -1,4 +1,4 @@
-"""GPT Sprint: train a GPT-2-class language model (356 M parameters, 114 M in matmuls), fast.
+"""GPT Sprint: train a GPT-2-class language model (274 M parameters, 110 M in matmuls), fast.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the full FineWeb run, 8 H100s
     python train_gpt.py                               # the same steps on one GPU, by accumulation
@@ -95,7 +95,7 @@ class Hyperparameters:
     average_share: float = 0.5  # [1] share of the average in the final weights
     sampled: float = 0.9  # [span] in which the training softmax is over candidates; 0 = off
     # -- model
-    layer_pattern: str = "SSSLSSSSSL"  # [one a layer] attention window: L long, S half, - none
+    layer_pattern: str = "SSSLSSSSSL"  # [one a layer] attention window: L long, S half
     value_pattern: str = ".01....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 6  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 6 8"  # [layers] whose outputs, and x0, both `Mix`es weigh
@@ -112,14 +112,14 @@ class Hyperparameters:
     logit_temp: float = 7.5  # [1] see logit_cap
     # -- adam
     head_betas: tuple = (0.5, 0.95)  # [1] decay of both moments: output head
-    table_betas: tuple = (0.75, 0.95)  # [1] value embeddings and bigrams
+    table_betas: tuple = (0.75, 0.98)  # [1] value embeddings and bigrams
     scalar_betas: tuple = (0.9, 0.99)  # [1] scalars, gates, skip weights, `Mix`
     adam_eps: float = 1e-20  # [1] added to the root of the second moment
     head_lr: float = 0.004  # [lr] output head, which is the token embedding too
     table_lr: float = 0.3  # [lr] value embeddings and bigrams
     scalar_lr: float = 0.02  # [lr] scalars: of stream, x0, bigrams, v, smear and pointer
     gate_lr: float = 0.004  # [lr] gates of value embeddings
-    skip_lr: float = 0.005  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
+    skip_lr: float = 0.015  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
     mix_lr: float = 0.001  # [lr] networks of `Mix`
     head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
@@ -149,6 +149,7 @@ class Hyperparameters:
         return self.model_dim // self.num_heads
 
 
+CANDIDATES = 16_384  # rows of V, a third, in a sampled softmax; half of its tokens, if more
 BLOCK = 128  # tokens of a mask block: FlexAttention's tile on every known GPU, a window's unit
 GATE = 12  # channels that a gate reads: half of attention's input, half of a value row
 EOT = 50256  # GPT-2's <|endoftext|>, the first token of every document
@@ -164,8 +165,8 @@ SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5,
 )
 PRESETS = {  # what each changes; a knob on the command line wins
     "80gb": dict(),
-    "40gb": dict(),  # for which the defaults fit too
-    "24gb": dict(val_seq_len=65_536),
+    "40gb": dict(val_seq_len=131_072),  # CUDA graphs keep a step's memory in validation too
+    "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
         batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
     ),
@@ -397,8 +398,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):  # (T, D)
-        hidden = F.relu(self.up(x)).square()
-        return self.down(hidden)
+        return self.down(F.relu(self.up(x)).square())
 
 
 class Mix(nn.Module):
@@ -469,12 +469,11 @@ class Pointer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: add x0 and bigrams, then attention (none where the letter is -), then the MLP."""
+    """One layer: add x0 and bigrams, then attention, then the MLP."""
 
     def __init__(self, hp, layer: int):
         super().__init__()
-        # one layer without attention: @YouJiacheng
-        self.attn = CausalSelfAttention(hp, layer) if hp.layer_pattern[layer] != "-" else None
+        self.attn = CausalSelfAttention(hp, layer)
         self.mlp = MLP(hp)
         self.lambdas = nn.Parameter(torch.tensor([1.1, 0.0, 0.05]))  # of stream, x0, bigrams
 
@@ -482,9 +481,8 @@ class Block(nn.Module):
         """x, x0, bigrams: (T, D); seen: what attention reads, (T, D), or None for the normed x, up
         to `late_layer`; values: value embeddings (T, D) by digit; masks: by letter."""
         x = self.lambdas[0] * x + self.lambdas[1] * x0 + self.lambdas[2] * bigrams
-        if self.attn is not None:
-            seen = norm(x) if seen is None else seen
-            x = plus(x, self.attn(seen, values, rotary, masks))
+        seen = norm(x) if seen is None else seen
+        x = plus(x, self.attn(seen, values, rotary, masks))
         return x + self.mlp(norm(x))
 
 
@@ -580,10 +578,10 @@ class GPT(nn.Module):
         target is one, and the pointer's row, with weight 1. Others come from a stride through V,
         begun elsewhere in each sequence, and weigh as many as they stand for, so that over all
         strides the mean of the sum is nearly that of the whole softmax (arXiv:1412.2007; PR 360 of
-        modded-nanogpt). targets: (T,) int32; C has room for more than text
-        has, 4,900 of 16,384, and a target without room would have an infinite loss."""
+        modded-nanogpt). targets: (T,) int32. C has room for three times the kinds of token that
+        text has, 4,900 in 16,384; a target without room would have an infinite loss."""
         V = self.embed.num_embeddings
-        C = min(V, len(targets) // 2)
+        C = min(V, max(CANDIDATES, len(targets) // 2))
         needed = torch.zeros(V, device=targets.device)
         needed[targets.clamp(0, self.last_row)] = needed[self.last_row + 1] = 1
         stride = (torch.arange(V, device=targets.device) * 31_337 + targets.sum()) % V
@@ -610,9 +608,10 @@ class GPT(nn.Module):
         shares = weights * bits.exp2()
         rows = torch.arange(self.embed.num_embeddings, device=x.device)[rows]
         own = rows == targets.clamp(0, self.last_row)[:, None]
-        found = shares * (own + copied[:, None] * (rows == self.last_row + 1))
-        total = shares.sum(-1).log()
-        return (total - found.sum(-1).log()) * (targets >= 0)
+        # three sums, so that the backward, which writes a transposed copy, has none over V
+        pointed = (shares * (rows == self.last_row + 1)).sum(-1)
+        found = (shares * own).sum(-1) + copied * pointed
+        return (shares.sum(-1).log() - found.log()) * (targets >= 0)
 
     def set_grad_scale(self, seq_len: int):
         """Set each layer's third FP8 scale, the gradient's: `grad_scale` suits the gradient of a
@@ -758,6 +757,12 @@ def to_fp8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def column_major(x: Tensor) -> Tensor:
+    """Copy of an FP8 matrix (N, n). Where n < 2048, as in the stream but not in the MLP, x comes
+    from a sum over channels, which Inductor would join the copy to, and write it byte by byte; no
+    kernel reaches over a view as wider numbers, which itself costs nothing. ([None]: Inductor drops
+    two views in a row.)"""
+    if x.size(1) < 2048:
+        x = x.view(torch.int32)[None].view(x.dtype)[0]
     return x.t().contiguous().t()
 
 
@@ -783,8 +788,9 @@ class FP8Matmul(torch.autograd.Function):
         g8 = to_fp8(grad, scale[2], torch.float8_e5m2)
         grad_x = torch._scaled_mm(g8, column_major(w8), inv[2], inv[1], out_dtype=torch.bfloat16)
         # (in, N) x (N, out): the head's small operand goes first; fp32 out, as sequences are summed
-        x8_t, g8 = x8.t().contiguous(), column_major(g8)
-        grad_w = torch._scaled_mm(x8_t, g8, inv[0], inv[2], out_dtype=torch.float32).t()
+        grad_w = torch._scaled_mm(
+            column_major(x8).t(), column_major(g8), inv[0], inv[2], out_dtype=torch.float32
+        ).t()
         return grad_x, grad_w.contiguous(), None
 
 
@@ -843,7 +849,7 @@ def fp8_supported(device):
         layer = CastedLinear(64, 64, grad_scale=1.0, device=device)
         x = torch.randn(32, 64, device=device, dtype=torch.bfloat16)
         layer(x).float().square().mean().backward()
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
         return False, "probe failed: " + str(error).partition("\n")[0][:120]
     if not torch.isfinite(layer.weight.grad).all():
         return False, "probe gave non-finite gradients"
@@ -1010,9 +1016,6 @@ class BF16Exchange:
         """This rank's share of the gradient, summed over ranks: (share,)."""
         return in_flight()
 
-    def compile(self):
-        """There is nothing to fuse."""
-
 
 # The FP8 exchange, off by default: a quarter fewer bytes (updates stay bf16), slower over NVLink.
 
@@ -1033,20 +1036,15 @@ def dequantize_e5m2(values, scales):
 class FP8Exchange(BF16Exchange):
     """Gradients by all-to-all in e5m2, summed in fp32 by the owner (arXiv:2310.18313)."""
 
-    quantize, dequantize = staticmethod(quantize_e5m2), staticmethod(dequantize_e5m2)
-
     def send(self, bucket):
-        values, scales = self.quantize(bucket.pack())
+        values, scales = quantize_e5m2(bucket.pack())
         parts = values.view(torch.uint8), scales  # gloo knows no float8
         return [self.start(dist.all_to_all_single, x, x.numel()) for x in parts]
 
     def receive(self, in_flight):
         values, scales = (part() for part in in_flight)
-        gradients = self.dequantize(values.view(torch.float8_e5m2), scales)
+        gradients = dequantize_e5m2(values.view(torch.float8_e5m2), scales)
         return gradients.view(self.world_size, -1).sum(0)
-
-    def compile(self):
-        self.quantize, self.dequantize = compiled(quantize_e5m2), compiled(dequantize_e5m2)
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -1073,7 +1071,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.grad_divisor = torch.as_tensor(grad_divisor, device=self.device)
         for group in self.param_groups:
             for key in {"lr", "momentum"}.intersection(group):
-                group[key] = torch.as_tensor(group[key], device=self.device)
+                group[key] = torch.as_tensor(1.0 * group[key], device=self.device)
         exchange = FP8Exchange if grad_comm == "fp8" and self.world_size > 1 else BF16Exchange
         self.exchange = exchange(self.world_size)
 
@@ -1098,15 +1096,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
 
     def compile(self):
-        """Let Inductor fuse updates and casts."""
+        """Let Inductor fuse the updates."""
         self.update, self.subtract = compiled(self.update), compiled(self.subtract)
-        self.exchange.compile()
+
+    def step(self, closure=None):
+        loss = closure and closure()
+        list(self.parts())
+        return loss
 
     @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
+    def parts(self):
+        """A step in three parts: gradients leave, updates are computed and leave, weights change.
+        Optimizers that take turns hide what one sends behind what the other computes."""
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
+        yield
         sent = []
         for bucket, in_flight in zip(self.buckets, gradients):
             gradient = self.exchange.receive(in_flight)
@@ -1117,11 +1120,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             sent.append(gathered)
+        yield
         for bucket, in_flight in zip(self.buckets, sent):
             updates = bucket.views(in_flight())
             group = self.param_groups[bucket.group]
             self.subtract(bucket.params, updates, group["decay"] * group["lr"] ** 2)
-        return loss
+        yield
 
     def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
         """A state of this rank's share of a bucket, of the parameters' dtype, or fp32 if it has a
@@ -1137,8 +1141,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class Muon(ShardedOptimizer):
     """Momentum, orthogonalized by Newton-Schulz. params: matrices (..., R, C), leading dimensions
     are separate ones; equal shapes are orthogonalized in one batch, each rank its share of it. `lr`
-    and `momentum` may change every step. Works as any torch.optim.Optimizer, without a process
-    group and under any LR scheduler. Raises ValueError for what is no matrix."""
+    and `momentum` may change every step; they are 0-d tensors, which schedulers fill in place, so
+    that a state_dict to be kept is to be copied. Works as any torch.optim.Optimizer, without a
+    process group and under any LR scheduler. Raises ValueError for what is no matrix."""
 
     update = staticmethod(muon_update)
 
@@ -1185,7 +1190,7 @@ class Adam(ShardedOptimizer):
     def share_update(self, bucket, grad):
         group = self.param_groups[bucket.group]
         m, v = self.moment(bucket, "exp_avg"), self.moment(bucket, "exp_avg_sq")
-        step = self.moment(bucket, "step", 1).add_(1)
+        step = self.moment(bucket, "step", 1)[0].add_(1)
         settings = group["lr"], group["betas"], group["eps"]
         return self.update(grad, m, v, step, *settings, self.grad_divisor)
 
@@ -1292,14 +1297,12 @@ HEAD_ROWS = 16_384  # rows of logits at once in validation: 256K rows of them wo
 
 
 class Trainer:
-    """One rank's model and optimizers, and what is done with them. `forward`, `features`, `pointer`
-    and `losses` are the model's, compiled on a GPU; `window`: 0-d int32, in blocks."""
+    """One rank's model and optimizers, and what is done with them. `window`: 0-d int32, in blocks.
+    """
 
     def __init__(self, hp, model: GPT, optimizers, rank=0, world_size=1):
         self.hp, self.model, self.optimizers = hp, model, optimizers
         self.rank, self.world_size = rank, world_size
-        self.forward, self.features = model, model.features
-        self.pointer, self.losses = model.pointer, model.losses
         self.device = model.embed.weight.device
         self.cuda = self.device.type == "cuda"
         self.window = torch.zeros((), dtype=torch.int32, device=self.device)
@@ -1307,17 +1310,22 @@ class Trainer:
         self.graphs = {}  # by `shape_at`: a CUDA graph's replay and the batch that it reads
 
     def compile(self):
-        # graphs of one function; `subtract` alone needs one for each shape of bucket: twelve
+        """The model in parts, of which the layers, which take longest, compile once for a length,
+        whether or not the softmax is sampled. A deepcopy of the model would compute with this
+        one's weights: build another."""
+        # compiled graphs of one function; `subtract` has one for each shape of bucket: twelve
         torch._dynamo.config.recompile_limit = 256
-        parts = self.model, self.features, self.pointer, self.losses
-        self.forward, self.features, self.pointer, self.losses = map(compiled, parts)
+        model = self.model
+        for part in "features candidates losses".split():
+            setattr(model, part, compiled(getattr(model, part)))
+        model.pointer.forward = compiled(model.pointer.forward)
         for optimizer in self.optimizers:
             optimizer.compile()
 
     def set_schedules(self, step: int):
         """Set all that changes between steps: window, rates, momentum, and at a stage's border
         FP8's gradient scale and the divisor. Compiled code sees them as tensors, so nothing
-        recompiles. The graphs of a new stage's shapes and of the whole softmax are from `warm_up`;
+        recompiles. Code for a new stage's shapes and for the whole softmax is from `warm_up`;
         weights, moments and the place in the stream just go on."""
         hp, stage = self.hp, stage_at(step, self.hp)
         lr, momentum = lr_at(step, hp), momentum_at(step, hp)
@@ -1348,7 +1356,7 @@ class Trainer:
         stage, sampled = shape_at(step, self.hp)
         self.loss.zero_()
         for input_ids, targets in batch:
-            loss = self.forward(input_ids, targets, self.window, sampled)
+            loss = self.model(input_ids, targets, self.window, sampled)
             loss.backward()
             self.loss += loss.detach() / stage.sequences
         every = self.hp.log_norms
@@ -1357,13 +1365,17 @@ class Trainer:
             optimizer.squares = torch.zeros(
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
-            optimizer.step()
+        for _ in zip(*(optimizer.parts() for optimizer in self.optimizers)):
+            pass
         self.model.zero_grad()
 
     def capture(self, batches: dict[int, Tensor]) -> int:
         """Record the launches of each step of `batches`, by its number, as a CUDA graph, which
         starts all of them at once: one by one they take the host 36 ms, more than a GPU needs for
-        16K tokens. All share the memory of the first. Returns its bytes."""
+        16K tokens. A graph reads and writes tensors where they were: what changes is filled in
+        place, and state is copied into. So no launch may wait for the GPU, as print(loss) or
+        .item() do: to look into a step, --log_norms=1000000 leaves the graphs out. thread_local:
+        other threads may go on. All share the memory of the first. Returns its bytes."""
         torch.cuda.reset_peak_memory_stats()
         pool = torch.cuda.graph_pool_handle()
         for step, batch in batches.items():
@@ -1405,7 +1417,7 @@ class Trainer:
         each has its own fp64 sum. each: nothing, or fp32 zeros (pieces, val_seq_len) to fill with
         the loss of each token."""
         self.window.fill_(window_at(step, self.hp))
-        self.model.eval()  # all that it does: head and MLPs leave FP8
+        model = self.model.eval()  # all that it does: head and MLPs leave FP8
         length = self.hp.val_seq_len
         pieces, rows = math.ceil(val_tokens / length), math.gcd(length, HEAD_ROWS)
         sums = torch.zeros(pieces, dtype=torch.float64, device=self.device)
@@ -1414,24 +1426,24 @@ class Trainer:
             pair = F.pad(stream.pair(piece * length, count), (0, length - count), value=-100)
             input_ids, targets = pair.to(self.device)
             input_ids[count:] = EOT
-            x = self.features(input_ids, self.window)
-            copied = self.pointer(x, input_ids, targets)
+            x = model.features(input_ids, self.window)
+            copied = model.pointer(x, input_ids, targets)
             for start in range(0, length, rows):
                 part = slice(start, start + rows)
-                losses = self.losses(x[part], copied[part], targets[part])
+                losses = model.losses(x[part], copied[part], targets[part])
                 sums[piece] += losses.double().sum()
                 for kept in each:
                     kept[piece, part] = losses
         if self.world_size > 1:
             for values in (sums, *each):
                 dist.all_reduce(values)
-        self.model.train()
+        model.train()
         return float(sums.sum() / val_tokens)
 
     def warm_up(self) -> int:
-        """Compile and load every kernel on made-up tokens, off the clock: a step of each shape, the
-        last one, a validation and the end. Then put the weights back, empty the optimizers, and
-        `capture`. Returns what a captured step needs beside all that stays, in bytes, or 0."""
+        """Compile and load the kernels of a step of each shape and of a validation, on made-up
+        tokens and off the clock. Then put the weights back, `capture` the steps, and set all
+        moments to zero. Returns the bytes that a captured step uses and then gives back, or 0."""
         kept = {name: t.clone() for name, t in self.model.state_dict().items()}
         # the first step of each shape; the last shape, which as a rule is the largest, comes first
         firsts = {shape_at(step, self.hp): step for step in reversed(range(self.hp.steps))}
@@ -1679,10 +1691,10 @@ def check(hp, world_size: int):
         "times a multiple of 4"
     )
     tables = "".join(sorted(set(hp.value_pattern) - {"."}))
-    fine = re.fullmatch("[LS-]+", hp.layer_pattern) and "0123456789".startswith(tables)
+    fine = re.fullmatch("[LS]+", hp.layer_pattern) and "0123456789".startswith(tables)
     require(
         fine and len(hp.layer_pattern) == len(hp.value_pattern),
-        "--layer_pattern is made of L, S and -, and --value_pattern of . and the digits from 0 on "
+        "--layer_pattern is made of L and S, and --value_pattern of . and the digits from 0 on "
         "without a gap, one letter a layer in both and as many, not "
         f"{hp.layer_pattern!r} and {hp.value_pattern!r}"
     )
@@ -1824,7 +1836,7 @@ def read_manifest(folder: Path):
             for split in ("train", "val")
         )
     except Exception as error:
-        raise Refused(2, f"{path} cannot be used ({error!r}): make the data again") from None
+        raise Refused(2, f"{path} cannot be used ({error!r}): make it or get it again") from None
     for shard in set(train).intersection(val):
         raise Refused(2, f"{shard} says both train and val: rename it, or let manifest.json decide")
     notes = [
@@ -2315,6 +2327,8 @@ class Run:
         """Await a step's loss and write its line. True if a rank wants to stop; RunEnd 3 if the
         loss is not finite."""
         loss, stop, squares = outcome.wait()
+        with contextlib.suppress(Exception):  # private to torch, or no group
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         hp, now = self.hp, self.clock.read()
         at, stage, ms = self.step, stage_at(self.step, hp), now["train_ms"]
         step = self.step = at + 1
@@ -2425,7 +2439,7 @@ class Run:
         """Warm up, go on from a checkpoint, if there is one, and run the loop, with signals caught
         from there until `close`."""
         if self.trainer.cuda:
-            self.log.say("compiling: a minute or two at the first start, seconds later")
+            self.log.say("compiling: minutes at the first start, less than two later")
             self.clock.scratch = self.trainer.warm_up()
             torch.cuda.reset_peak_memory_stats()  # else the first validation reports this peak
         else:
@@ -2439,8 +2453,6 @@ class Run:
         for text in self.notes:
             self.log.emit("warning", dict(text=text, step=self.step))
         self.signals = catch_signals(self.handlers)
-        with contextlib.suppress(Exception):  # private to torch, or no group
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=RANK_TIMEOUT))
         train(self.trainer, self.corpus.train, self)
         for shard in self.corpus.train.shards + self.corpus.val.shards:
             require(  # what is missing in the last page reads as 0
@@ -2488,7 +2500,10 @@ def verdict(error: BaseException):
         return error.code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped before training began: nothing to save"
-    if re.search("^Dist.*Error|gloo|NCCL|rendezvous|pair closure|by peer|Timed out waiting", text):
+    if re.match(  # but what a CUDA graph cannot capture
+        "(?!.*captur)(Dist.*Error|.*(gloo|NCCL|rendezvous|pair closure|by peer|Timed out waiting))",
+        text
+    ):
         return 4, (
             "a collective failed: another rank died, hung or never came, as its own message says, "
             "or RANK, MASTER_ADDR or MASTER_PORT is missing, wrong or in use; where a checkpoint "
