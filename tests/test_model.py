@@ -157,7 +157,8 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
     for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
-        assert want.any() and (got - want).norm() < 1e-4 * want.norm() + 1e-5  # a scalar's terms may cancel
+        cancelling = 1e-5 * (want.numel() == 1)  # terms of a scalar's gradient, which are far larger than their sum
+        assert want.any() and (got - want).norm() < 1e-4 * want.norm() + cancelling
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
 
 
@@ -329,15 +330,16 @@ def test_the_window_limits_how_far_a_layer_looks():
     ids = torch.randint(0, 100, (1024,), generator=torch.Generator().manual_seed(4)).int()
     changed = ids.clone()
     changed[5] = 101
-    for pattern, blocks, reach in (("L", 2, 2), ("S", 2, 1), ("S", 4, 2), ("S", 4, 0)):
+    for pattern, blocks, reach in (("L", 2, 2), ("S", 2, 1), ("S", 4, 2)):
         hp = small_hp(train_seq_len=1024, val_seq_len=1024, layer_pattern=pattern, value_pattern=".", late_layer=0,
                       mixed_layers="0", window_max=1024)
         model = small_model(hp, awake=True)
-        if not reach:  # what smear, bigrams and pointer move without attention
-            torch.nn.init.zeros_(model.blocks[0].attn.out)
         moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
-        assert not moved[max(7, 128 * reach) :].any() if reach else moved.nonzero().tolist() == [[5], [6]]
-        assert not reach or moved[128 * reach - 128 : 128 * reach].any()
+        assert not moved[128 * reach :].any() and moved[128 * reach - 128 : 128 * reach].any()
+    with torch.no_grad():  # the last model without attention: what smear, bigrams and pointer reach
+        model.blocks[0].attn.out.zero_()
+    moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
+    assert moved.nonzero().tolist() == [[5], [6]]
 
 
 # ---- The wiring

@@ -139,9 +139,9 @@ def test_techniques_have_a_knob_a_symbol_and_a_caller():
 
 
 @pytest.mark.parametrize("right, wrong", [
-    ("`CastedLinear` |", "`CastLinear` |"), ("`GPT.logits` |", "`GPT.logit` |"), ("`--attn_scale` |", "`--scale` |"),
+    ("`CastedLinear` |", "`CastLinear` |"), ("`GPT.logits` |", "`GPT.logit` |"), ("`--rope_base` |", "`--scale` |"),
     ("`--logit_cap` |", "`--logit_cap`, `--logit_temp` |"), ("`Rotary` | not measured |", "`Rotary` | |"),
-    ("`Rotary` |", "`Refused` |"), ("`Muon` |", "`Muon.zero_grad` |")])
+    ("`Rotary` |", "`Refused` |"), ("`Mix` |", "`Mix.zero_grad` |")])
 def test_a_wrong_technique_is_found(right, wrong):
     assert right in README
     assert len(technique_problems(README.replace(right, wrong))) > len(technique_problems(README))
