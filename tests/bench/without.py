@@ -48,6 +48,14 @@ LINES = dict(  # name: [(what stands there, what does without)]
         ("            if i == len(self.blocks) - 1:\n                x = x + self.mix_input(x, streams)\n", ""),
         ("                seen = norm(x)\n        return norm(x + self.mix_head(x, streams))\n",
          "                late, seen = x, norm(x)\n        return norm(x - self.backout.type_as(x) * late)\n")],
+    linear_window=[  # three widths in equal spans, as the speedrun's, of nearly the same mean
+        ("    return window_scheduler(step, hp.steps, hp.window_min, hp.window_max)\n",
+         "    widest = math.ceil(hp.window_max / BLOCK)\n"
+         "    return math.ceil(widest * (0.2, 0.5, 1.0)[3 * step // (hp.steps + 1)])\n")],
+    more_skips=[  # but for one, from the last layer but one of the encoder
+        ("                x = x + self.skip_weights[i - half] * skips.pop()\n",
+         "                pair = skips.pop()\n"
+         "                x = x + self.skip_weights[1] * pair if i == half + 1 else x\n")],
     normuon=[("    update = normalize_neurons(update, second_moment, beta2)\n", "")],
     out_init=[("self.out = uniform_matrix(hp.model_dim, hp.model_dim)",
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
