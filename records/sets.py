@@ -13,7 +13,6 @@ from pathlib import Path
 
 from decide import MOST_RUNS, PAIRS, Duel, p_below, welch
 from runs import (
-    ID,
     RECORDS,
     TABLE,
     Bad,
@@ -154,7 +153,7 @@ def runs_at(path):
     """The run of a run folder, those of a folder of either kind of run, or that of one log of the public speedrun."""
     if (path / "metrics.jsonl").exists():
         return [read_run(path)]
-    own = [folder for folder in sorted(path.glob("*")) if ID.fullmatch(folder.name)]
+    own = [log.parent for log in sorted(path.glob("*/metrics.jsonl"))]
     return [*map(read_run, own)] or public_logs([path])
 
 def public_logs(paths):
