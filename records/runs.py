@@ -405,7 +405,7 @@ def rows_of_start(run):
     last = {argument.partition("=")[0]: argument for argument in start["argv"]}  # the last one of a name counts
     near = abs(moment(start["utc"]) - moment(run.name)) < 60
     yield "path", f"a run id within a minute of utc {start['utc']}", near, True
-    yield "data", "gpu_count", start["gpu_count"], ranks if start["gpu_count"] else 0
+    yield "data", "gpu_count", start["gpu_count"], ranks if start["device"] == "cuda" else 0
     yield "knobs", "the list of arguments unlike the knobs", [a for a in last.values() if not says(a, knobs)], []
     said = start["changed"] | dict(seed=run.seed, val_tokens=data["val_tokens"])
     yield "knobs", "of knobs,", {name: knobs.get(name) for name in said}, said
