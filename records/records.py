@@ -210,7 +210,7 @@ def check_duplicates(records):
             for label, runs in record.sets.items() for run in runs]
     for place, run in runs:
         points, own = run.vals + run.steps, f"{place}/{run.name}"
-        curve = [p[0] for p in points], [p[2] or 0 for p in reversed(points)]  # late losses differ most
+        curve = [p[0] for p in points], [p[2] or 0 for p in points]
         doubles = [("run id", seen.setdefault(run.name, own)),
                    ("curve of training times", seen.setdefault(tuple(p[3] for p in points), own))]
         doubles += [("curve of losses", other) for other, seed, there, known in curves
@@ -221,9 +221,11 @@ def check_duplicates(records):
                 yield place.partition("/")[0], "duplicate", f"{own}: its {what} is that of {other}, not its own"
 
 def alike(a, b):
+    if a[0] != b[0]:
+        return False
     gaps = sorted(abs(x - y) for x, y in zip(a[1], b[1]))
     # at every point, or, where some were moved, far nearer at most of them
-    return a[0] == b[0] and (gaps[-1] < NEAR or gaps[len(gaps) // 2] < NEAR / 20)
+    return gaps[-1] < NEAR or gaps[len(gaps) // 2] < NEAR / 20
 
 # ---- verify
 

@@ -148,7 +148,7 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     """With gradients, against float64 token by token; chunks are equal, and an even count of them."""
     hp = small_hp(copy_chunk=chunk, attn_scale=0.5)
     pointer = small_model(hp, awake=True).pointer
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(3)
     x = tg.norm(torch.randn(length, 64, generator=g)).requires_grad_()
     ids = torch.randint(0, 5, (length + 1,), generator=g)
     ids[[0, 1, 190, 191, 333]] = EOT
@@ -157,8 +157,7 @@ def test_the_pointer_is_the_one_written_out(chunk, length):
     inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
     for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
-        cancelling = 1e-5 * (want.numel() == 1)  # terms of a scalar's gradient, which are far larger than their sum
-        assert want.any() and (got - want).norm() < 1e-4 * want.norm() + cancelling
+        assert want.any() and relative_error(got, want) < 1e-4
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
 
 
@@ -330,16 +329,19 @@ def test_the_window_limits_how_far_a_layer_looks():
     ids = torch.randint(0, 100, (1024,), generator=torch.Generator().manual_seed(4)).int()
     changed = ids.clone()
     changed[5] = 101
+
+    def moved(model, blocks):
+        return (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
+
     for pattern, blocks, reach in (("L", 2, 2), ("S", 2, 1), ("S", 4, 2)):
         hp = small_hp(train_seq_len=1024, val_seq_len=1024, layer_pattern=pattern, value_pattern=".", late_layer=0,
                       mixed_layers="0", window_max=1024)
         model = small_model(hp, awake=True)
-        moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
-        assert not moved[128 * reach :].any() and moved[128 * reach - 128 : 128 * reach].any()
-    with torch.no_grad():  # the last model without attention: what smear, bigrams and pointer reach
-        model.blocks[0].attn.out.zero_()
-    moved = (every_loss(model, changed, blocks) - every_loss(model, ids, blocks)).abs() > 1e-6
-    assert moved.nonzero().tolist() == [[5], [6]]
+        places = moved(model, blocks)
+        assert not places[128 * reach :].any() and places[128 * reach - 128 : 128 * reach].any()
+        with torch.no_grad():  # without attention: what smear, bigrams and pointer reach
+            model.blocks[0].attn.out.zero_()
+        assert moved(model, blocks).nonzero().tolist() == [[5], [6]]
 
 
 # ---- The wiring

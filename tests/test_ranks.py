@@ -22,9 +22,9 @@ import train_gpt as tg
 STEPS, DEADLINE = 4, 240  # seconds, after which the processes are ended
 COLLECTIVES = ("all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single broadcast "
                "reduce reduce_scatter reduce_scatter_tensor reduce_scatter_single").split()
-# 15 square matrices, three of them the pointer's, and 3 of each MLP shape: shares of 2 and of 4 ranks need padding
-KNOBS = dict(sequences_per_step=4, layer_pattern="LSS", value_pattern="0..", train_seq_len=128, val_seq_len=128,
-             window_max=128)
+# 11 square matrices, three of them the pointer's, and 2 of each MLP shape: shares of 2 and of 4 ranks need padding
+KNOBS = dict(sequences_per_step=4, layer_pattern="LS", value_pattern="0.", late_layer=0, train_seq_len=128,
+             val_seq_len=128, window_max=128)
 STAGES = dict(batch_stages="4x128 8x128 4x256")
 EIGHT = dict(batch_stages="8x128 16x128 8x256")
 # As the default: longer sequences, then more of them; candidates until the last step; an average at the end
@@ -174,8 +174,7 @@ def test_bf16_trains_alike_on_any_count_of_ranks(seen, world):
     for a, b in zip(gradients(ranks), gradients(alone)):
         assert b.any() and relative_error(a, b) < 8e-3  # a few roundings of 2^-9
     total = sum(rank["losses"] for rank in ranks)
-    apart = (total - alone[0]["losses"]).abs()
-    assert apart[:-1].max() < 2e-3 and apart[-1] < 4e-3 and total[-1] < total[0] - 0.1
+    assert torch.allclose(total, alone[0]["losses"], atol=2e-3) and total[-1] < total[0] - 0.1
     for a, b in zip(movement(seen, ("bf16", world)), movement(seen, ("bf16", 1))):
         # Adam's first steps are signs, which a rounding may flip; Muon lifts the smallest directions, which roundings
         # decide. The gradients above are compared more strictly.
