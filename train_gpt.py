@@ -1099,11 +1099,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Let Inductor fuse the updates."""
         self.update, self.subtract = compiled(self.update), compiled(self.subtract)
 
-    @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
+        loss = closure and closure()
+        list(self.parts())
+        return loss
+
+    @torch.no_grad()
+    def parts(self):
+        """A step in three parts: gradients leave, updates are computed and leave, weights change.
+        Optimizers that take turns hide what one sends behind what the other computes."""
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
+        yield
         sent = []
         for bucket, in_flight in zip(self.buckets, gradients):
             gradient = self.exchange.receive(in_flight)
@@ -1114,11 +1120,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             # travels while the next is computed
             gathered = self.exchange.start(dist.all_gather_into_tensor, update, bucket.size)
             sent.append(gathered)
+        yield
         for bucket, in_flight in zip(self.buckets, sent):
             updates = bucket.views(in_flight())
             group = self.param_groups[bucket.group]
             self.subtract(bucket.params, updates, group["decay"] * group["lr"] ** 2)
-        return loss
+        yield
 
     def moment(self, bucket: Bucket, name: str, *shape: int) -> Tensor:
         """A state of this rank's share of a bucket, of the parameters' dtype, or fp32 if it has a
@@ -1358,7 +1365,9 @@ class Trainer:
             optimizer.squares = torch.zeros(
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
-            optimizer.step()
+        # Muon sends first and is shorter: it computes while Adam's tables travel
+        for _ in zip(*(optimizer.parts() for optimizer in reversed(self.optimizers))):
+            pass
         self.model.zero_grad()
 
     def capture(self, batches: dict[int, Tensor]) -> int:

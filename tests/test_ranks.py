@@ -65,8 +65,10 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     t.blend()
     states = [item for o in optimizers for s in o.state.values() for item in s.items()]
     state = sum(t.numel() for name, t in states if name != "average")
+    # all gradients leave first, then the updates
+    in_turns = sorted(([*call] for o in optimizers for call in plan(o)), key=lambda call: "all_gather" in call[0])
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
-                plan=[list(item) for o in optimizers for item in plan(o)], state=state, before=before, grads=grads,
+                plan=in_turns, state=state, before=before, grads=grads,
                 unblended=unblended, squares=torch.cat([o.squares for o in optimizers], 1))
 
 
