@@ -18,10 +18,9 @@ RECIPE: all that decides a step's loss and time, to be read from top to bottom; 
 HARNESS: what makes a run safe and pleasant
     12 command line   13 data   14 run folder   15 checkpoints   16 the run   17 main
 
-Letters: B = blocks of 128 tokens in a sequence, C = tokens of a pointer's chunk, or candidates of
-a softmax, D = model width, H = heads, K = head width, T = tokens of a sequence, V = vocabulary
-rows, R x C = a matrix, n, N = any count. Names with an @ are those of the speedrun's contributors
-who found or brought a technique.
+Letters: B = blocks of 128 tokens in a sequence, C = candidates of a softmax, D = model width, H =
+heads, K = head width, T = tokens of a sequence, V = vocabulary rows, R x C = a matrix, n, N = any
+count. Names with an @ are those of the speedrun's contributors who found or brought a technique.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils._pytree import tree_leaves, tree_map
 
 # ==== RECIPE: all that decides a step's loss and time =============================================
@@ -93,13 +92,13 @@ class Hyperparameters:
     window_max: int = 1792  # [tokens] attention window at the end
     average: float = 0.1  # [span] time constant of the average of head and matrices; 0 = off
     average_share: float = 0.5  # [1] share of the average in the final weights
-    sampled: float = 0.9  # [span] in which the training softmax is over candidates; 0 = off
+    sampled: float = 0.95  # [span] in which the training softmax is over candidates; 0 = off
     # -- model
     layer_pattern: str = "SSSLSSSSSL"  # [one a layer] attention window: L long, S half
     value_pattern: str = ".01....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 6  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 6 8"  # [layers] whose outputs, and x0, both `Mix`es weigh
-    copy_chunk: int = 2048  # [tokens] of the equal chunks in which `Pointer` looks back, or fewer
+    copy_reach: int = 4096  # [tokens] that `Pointer` looks back in a document, in whole 128s
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -121,13 +120,13 @@ class Hyperparameters:
     gate_lr: float = 0.004  # [lr] gates of value embeddings
     skip_lr: float = 0.015  # [lr] skip weights of the U-Net and of `Mix`; 0 = fixed
     mix_lr: float = 0.001  # [lr] networks of `Mix`
-    head_decay: float = 0.75  # [1] x lr^2: cautious decay of the head, see `subtract`
+    head_decay: float = 0.3  # [1] x lr^2: cautious decay of the head, see `subtract`
     table_decay: float = 0.025  # [1] likewise the value embeddings and bigrams
     # -- muon
     muon_lr: float = 0.008  # [lr] matrices of blocks and pointer
-    down_scale: float = 4.0  # [x muon_lr] second matrix of an MLP
+    down_scale: float = 2.5  # [x muon_lr] second matrix of an MLP
     muon_decay: float = 1.2  # [1] as head_decay, for the matrices
-    muon_beta2: float = 0.9  # [1] decay of the second moment of rows or columns
+    muon_beta2: float = 0.95  # [1] decay of the second moment of rows or columns
     muon_momentum: float = 0.93  # [1] Nesterov momentum, after its warm-up if there is one
     muon_momentum_start: float = 0.85  # [1] where the warm-up begins and the cool-down ends
     # -- fp8
@@ -157,7 +156,7 @@ BYTE_EOT = 256  # its row in a model of byte shards
 VOCAB = {"gpt2": 50304, "bytes": 384}  # rows: tokens of the encoding, up to a multiple of 128
 
 SMALL = dict(
-    batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_chunk=512, sampled=0.0
+    batch_stages="", lr_batch=0, val_tokens=65_536, window_max=512, copy_reach=1024, sampled=0.0
 )
 SHORT = dict(  # six layers, one sequence a step: for one GPU; both rates x 1.5, untuned
     batch_stages="1x32768", val_tokens=2_097_152, layer_pattern="SSLSSL", value_pattern="01..23",
@@ -426,8 +425,7 @@ class Pointer(nn.Module):
     arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention over the features at the end:
     a token is copied if what predicted it then resembles what predicts the next one now. So the key
     of token j adds the features at j - 1, which predicted it, and those at j, which say what it is.
-    Each chunk of the sequence sees itself and the one before, in T x 2 C scores: for 256K tokens
-    4.3 GB in fp32, where T x T would be 275 GB."""
+    Each token sees its document so far, up to `copy_reach` back in whole blocks of 128."""
 
     def __init__(self, hp):
         super().__init__()
@@ -437,35 +435,36 @@ class Pointer(nn.Module):
         self.key_before = uniform_matrix(hp.head_dim, hp.model_dim)
         self.copy_scale = nn.Parameter(torch.ones(1))
 
-    def weights(self, x, input_ids):
-        """x: (T, D), input_ids: (T,) -> of n chunks of C tokens (each token's weights of both
-        chunks, (n, C, 2 C) fp32, which sum to less than 1: the 1 added below them means "copy
-        nothing"; ids of both chunks, (n, 2 C)). The softmax subtracts no maximum: scores are below
-        K x attn_scale x copy_scale, 15 at first, and cut where a sum of 2 C would overflow."""
-        n = 2  # chunks, doubled until they are short enough, as far as the length can be halved
-        while len(x) > n * self.hp.copy_chunk:
-            n *= 2
-        n = math.gcd(n, len(x))
+    def scored(self, x, input_ids):
+        """x: (T, D), input_ids: (T,) -> queries and keys (T, K), whose products are scores, and the
+        BlockMask."""
         scale = (self.hp.attn_scale * self.copy_scale).type_as(x)
-        q = norm(linear(x, self.query)) * scale  # (T, K)
+        q = norm(linear(x, self.query)) * scale
         k = norm(linear(x, self.key) + previous(linear(x, self.key_before)))
-        docs = (input_ids == EOT).cumsum(0)
-        parts = q, k, input_ids, docs
-        q, *chunks = (t.unflatten(0, (n, -1)) for t in parts)
-        # behind the chunk before, which is a row before; query i is column C + i of both
-        k, ids, docs = (torch.cat((previous(t), t), 1) for t in chunks)
-        C = q.size(1)
-        docs[0, :C] = -1  # before the first chunk is nothing, and not itself
-        visible = (docs[:, C:, None] == docs[:, None]).tril(C)
-        scores = (q @ k.mT).float().where(visible, -math.inf)
-        weights = scores.clamp(max=75).exp()
-        return weights / (1 + weights.sum(-1, keepdim=True)), ids
+        return q, k, create_masks(input_ids, BLOCK, None, self.hp.copy_reach // BLOCK)[0]
 
-    def forward(self, x, input_ids, targets):
-        """Weight of those tokens that are the target: x (T, D) -> (T,) fp32."""
-        weights, ids = self.weights(x, input_ids)
-        hits = targets.view(len(ids), -1, 1) == ids[:, None]
-        return (weights * hits).sum(-1).flatten()
+    def forward(self, x, input_ids, targets, flex=False):
+        """Weight of those tokens that are the target: x (T, D) -> (T,) fp32. A token's weights are
+        the softmax of its scores and one more of 0, which means "copy nothing"."""
+        q, k, mask = self.scored(x, input_ids)
+        if flex and x.is_cuda:
+            # of two equal heads the second sees the target alone; what attention is for, a sum of
+            # values, has no use: 16 channels are its fewest, and the backward wants one to count
+            def score(score, batch, head, q, k):
+                return score.where((head == 0) | (input_ids[k] == targets[q]), -math.inf)
+
+            q, k = (t.expand(1, 2, *t.shape) for t in (q, k))
+            aux = AuxRequest(lse=True)
+            y, aux = flex_attention(q, k, k[..., :16], score, mask, scale=1.0, return_aux=aux)
+            every, found = aux.lse[0] + 0 * y[0, 0, :, 0]
+        else:
+            parts = []
+            for rows, keys, visible in dense_chunks(mask):
+                hits = visible & (input_ids[keys] == targets[rows, None])
+                scores = (q[rows] @ k[keys].mT).float()
+                parts.append([scores.where(seen, -1e30).logsumexp(1) for seen in (visible, hits)])
+            every, found = map(torch.cat, zip(*parts))
+        return (found - F.softplus(every)).exp()
 
 
 class Block(nn.Module):
@@ -567,7 +566,7 @@ class GPT(nn.Module):
         """Loss of a packed sequence: input_ids (T,) int, targets (T,) int -> 0-d fp32, the mean
         over its tokens. sampled: against `candidates` instead of all rows of V."""
         x = self.features(input_ids, window)
-        copied = self.pointer(x, input_ids, targets)
+        copied = self.pointer(x, input_ids, targets, self.use_flex)
         candidates = self.candidates(targets) if sampled else ()
         return self.losses(x, copied, targets, *candidates).mean()
 
@@ -1428,7 +1427,7 @@ class Trainer:
             input_ids, targets = pair.to(self.device)
             input_ids[count:] = EOT
             x = model.features(input_ids, self.window)
-            copied = model.pointer(x, input_ids, targets)
+            copied = model.pointer(x, input_ids, targets, model.use_flex)
             for start in range(0, length, rows):
                 part = slice(start, start + rows)
                 losses = model.losses(x[part], copied[part], targets[part])
@@ -1568,7 +1567,7 @@ ASIDE = (*PLACES, *"val_every checkpoint_every log_norms".split())
 PLAIN_BATCH = ["train_seq_len", "sequences_per_step"]  # a run of one stage
 # What a checkpoint, and the place in the stream, depend on.
 FIXED = PLAIN_BATCH + (
-    "batch_stages layer_pattern value_pattern late_layer mixed_layers copy_chunk bigram_rows "
+    "batch_stages layer_pattern value_pattern late_layer mixed_layers copy_reach bigram_rows "
     "bigram_dim model_dim num_heads mlp_ratio attn_scale rope_base logit_cap logit_shift logit_temp"
 ).split()
 # Rates, and what 0 switches off; every other number must be above 0.

@@ -144,9 +144,17 @@ def next_logits(model, input_ids, window, at):
     logits = model.logits(x[at : at + 1])[0]
     if not hasattr(model, "pointer"):
         return logits
-    (weights, ids), shares = model.pointer.weights(x, input_ids), logits.softmax(0)
-    rows = ids[at // weights.size(1)].clamp(max=model.last_row)
-    return shares.index_add(0, rows, shares[model.last_row + 1] * weights.flatten(0, 1)[at]).log()
+    shares = logits.softmax(0)
+    if hasattr(model.pointer, "weights"):  # scripts up to 2026-11-27, with chunks of the sequence
+        weights, ids = model.pointer.weights(x, input_ids)
+        weights, rows = weights.flatten(0, 1)[at], ids[at // weights.size(1)]
+    else:
+        queries, keys, mask = model.pointer.scored(x, input_ids)
+        places, rows = torch.arange(len(x), device=x.device), input_ids
+        scores = (keys @ queries[at]).float().where(mask.mask_mod(0, 0, places[at], places), -math.inf)
+        weights = torch.cat((scores.new_zeros(1), scores)).softmax(0)[1:]  # e^0: copy nothing
+    rows = rows.clamp(max=model.last_row)
+    return shares.index_add(0, rows, shares[model.last_row + 1] * weights).log()
 
 
 @torch.no_grad()

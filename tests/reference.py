@@ -100,9 +100,9 @@ def features(model, hp, ids: Tensor, window: int) -> Tensor:
     return rms(x + summed(model.mix_head, x, streams))
 
 
-def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, chunk: int) -> Tensor:
-    """`Pointer` in float64, token by token: what each token of the document so far, in the token's chunk and the one
-    before, weighs against e^0 for none; x: (T, D) -> (T,), the share of those that are the target."""
+def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, reach: int) -> Tensor:
+    """`Pointer` in float64, token by token: what each token of the document so far, in the token's 128 and those up
+    to `reach` before, weighs against e^0 for none; x: (T, D) -> (T,), the share of those that are the target."""
     matrices = pointer.query, pointer.key, pointer.key_before
     query, own, before = (x.double() @ matrix.double().T for matrix in matrices)
     keys = rms(torch.stack([own[t] + before[max(t - 1, 0)] for t in range(len(x))]))
@@ -110,7 +110,7 @@ def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, chunk
     found, start = [], 0
     for t, token in enumerate(ids.tolist()):
         start = t if token == EOT else start
-        seen = range(max(start, (t // chunk - 1) * chunk), t + 1)
+        seen = range(max(start, (t // 128 + 1) * 128 - reach), t + 1)
         weights = {s: scores[t, s].exp() for s in seen}
         hits = [weights[s] for s in seen if ids[s] == targets[t]]
         found.append(sum(hits, x.new_zeros((), dtype=torch.float64)) / (1 + sum(weights.values())))

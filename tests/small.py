@@ -11,7 +11,7 @@ import train_gpt as tg
 torch.set_num_threads(1)  # a second thread gains nothing here, and on shared cores makes a step many times slower
 ROWS = 384  # vocabulary rows of a byte model
 SMALL = dict(train_seq_len=256, val_seq_len=512, model_dim=64, num_heads=1, layer_pattern="LSSS", value_pattern="0..0",
-             late_layer=1, mixed_layers="0 1 2", bigram_rows=256, bigram_dim=16, copy_chunk=64,
+             late_layer=1, mixed_layers="0 1 2", bigram_rows=256, bigram_dim=16, copy_reach=256,
              sequences_per_step=2, steps=20)
 # On these depends what tests find, and a script under test may have other defaults, or lack a knob.
 RECIPE = dict(batch_stages="", lr_batch=0, cooldown=0.4, lr_floor=0.1, momentum_warmup=0.0, sampled=0.0,

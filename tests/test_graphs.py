@@ -39,7 +39,7 @@ def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(tg, "compiled", lambda function: torch.compile(
         function, backend="eager", dynamic=False, fullgraph=True))
-    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_chunk=128, steps=6, sampled=0.5, average=1.0,
+    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_reach=256, steps=6, sampled=0.5, average=1.0,
                   model_dim=128, num_heads=2)
     model, full = model_of(hp, 384, "cpu"), tg.Hyperparameters()
     assert len(kinds(model, hp)) == len(kinds(model_of(full, tg.VOCAB["gpt2"], "meta"), full))
@@ -111,7 +111,7 @@ def read_by_graphs(t: tg.Trainer) -> dict:
 
 
 def test_a_graph_finds_all_that_it_reads_where_it_was_and_a_run_by_graphs_is_the_same(monkeypatch):
-    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_chunk=128, steps=9, sampled=0.8, average=1.0, lr_batch=256,
+    hp = small_hp(batch_stages="1x128 2x256 1x512", copy_reach=256, steps=9, sampled=0.8, average=1.0, lr_batch=256,
                   momentum_warmup=0.5, window_min=128)
     stream = random_stream()
     weights, losses = [], []

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -143,20 +144,20 @@ def test_the_fast_loss_is_cross_entropy_with_its_gradients(scale):
     assert not ours[::7].any() and ours[1:7].all()
 
 
-@pytest.mark.parametrize("chunk, length", [(64, 512), (512, 512), (10_000, 512), (100, 384), (1, 384)])
-def test_the_pointer_is_the_one_written_out(chunk, length):
-    """With gradients, against float64 token by token; chunks are equal, and an even count of them."""
-    hp = small_hp(copy_chunk=chunk, attn_scale=0.5)
+@pytest.mark.parametrize("reach", [128, 256, 300, 10_000])
+def test_the_pointer_is_the_one_written_out(reach):
+    """With gradients, against float64 token by token; over the border of two slices of dense attention too."""
+    hp, length = small_hp(copy_reach=reach, attn_scale=0.5), 640
     pointer = small_model(hp, awake=True).pointer
     g = torch.Generator().manual_seed(3)
     x = tg.norm(torch.randn(length, 64, generator=g)).requires_grad_()
     ids = torch.randint(0, 5, (length + 1,), generator=g)
     ids[[0, 1, 190, 191, 333]] = EOT
     ids, targets = ids[:-1].int(), ids[1:]
-    real = {64: 64, 512: 256, 10_000: 256, 100: 96, 1: 3}[chunk]
     inputs, weight = [x, *pointer.parameters()], torch.randn(length, generator=g)
     ours = with_gradients(pointer(x, ids, targets), inputs, weight)
-    for got, want in zip(ours, with_gradients(copied(pointer, x, ids, targets, 0.5, real), inputs, weight)):
+    found = copied(pointer, x, ids, targets, 0.5, reach // 128 * 128)
+    for got, want in zip(ours, with_gradients(found, inputs, weight)):
         assert want.any() and relative_error(got, want) < 1e-4
     assert not pointer(x, ids, torch.full_like(targets, -100)).any(), "what is not scored is never found"
 
@@ -172,20 +173,21 @@ def test_the_pointer_sees_its_document_so_far_and_of_the_one_before_only_its_end
         if changed:
             ids[changed] = 101
         with torch.no_grad():
-            weights, near = model.pointer.weights(model.features(ids, window_tensor(4)), ids)
-        whole = torch.zeros(512, 512)
-        for t, row in enumerate(weights.flatten(0, 1)):
-            first = t // 64 * 64 - 64
-            none, places = max(-first, 0), slice(max(first, 0), first + 128)
-            assert not row[:none].any() and near[t // 64][none:].equal(ids[places])
-            whole[t, places] = row[none:]
-        seen = whole > 0
+            whole = copy_weights(model.pointer, model.features(ids, window_tensor(4)), ids)
         document = (torch.arange(512) >= 200).int()
-        reach = torch.arange(512)[None] >= torch.arange(512)[:, None] // 64 * 64 - 64
-        assert seen.equal((document[:, None] == document[None]).tril() & reach)
+        reach = torch.arange(512)[None] // 128 > torch.arange(512)[:, None] // 128 - 2
+        assert (whole > 0).equal((document[:, None] == document[None]).tril() & reach)
         found.append(whole)
     later = [w[201:, 201:] / w[201:, 201:].sum(1, keepdim=True) for w in found]
     assert torch.allclose(*later, atol=1e-6) and not torch.allclose(found[0][201:264], found[1][201:264], atol=1e-6)
+
+
+def copy_weights(pointer, x, ids):
+    """What each token weighs for each, (T, T): the share that `Pointer` finds where that token alone is the target."""
+    marks = torch.arange(len(ids), dtype=ids.dtype)
+    q, k, mask = pointer.scored(x, ids)
+    with mock.patch.object(pointer, "scored", lambda *_: (q, k, mask)):
+        return torch.stack([pointer(x, marks, torch.full_like(marks, at)) for at in range(len(ids))], 1)
 
 
 def test_all_tokens_and_nobodys_row_have_a_probability_of_one():
@@ -194,12 +196,11 @@ def test_all_tokens_and_nobodys_row_have_a_probability_of_one():
     (ids, targets), = documents(hp, 1)
     with torch.no_grad():
         x = model.features(ids, window_tensor(2))
-        weights, near = model.pointer.weights(x, ids)
-        assert weights.shape == (4, 64, 128) and not weights[0, :, :64].any(), "nothing comes before the first chunk"
+        weights = copy_weights(model.pointer, x, ids)
         tokens = torch.tensor([*range(256), EOT])
         for at in (0, 63, 200, 255):
-            own = weights.view(256, 128)[at]
-            found = ((near[at // 64] == tokens[:, None]) * own).sum(1)
+            own = weights[at]
+            found = ((ids == tokens[:, None]) * own).sum(1)
             likely = (-model.losses(x[at : at + 1].expand(257, -1), found, tokens)).exp()
             share, *unused = model.logits(x[at : at + 1]).softmax(1)[0, 257:].tolist()
             assert likely.sum().item() + sum(unused) + share * (1 - own.sum().item()) == pytest.approx(1, abs=1e-5)

@@ -65,8 +65,8 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     t.blend()
     states = [item for o in optimizers for s in o.state.values() for item in s.items()]
     state = sum(t.numel() for name, t in states if name != "average")
-    # all gradients leave first, then the updates
-    in_turns = sorted(([*call] for o in optimizers for call in plan(o)), key=lambda call: "all_gather" in call[0])
+    # all gradients leave first, Muon's before Adam's, then the updates
+    in_turns = sorted(([*call] for o in reversed(optimizers) for call in plan(o)), key=lambda call: "all_gather" in call[0])
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
                 plan=in_turns, state=state, before=before, grads=grads,
                 unblended=unblended, squares=torch.cat([o.squares for o in optimizers], 1))
@@ -212,7 +212,7 @@ def test_fp8_on_four_ranks_rounds_and_no_more(seen):
 def test_fp8_rounds_once_what_each_rank_sends(seen, world):
     hp = small_hp(**KNOBS, grad_comm="fp8")
     model, data, want = small_model(hp, awake=True), documents(hp, hp.sequences_per_step), 0.0
-    buckets = [b for o in tg.build_optimizers(model, hp) for b in o.buckets]
+    buckets = [b for o in reversed(tg.build_optimizers(model, hp)) for b in o.buckets]  # in turns, Muon first
     each = hp.sequences_per_step // world
     for first in range(0, hp.sequences_per_step, each):
         model.zero_grad()

@@ -61,12 +61,12 @@ LINES = dict(  # name: [(what stands there, what does without)]
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
     pointer=[
         ("        self.pointer = Pointer(hp)\n", ""),
-        ("        copied = self.pointer(x, input_ids, targets)\n        candidates", "        candidates"),
+        ("        copied = self.pointer(x, input_ids, targets, self.use_flex)\n        candidates", "        candidates"),
         ("self.losses(x, copied, targets, *", "self.losses(x, 0.0, targets, *"),
         ("        pointed = (shares * (rows == self.last_row + 1)).sum(-1)\n", ""),
         ("(shares * own).sum(-1) + copied * pointed", "(shares * own).sum(-1)"),
         ("        model.pointer.forward = compiled(model.pointer.forward)\n", ""),
-        ("            copied = model.pointer(x, input_ids, targets)\n", ""),
+        ("            copied = model.pointer(x, input_ids, targets, model.use_flex)\n", ""),
         ("x[part], copied[part], t", "x[part], 0.0, t")],
     polar_express=[("    for a, b, c in QUINTICS:\n", "    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:\n")],
     skips=[("            if i >= half and skips:  # of an odd count of layers the last one has no partner\n"
