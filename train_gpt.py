@@ -98,7 +98,7 @@ class Hyperparameters:
     value_pattern: str = ".01....234"  # [one a layer] value embedding added to v; . none
     late_layer: int = 6  # [layer, from 0] whose output all later attentions read
     mixed_layers: str = "3 6 8"  # [layers] whose outputs, and x0, both `Mix`es weigh
-    copy_reach: int = 4096  # [tokens] that `Pointer` looks back in a document, in whole 128s
+    copy_reach: int = 4096  # [tokens] that `Pointer` looks back, in whole 128s; below 128: all
     bigram_rows: int = 249_856  # [rows] of the hashed table of token pairs
     bigram_dim: int = 192  # [channels] first ones of the stream, which the pair's row is added to
     model_dim: int = 768  # [channels] width D of the residual stream
@@ -239,7 +239,7 @@ def sequences(hp, total: int):
 
 def span(length: float, total_steps: int) -> float:
     """Length of a span in steps: up to 1 it is a fraction of the run, above 1 a count of steps."""
-    return length * total_steps if length <= 1 else float(length)
+    return length * total_steps if length <= 1 else length
 
 
 def shape_at(step: int, hp) -> tuple[Stage, bool]:
@@ -438,33 +438,37 @@ class Pointer(nn.Module):
     def scored(self, x, input_ids):
         """x: (T, D), input_ids: (T,) -> queries and keys (T, K), whose products are scores, and the
         BlockMask."""
-        scale = (self.hp.attn_scale * self.copy_scale).type_as(x)
-        q = norm(linear(x, self.query)) * scale
+        q = norm(linear(x, self.query)) * self.hp.attn_scale * self.copy_scale.type_as(x)
         k = norm(linear(x, self.key) + previous(linear(x, self.key_before)))
         return q, k, create_masks(input_ids, BLOCK, None, self.hp.copy_reach // BLOCK)[0]
 
     def forward(self, x, input_ids, targets, flex=False):
         """Weight of those tokens that are the target: x (T, D) -> (T,) fp32. A token's weights are
-        the softmax of its scores and one more of 0, which means "copy nothing"."""
+        the softmax of its scores and one more of 0, which means "copy nothing". flex: by
+        FlexAttention, on a GPU."""
         q, k, mask = self.scored(x, input_ids)
-        if flex and x.is_cuda:
-            # of two equal heads the second sees the target alone; what attention is for, a sum of
-            # values, has no use: 16 channels are its fewest, and the backward wants one to count
-            def score(score, batch, head, q, k):
-                return score.where((head == 0) | (input_ids[k] == targets[q]), -math.inf)
-
-            q, k = (t.expand(1, 2, *t.shape) for t in (q, k))
-            aux = AuxRequest(lse=True)
-            y, aux = flex_attention(q, k, k[..., :16], score, mask, scale=1.0, return_aux=aux)
-            every, found = aux.lse[0] + 0 * y[0, 0, :, 0]
-        else:
-            parts = []
+        if not (flex and x.is_cuda):
+            found = []
             for rows, keys, visible in dense_chunks(mask):
-                hits = visible & (input_ids[keys] == targets[rows, None])
-                scores = (q[rows] @ k[keys].mT).float()
-                parts.append([scores.where(seen, -1e30).logsumexp(1) for seen in (visible, hits)])
-            every, found = map(torch.cat, zip(*parts))
-        return (found - F.softplus(every)).exp()
+                scores = (q[rows] @ k[keys].mT).float().clamp(max=75)  # a sum of e^75 is finite
+                weights = scores.exp() * visible
+                hits = weights * (input_ids[keys] == targets[rows, None])
+                found.append(hits.sum(1) / (1 + weights.sum(1)))
+            return torch.cat(found)
+
+        # Of two equal heads the second sees the target alone. `lse` has the log of each head's sum
+        # of e^score, so the share is e^hits / (1 + e^every), as above. The sum of values y, which
+        # attention is for, has no use: 16 channels are its fewest, and 0 * y gives it the gradient
+        # without which FlexAttention's backward does not compile.
+        def target_alone(score, batch, head, query, key):
+            return score.where((head == 0) | (input_ids[key] == targets[query]), -math.inf)
+
+        q, k = (t.expand(1, 2, *t.shape) for t in (q, k))
+        y, sums = flex_attention(
+            q, k, k[..., :16], target_alone, mask, scale=1.0, return_aux=AuxRequest(lse=True)
+        )
+        every, hits = sums.lse[0] + 0 * y[0, 0, :, 0]
+        return (hits - F.softplus(every)).exp()
 
 
 class Block(nn.Module):
@@ -667,14 +671,14 @@ def block_table(first_doc, last_doc, window, width: int, axis: str) -> dict:
 def create_masks(
     input_ids: Tensor,
     block_size: int = BLOCK,
-    window: Tensor | int | None = None,
+    window=None,
     max_window: int | None = None
 ):
     """Document-causal sliding-window masks of a packed sequence: (with the whole window, with half
     of it). Long and short windows: arXiv:2408.00118, @leloykun, @YouJiacheng, @Grad62304977;
     blocks from document bounds: @KoszarskyB.
     input_ids: (T,) integers, T a multiple of block_size; a document starts at each token 50256.
-    window: in blocks, a 0-d integer tensor on the same device (as an int it would recompile); None
+    window: in blocks, a 0-d integer tensor on the same device (an int would recompile), or None
     = unlimited. max_window: the widest window that will come, which fixes the tables' width.
     O(B x max_window) memory, never T x T. The half window is rounded down; the block of a query is
     always visible. Raises ValueError for a length that is no multiple."""
@@ -689,8 +693,8 @@ def create_masks(
     window = blocks if window is None else window
     window = torch.as_tensor(window, dtype=torch.int32, device=input_ids.device)
     docs = (input_ids == EOT).cumsum(0, dtype=torch.int32)  # (T,)
-    first_doc = docs[::block_size].contiguous()  # (B,)
-    last_doc = docs[block_size - 1 :: block_size].contiguous()
+    first_doc = docs[::block_size]  # (B,)
+    last_doc = docs[block_size - 1 :: block_size]
 
     def build(window):
         window = window.clamp(1, width)
@@ -1024,8 +1028,7 @@ def quantize_e5m2(x):
     limit = torch.finfo(torch.float8_e5m2).max
     blocks = x.float().view(-1, SCALE_BLOCK)
     scales = blocks.abs().amax(1).clamp(min=1e-30) / limit
-    scaled = (blocks / scales[:, None]).clamp(-limit, limit)
-    return scaled.to(torch.float8_e5m2).flatten(), scales
+    return to_fp8(blocks, 1 / scales[:, None], torch.float8_e5m2).flatten(), scales
 
 
 def dequantize_e5m2(values, scales):
@@ -1052,7 +1055,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     path for 1 and N ranks; without a process group the collectives drop out. `grad_divisor`, which
     may change every step, divides the summed gradient; `grad_comm` is the format in which that
     travels. world_size: the process group's, unless given to plan for another. For --log_norms
-    `squares` is not () but fp32 (2, param_groups), and `step` adds the squares of this rank's share
+    `squares` is not () but fp32 (2, param_groups), and a step adds the squares of this rank's share
     of the undivided gradient and of the update to it. Raises ValueError for parameters after the
     constructor's."""
 
@@ -1061,9 +1064,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, defaults: dict, grad_divisor=1.0, grad_comm="bf16", world_size=None):
         super().__init__(params, defaults)
-        together = dist.is_initialized()
-        self.world_size = world_size or (dist.get_world_size() if together else 1)
-        self.rank = dist.get_rank() if together else 0
+        together = dist.get_world_size() if dist.is_initialized() else 1
+        self.world_size = world_size or together
         self.buckets = self.make_buckets()
         self.device = self.buckets[0].params[0].device
         # 0-d tensors: a number that changes would recompile, or stay as it was in a CUDA graph
@@ -1098,6 +1100,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Let Inductor fuse the updates."""
         self.update, self.subtract = compiled(self.update), compiled(self.subtract)
 
+    @torch.enable_grad()
     def step(self, closure=None):
         loss = closure and closure()
         list(self.parts())
@@ -1105,8 +1108,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def parts(self):
-        """A step in three parts: gradients leave, updates are computed and leave, weights change.
-        Optimizers that take turns hide what one sends behind what the other computes."""
+        """A step in three parts, a yield behind each: gradients leave, updates are computed and
+        leave, weights change. Optimizers that take turns, as in `Trainer.launch`, hide what one
+        sends behind what the other computes. At the last yield one waits for the other, since
+        `zip` would end with the first to end."""
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
         yield
         sent = []
@@ -1364,9 +1369,9 @@ class Trainer:
             optimizer.squares = torch.zeros(
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
-        # Muon sends first and is shorter: it computes while Adam's tables travel
-        for _ in zip(*(optimizer.parts() for optimizer in reversed(self.optimizers))):
-            pass
+        # What is sent goes in turn: Muon's gradients first, a fifth of all bytes, so that it
+        # computes while those of Adam's tables travel
+        list(zip(*(optimizer.parts() for optimizer in reversed(self.optimizers))))
         self.model.zero_grad()
 
     def capture(self, batches: dict[int, Tensor]) -> int:
@@ -1523,8 +1528,8 @@ def train(trainer: Trainer, stream: TokenStream, run):
     finished steps, keeps clock and files, and lists the signals that came. RunEnd 3 on a loss
     that is not finite, 75 after a signal, once everything is saved."""
     hp, pending = trainer.hp, []
-    rank, world_size = trainer.rank, trainer.world_size
-    loader = prefetch(stream, hp, rank, world_size, run.step, pin=trainer.cuda)
+    world_size = trainer.world_size
+    loader = prefetch(stream, hp, trainer.rank, world_size, run.step, pin=trainer.cuda)
     if run.step == 0:
         run.validate()
     for step in range(run.step, hp.steps):

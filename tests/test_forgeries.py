@@ -57,7 +57,6 @@ forgeries(
     norms_that_were_not_due=(put("step 10", norms={}), "truncated", "step 10 has norms"),
     ranks_of_one_run=(put("start", world_size=2), "headline", "world_size"),
     another_day_than_its_name=(put("start", utc="2020-01-01T00:00:00Z"), "path", "2020-01-01"),
-    day_that_no_month_has=(put("start", utc="2026-02-30T00:00:00Z"), "schema", "2026-02-30"),
     clock_runs_during_validation=(swap(1), "clock", "the clock runs"),
     step_on_a_stopped_clock=(swap(0), "clock", "the clock stands"),
     mark_that_comes_twice=(lambda rows: rows.insert(rows.index(at(rows, "clock")), at(rows, "clock")),
@@ -101,6 +100,7 @@ forgeries(
     other_training_shard=(put("start", data=dict(train=dict(sha256="a" * 64))), "data", "training shards"),
     knob_that_the_script_does_not_have=(put("start", knobs=dict(luck=1)), "knobs", "alone has is ['luck']"),
     torch_unlike_its_package=(put("start", torch="9.9.9"), "schema", "torch, by its package, is 9.9.9"),
+    build_unlike_cuda=(put("start", torch="2.11.0+cu118"), "schema", "cuda, is cu118"),
     ranks_that_divide_one_stage=(lambda rows: [in_stages(rows, batch_stages="2x128 1x128"), rows[0].update(
         world_size=2)], "tokens", "batches that 2 ranks do not divide"),
 )

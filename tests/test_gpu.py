@@ -1,11 +1,12 @@
 """What only a GPU can show: kernels against references with gradients, FP8, and no recompilation over a whole run."""
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from reference import attention, random_documents, relative_error, visible
+from reference import EOT, attention, copied, random_documents, relative_error, visible
 from small import small_hp, trainer
 from tiny import edited, events, make_corpus, run_folders
 from tiny import run as run_script
@@ -42,6 +43,27 @@ def test_flex_attention_forward_and_gradients_equal_the_reference():
             got = torch.autograd.grad((out.float() * weight).sum(), inputs, retain_graph=True)
             for a, b in zip(got, torch.autograd.grad((want * weight).sum(), inputs)):
                 assert relative_error(a, b) < 1.5e-2, (window, blocks)
+
+
+def test_the_pointer_by_flex_attention_and_its_gradients_equal_the_reference():
+    """Token by token in float64: documents cut by the reach, rows without a hit, targets that are not scored."""
+    hp, length, g = small(copy_reach=2 * BLOCK), 5 * BLOCK, torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    pointer = tg.Pointer(hp)
+    own = copy.deepcopy(pointer).cuda()
+    ids = torch.randint(0, 40, (length + 1,), generator=g).int()
+    ids[[0, 1, 190, 620]] = EOT
+    ids, targets = ids[:-1], ids[1:].clone()
+    targets[::50] = -100
+    x, weight = tg.norm(torch.randn(length, 256, generator=g)).bfloat16(), torch.randn(length, generator=g)
+    inputs = [x.cuda().requires_grad_(), *own.parameters()]
+    found = torch.compile(own.forward, fullgraph=True, dynamic=False)(inputs[0], ids.cuda(), targets.cuda(), True)
+    plain = [x.double().requires_grad_(), *pointer.parameters()]
+    want = copied(pointer, plain[0], ids, targets, hp.attn_scale, hp.copy_reach)
+    assert not want.all() and relative_error(found.cpu(), want) < 2e-2
+    got = torch.autograd.grad((found * weight.cuda()).sum(), inputs)
+    for a, b in zip(got, torch.autograd.grad((want * weight).sum(), plain)):
+        assert b.any() and relative_error(a.cpu(), b) < 3e-2
 
 
 def test_fp8_linear_forward_and_gradients():

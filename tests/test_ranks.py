@@ -66,7 +66,8 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     states = [item for o in optimizers for s in o.state.values() for item in s.items()]
     state = sum(t.numel() for name, t in states if name != "average")
     # all gradients leave first, Muon's before Adam's, then the updates
-    in_turns = sorted(([*call] for o in reversed(optimizers) for call in plan(o)), key=lambda call: "all_gather" in call[0])
+    calls = [[*call] for o in reversed(optimizers) for call in plan(o)]
+    in_turns = sorted(calls, key=lambda call: "all_gather" in call[0])
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
                 plan=in_turns, state=state, before=before, grads=grads,
                 unblended=unblended, squares=torch.cat([o.squares for o in optimizers], 1))

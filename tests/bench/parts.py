@@ -46,9 +46,10 @@ SCHEMES = [("bf16", BF16), ("tensor, static", E5M2), ("tensor, amax", E5M2), ("t
            ("block", E4M3)]  # kind of scale, and format of the gradient
 
 
-def standard_masks(input_ids: Tensor, block_size: int, window: Tensor, max_window: int) -> tuple:
+def standard_masks(input_ids: Tensor, block_size: int, window: Tensor | None, max_window: int) -> tuple:
     """What tg.create_masks gives, from torch's create_block_mask: every pair of tokens is looked at."""
     docs = (input_ids == tg.EOT).cumsum(0, dtype=torch.int32)
+    window = torch.full((), max_window, device=docs.device) if window is None else window
     def build(window: Tensor):
         def visible(batch, head, q, k):
             return (q >= k) & (docs[q] == docs[k]) & (q // block_size - k // block_size < window)

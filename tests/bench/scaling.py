@@ -235,8 +235,7 @@ class Bench:
 
     def update(self, wire: Wire, trainer: tg.Trainer) -> None:
         tg.dist = wire
-        for optimizer in trainer.optimizers:
-            optimizer.step()
+        list(zip(*(optimizer.parts() for optimizer in reversed(trainer.optimizers))))  # in turns, as in training
 
     def ablate(self) -> None:
         n, batch, gather = self.world, self.hp.sequences_per_step, ranks.COLLECTIVES[-1:]
