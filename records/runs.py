@@ -403,14 +403,16 @@ def rows_of_start(run):
     if run.script is not None:
         yield "script", "SHA-256 of train_gpt.py", sha256_of(run.script), run.script_sha256
     last = {argument.partition("=")[0]: argument for argument in start["argv"]}  # the last one of a name counts
-    near = abs(moment(start["utc"]) - moment(run.name)) < 60
-    yield "path", f"a run id within a minute of utc {start['utc']}", near, True
+    yield "path", f"a run id at {start['utc']}, to a minute", abs(moment(start["utc"]) - moment(run.name)) < 60, True
     yield "data", "gpu_count", start["gpu_count"], ranks if start["device"] == "cuda" else 0
     yield "knobs", "the list of arguments unlike the knobs", [a for a in last.values() if not says(a, knobs)], []
     said = start["changed"] | dict(seed=run.seed, val_tokens=data["val_tokens"])
     yield "knobs", "of knobs,", {name: knobs.get(name) for name in said}, said
-    versions = start["torch"], start["packages"].get("torch", start["torch"])
-    yield "schema", "torch, by its package,", *(version.partition("+")[0] for version in versions)
+    torch, _, build = start["torch"].partition("+")
+    package = start["packages"].get("torch", torch).partition("+")[0]
+    yield "schema", "torch, by its package,", torch, package
+    if build.startswith("cu"):
+        yield "schema", "torch's build, by cuda,", build, f"cu{start['cuda']}".replace(".", "")
     read = tokens_before(run.total, run.stages)
     stream = knobs["epochs"] * sum(shard["tokens"] for shard in data["train"])
     yield "tokens", f"reading {read} tokens from {stream} in all epochs", read <= stream, True

@@ -402,7 +402,7 @@ def plot(args):
     if args.x == "tokens" and None in shas:
         raise Bad("tokens", "public logs say nothing of tokens: take --x time or --x steps")
     figure = picture(sets, args.x, args.mark)
-    figure.savefig(args.out, dpi=84, format="png", pil_kwargs=dict(optimize=True))
+    figure.savefig(args.out, dpi=84, format="png")
     print(f"{safe(args.out)}: {Path(args.out).stat().st_size} bytes")
     return 0
 
