@@ -61,7 +61,7 @@ LINES = dict(  # name: [(what stands there, what does without)]
                "self.out = nn.Parameter(torch.zeros(hp.model_dim, hp.model_dim))")],
     pointer=[
         ("        self.pointer = Pointer(hp)\n", ""),
-        ("        copied = self.pointer(x, input_ids, targets, self.use_flex)\n        candidates", "        candidates"),
+        ("        copied = self.pointer(x, input_ids, targets, self.use_flex)\n", ""),
         ("self.losses(x, copied, targets, *", "self.losses(x, 0.0, targets, *"),
         ("        pointed = (shares * (rows == self.last_row + 1)).sum(-1)\n", ""),
         ("(shares * own).sum(-1) + copied * pointed", "(shares * own).sum(-1)"),
