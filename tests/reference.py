@@ -110,10 +110,9 @@ def copied(pointer, x: Tensor, ids: Tensor, targets: Tensor, scale: float, reach
     found, start = [], 0
     for t, token in enumerate(ids.tolist()):
         start = t if token == EOT else start
-        seen = range(max(start, (t // 128 + 1) * 128 - reach), t + 1)
-        weights = {s: scores[t, s].exp() for s in seen}
-        hits = [weights[s] for s in seen if ids[s] == targets[t]]
-        found.append(sum(hits, x.new_zeros((), dtype=torch.float64)) / (1 + sum(weights.values())))
+        seen = slice(max(start, (t // 128 + 1) * 128 - reach), t + 1)
+        weights = scores[t, seen].exp()
+        found.append((weights * (ids[seen] == targets[t])).sum() / (1 + weights.sum()))
     return torch.stack(found)
 
 

@@ -244,8 +244,10 @@ def test_a_checkpoint_of_other_ranks_and_one_with_code_in_it(here, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_within_a_save_waits_for_it(here, capsys, monkeypatch, name):
+def test_a_signal_within_a_save_waits_for_it(here, capsys, monkeypatch, request, name):
     real, number = t.os.fsync, getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, before))
     monkeypatch.setattr(t.os, "fsync", lambda file: (t.os.kill(t.os.getpid(), number), real(file)))
     with pytest.raises(SystemExit) as caught:
         main(here, "--steps=6", "--checkpoint_every=2", "--save=False")
