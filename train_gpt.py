@@ -425,7 +425,8 @@ class Pointer(nn.Module):
     arXiv:1609.07843; PR 379 of modded-nanogpt). One head of attention over the features at the end:
     a token is copied if what predicted it then resembles what predicts the next one now. So the key
     of token j adds the features at j - 1, which predicted it, and those at j, which say what it is.
-    Each token sees its document so far, up to `copy_reach` back in whole blocks of 128."""
+    Each token sees its document so far, up to `copy_reach` back in whole blocks of 128. Worth 0.054
+    nats in the eighth, in a form with equal chunks (records/LOG.md)."""
 
     def __init__(self, hp):
         super().__init__()
