@@ -18,7 +18,7 @@ RECIPE = dict(batch_stages="", lr_batch=0, cooldown=0.4, lr_floor=0.1, momentum_
               momentum_cooldown=0.0, average=0.0, average_share=0.5, window_min=1, window_max=1728,
               mlp_ratio=4, attn_scale=0.12, rope_base=1024.0, logit_cap=30.0, logit_shift=5.0, logit_temp=7.5,
               head_betas=(0.5, 0.95), table_betas=(0.75, 0.9), scalar_betas=(0.9, 0.99), adam_eps=1e-10, head_lr=0.008,
-              table_lr=0.3, scalar_lr=0.04, gate_lr=0.016, skip_lr=0.01, mix_lr=0.002, head_decay=0.75,
+              table_lr=0.3, scalar_lr=0.04, skip_lr=0.01, mix_lr=0.002, head_decay=0.75,
               table_decay=0.025, muon_lr=0.025, down_scale=2.0, muon_decay=1.2, muon_beta2=0.9, muon_momentum=0.95,
               muon_momentum_start=0.85, x_scale=2.0, w_scale=2.0**9, grad_scale=2.0**19, grad_comm="bf16")
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -81,6 +83,45 @@ def test_fp8_linear_forward_and_gradients():
         assert relative_error(got[0], want[0]) < 0.1 and relative_error(got[1], want[1]) < 0.1
     layer.eval()
     assert relative_error(layer(x), exact) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_compiled_cast_saturates_as_the_plain_one_does(dtype):
+    """Inside a fused kernel, as in training, and as the whole of one; what is no number stays none."""
+    x = torch.cat((torch.logspace(-8, 12, 5000), torch.tensor([0.0, math.inf, math.nan]))).cuda()
+    x, scale = torch.cat((x, -x)), torch.tensor(3.0, device="cuda")
+    plain = tg.to_fp8(x, scale, dtype).float()
+    assert plain.nan_to_num(0).abs().max() == torch.finfo(dtype).max and plain.isnan().sum() == 2
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def cast(x, y):
+        return tg.to_fp8(x, scale, dtype), tg.to_fp8(x + y, scale, dtype)
+
+    for fused in cast(x, torch.zeros_like(x)):
+        assert torch.equal(fused.float().nan_to_num(-1), plain.nan_to_num(-1))
+
+
+def test_the_compiled_loss_over_candidates_and_its_gradients_equal_the_plain_ones():
+    """Both with a head in FP8: without compiler each sum, quotient and cast is a kernel of its own."""
+    torch.manual_seed(0)
+    model, length = tg.place(tg.GPT(small(), 384), "cuda").train(), 512
+    model.set_grad_scale(length)
+    torch.nn.init.normal_(model.embed.weight, std=0.2)
+    targets = torch.randint(0, 200, (length,), device="cuda").int()
+    targets[:3] = torch.tensor([EOT, -100, 256])
+    x = torch.randn(length, 256, device="cuda").bfloat16().requires_grad_()
+    found = torch.rand(length, device="cuda").requires_grad_()
+    inputs, weight = (x, found, model.embed.weight), torch.rand(length, device="cuda") / length
+    with mock.patch.object(tg, "CANDIDATES", 320):
+        rows, weights = model.candidates(targets)
+    assert len(rows) == 320 and weights.max() > 1
+    ends = []
+    for run in (model.sums, torch.compile(model.sums, fullgraph=True, dynamic=False)):
+        with mock.patch.object(model, "sums", run):
+            losses = model.losses(x, found, targets, rows, weights)
+        ends.append((losses, *torch.autograd.grad((losses * weight).sum(), inputs)))
+    for plain, fused in zip(*ends):
+        assert plain.any() and relative_error(fused, plain) < 3e-2
 
 
 def test_training_and_validation_never_recompile_and_follow_the_uncompiled_model():

@@ -37,7 +37,7 @@ def kinds(model: tg.GPT, hp) -> set:
 
 def test_the_warm_up_makes_all_graphs_of_a_run_and_dynamo_lets_it(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(tg, "compiled", lambda function: torch.compile(
+    monkeypatch.setattr(tg, "compiled", lambda function, **_: torch.compile(
         function, backend="eager", dynamic=False, fullgraph=True))
     hp = small_hp(batch_stages="1x128 2x256 1x512", copy_reach=256, steps=6, sampled=0.5, average=1.0,
                   model_dim=128, num_heads=2)
@@ -68,7 +68,7 @@ class Launched(TorchDispatchMode):
         self.names.add(func.overloadpacket.__name__)
         return func(*args, **kwargs or {})
 
-    def skip(self, function):
+    def skip(self, function, **_):
         def call(*args):
             with _disable_current_modes():
                 return function(*args)

@@ -94,7 +94,7 @@ def test_a_step_sets_window_learning_rate_and_momentum():
     for step in (0, 7, 9):
         t.train_step(step, documents(hp, 2))
         assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
-        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.skip_lr, hp.mix_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
+        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.mix_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
         found = [float(group["lr"]) for group in adam.param_groups + muon.param_groups]
         assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-6)  # fp32
         momenta = [float(group["momentum"]) for group in muon.param_groups]

@@ -338,9 +338,8 @@ KINDS = {  # pattern of names: kind, and its optimizer, rate, betas and decay in
     r"value_embeds.0.weight": ("value_embeds", tg.Adam, 0.3, (0.75, 0.9), 0.025),
     r"bigrams.weight": ("bigrams", tg.Adam, 0.3, (0.75, 0.9), 0.025),
     r"smear|pointer.copy_scale|blocks.\d.(lambdas|attn.v_scale)": ("scalars", tg.Adam, 0.04, (0.9, 0.99), 0.0),
-    r"blocks.\d.attn.value_gate": ("gates", tg.Adam, 0.016, (0.9, 0.99), 0.0),
     r"mix_(v|input|head).network_(in|out)": ("mixes", tg.Adam, 0.002, (0.9, 0.99), 0.0),
-    r"(mix_(input|head).)?skip_weights": ("skip_weights", tg.Adam, 0.01, (0.9, 0.99), 0.0),
+    r"(mix_(input|head).)?skip_weights|blocks.\d.attn.value_gate": ("skip_weights", tg.Adam, 0.01, (0.9, 0.99), 0.0),
     r"blocks.\d.(attn.qkv|attn.out|mlp.up.weight)|pointer.(query|key|key_before)": (
         "matrices", tg.Muon, 0.025, None, 1.2),
     r"blocks.\d.mlp.down.weight": ("down", tg.Muon, 0.05, None, 0.6)}
@@ -428,9 +427,9 @@ def test_what_a_step_of_the_default_model_sends():
     # 40 squares, 10 of each MLP shape and three of the pointer's, up to eights; the head and five tables; 249,856
     # rows of bigrams
     matrices = 40 * square + 2 * 16 * mlp + 8 * 128 * 768 + 6 * table + 249_856 * 192
-    # Small tensors take a block of 4,096 each, as many of a group on every rank: 22 scalars, 5 gates, 3 kinds of
-    # skip weights and the second layers of both mixes' networks. The first layers, 64 x 768, are 12 blocks each.
-    values = matrices + (24 + 8 + 8 + 8 + 2 * 16) * 4096
+    # Small tensors take a block of 4,096 each, as many of a group on every rank: 22 scalars, 5 gates with 3 kinds
+    # of skip weights, and the second layers of both mixes' networks. The first layers, 64 x 768, are 12 blocks each.
+    values = matrices + (24 + 8 + 8 + 2 * 16) * 4096
     sent = {}
     for comm in ("bf16", "fp8"):
         calls = [call for o in default_optimizers(8, grad_comm=comm) for call in plan(o)]

@@ -232,7 +232,7 @@ def test_norms_are_those_of_the_summed_gradients_and_of_the_change_of_the_weight
     groups = [group for o in tg.build_optimizers(model, small_hp(**KNOBS)) for group in o.param_groups]
     kinds = {p: group["name"] for group in groups for p in group["params"]}
     assert [group["name"] for group in groups] == [
-        "embed", "value_embeds", "bigrams", "scalars", "gates", "skip_weights", "mixes", "matrices", "down"]
+        "embed", "value_embeds", "bigrams", "scalars", "mixes", "skip_weights", "matrices", "down"]
     outcome = tg.Outcome(torch.tensor(1.5), False, 1, [SimpleNamespace(squares=sum(rank["squares"] for rank in ranks))])
     loss, stop, squares = outcome.wait()
     assert (loss, stop, len(squares)) == (1.5, False, 2 * len(groups))
