@@ -173,7 +173,7 @@ def test_a_second_model_of_a_script_recompiles_nothing():
     """That is why runs of one script share a process. As a GPU compiles it, but for the code itself."""
     torch._dynamo.reset()
     module = common.load_script(SCRIPT)
-    module.compiled = lambda part: torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True)
+    module.compiled = lambda part, **_: torch.compile(part, backend="aot_eager", dynamic=False, fullgraph=True)
 
     def losses(seed):
         hp = module.Hyperparameters(**dataclasses.asdict(small_hp(seed=seed, steps=2)))

@@ -238,7 +238,7 @@ forgeries(
     lambda box, change: box.edit_all(change, "baseline"), BESIDE_FAST,
     baseline_that_was_as_fast=(lambda rows: forge.retime(rows, 0.82), "gain", "interleaved baseline"),
     baseline_that_ran_at_the_same_time=(lambda rows: shift(rows, 13, "wall_s"), "gain", "(p is None)"),
-    baseline_with_other_knobs_than_the_parent=(give(gate_lr=0.5), "knobs", "gate_lr is 0.5"),
+    baseline_with_other_knobs_than_the_parent=(give(skip_lr=0.5), "knobs", "skip_lr is 0.5"),
     baseline_of_another_script_than_the_parent=(put("start", script_sha256=SLOW), "script", SLOW))
 forgeries(
     do, BESIDE_FAST,

@@ -266,6 +266,9 @@ def test_the_loss_over_candidates_is_the_one_written_out(monkeypatch):
     for got, exact in zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(want.sum(), inputs)):
         assert exact.any() and relative_error(got, exact) < 1e-4
     assert model(ids, targets, window_tensor(2), True) != model(ids, targets, window_tensor(2))
+    without = torch.isin(targets.clamp(max=256), rows[:40], invert=True)
+    scored = model.losses(x, torch.zeros(128), targets, rows[:40], weights[:40])
+    assert without.any() and torch.equal(scored.isinf(), without), "a target without room is no other row"
 
 
 def test_the_mean_over_the_sequence_is_returned():

@@ -519,7 +519,7 @@ def test_norms_stand_where_they_are_due(here):
     rows, due = {row["step"]: row for row in events(folder, "step")}, set(range(7, 50, 7))
     assert set(rows) == {1, *range(2, 51, 2)} | due
     assert {step for step, row in rows.items() if "norms" in row} == due
-    kinds = "embed value_embeds bigrams scalars gates skip_weights mixes matrices down".split()
+    kinds = "embed value_embeds bigrams scalars mixes skip_weights matrices down".split()
     for step in due:
         assert [*rows[step]["norms"]] == [f"{kind}.{what}" for kind in kinds for what in ("grad", "update")]
     assert problems(folder) == []
