@@ -4,6 +4,7 @@ that copy of the script in its place."""
 import hashlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ PLAIN = re.compile(r"[A-Za-z0-9_./@%+=:,~-]*")  # a path that no compiler's comm
 OF_THE_SCRIPT = {f"test_{name}.py" for name in "cli fp8 gpu graphs loader masks model muon ranks run".split()}
 sys.path.insert(0, str(ROOT))
 
+# A shell's job in the background ignores Ctrl-C, and would hand that on to the processes that tests stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run up to four ranks at once, and threads that wait for a busy core spin: steps took up to 80 times longer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One small graph at a time: a pool of compile workers takes longer to start than the compilation itself.
