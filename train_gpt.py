@@ -560,9 +560,10 @@ class GPT(nn.Module):
                 seen = norm(x)
         return norm(x + self.mix_head(x, streams))
 
-    def forward(self, input_ids: Tensor, targets: Tensor, window: Tensor, sampled=False) -> Tensor:
-        """Loss of a packed sequence: input_ids (T,) int, targets (T,) int -> 0-d fp32, the mean
-        over its tokens. sampled: against `candidates` instead of all rows of V."""
+    def forward(self, input_ids, targets, window, sampled=False):
+        """Loss of a packed sequence: input_ids (T,) int, targets (T,) int, window 0-d int32 in
+        blocks -> 0-d fp32, the mean over its tokens. sampled: against `candidates` instead of all
+        rows of V."""
         x = self.features(input_ids, window)
         copied = self.pointer(x, input_ids, targets, self.use_flex)
         candidates = self.candidates(targets) if sampled else ()
@@ -678,7 +679,7 @@ def create_masks(
     input_ids: Tensor,
     block_size: int = BLOCK,
     window=None,
-    max_window: int | None = None
+    max_window=None
 ):
     """Document-causal sliding-window masks of a packed sequence: (with the whole window, with half
     of it). Long and short windows: arXiv:2408.00118, @leloykun, @YouJiacheng, @Grad62304977;
@@ -1208,7 +1209,7 @@ class Adam(ShardedOptimizer):
         return self.update(grad, m, v, step, *settings, self.grad_divisor)
 
 
-def build_optimizers(model: GPT, hp, world_size: int | None = None) -> list[ShardedOptimizer]:
+def build_optimizers(model: GPT, hp, world_size=None) -> list[ShardedOptimizer]:
     """[Adam, Muon], each parameter in a group of its kind: by its name, or the module it is in."""
     scale, steady = hp.down_scale, dict(betas=hp.scalar_betas)
     tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
@@ -1257,13 +1258,17 @@ class TokenStream:
         self.shards, self.total = shards, sum(map(len, shards))
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start : start + length], which must lie within `total`, as int32."""
+        """Tokens [start : start + length] as int32, across shard boundaries. IndexError past the
+        end."""
         end = start + length
         pieces, first = [], 0
         for shard in self.shards:
             pieces.append(shard[max(start - first, 0) : max(end - first, 0)])
             first += len(shard)
-        return np.concatenate(pieces).astype(np.int32)
+        tokens = np.concatenate(pieces)
+        if len(tokens) < length:
+            raise IndexError(f"tokens {start} to {end} of {self.total}")
+        return tokens.astype(np.int32)
 
     def pair(self, start: int, seq_len: int) -> Tensor:
         """A sequence, and the token that follows each of its tokens: input_ids and targets, as rows

@@ -117,6 +117,9 @@ def test_stream_crosses_shards_and_keeps_the_document_start():
     assert t.TokenStream(parts).read(1, 4).tolist() == [2, 50256, 3, 4]
     stream = t.TokenStream(parts)
     assert stream.read(0, 6).tolist() == [1, 2, 50256, 3, 4, 5] and stream.total == 6
+    for start, length in ((3, 4), (-1, 2)):
+        with pytest.raises(IndexError):
+            stream.read(start, length)
 
 
 def test_ranks_partition_every_step_and_the_stream_wraps():
