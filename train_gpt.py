@@ -78,7 +78,7 @@ class Hyperparameters:
     val_seq_len: int = 262_144  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
-    batch_stages: str = "8x16384 8x32768 24x16384 16x32768"  # [SEQUENCESxTOKENS] empty = one
+    batch_stages: str = "8x16384 8x32768 8x49152 16x32768"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
@@ -166,7 +166,7 @@ PRESETS = {  # what each changes; a knob on the command line wins
     "40gb": dict(val_seq_len=131_072),  # CUDA graphs keep a step's memory in validation too
     "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
-        batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
+        batch_stages="1x16384 1x32768 1x49152 2x32768", val_tokens=2_097_152, val_every=0
     ),
     "long": dict(SHORT, steps=850),  # the fewest seconds to 4.13 nats on one H100
     "quick": dict(SHORT, steps=400),  # to 4.41
@@ -1210,14 +1210,15 @@ class Adam(ShardedOptimizer):
 
 
 def build_optimizers(model: GPT, hp, world_size=None) -> list[ShardedOptimizer]:
-    """[Adam, Muon], each parameter in a group of its kind: by its name, or the module it is in."""
+    """[Muon, Adam, Muon of the MLPs' second matrices], as they take turns in `Trainer.launch`; each
+    parameter in a group of its kind: by its name, or the module it is in."""
     scale, steady = hp.down_scale, dict(betas=hp.scalar_betas)
     tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
-    kinds = dict(
-        embed=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
-        value_embeds=dict(tables), bigrams=tables,
+    kinds = dict(  # Adam's small ones first: see `Trainer.launch`
         scalars=dict(lr=hp.scalar_lr, **steady), mixes=dict(lr=hp.mix_lr, **steady),
         skip_weights=dict(lr=hp.skip_lr, **steady),
+        embed=dict(lr=hp.head_lr, betas=hp.head_betas, decay=hp.head_decay),
+        value_embeds=dict(tables), bigrams=tables,
         matrices=dict(lr=hp.muon_lr, decay=hp.muon_decay),
         down=dict(lr=hp.muon_lr * scale, decay=hp.muon_decay / scale)
     )
@@ -1228,11 +1229,13 @@ def build_optimizers(model: GPT, hp, world_size=None) -> list[ShardedOptimizer]:
         other = "mixes" if "network" in name else other
         kind = next((part for part in name.split(".") if part in kinds), other)
         kinds[kind]["params"].append(p)
-    groups = [group for group in kinds.values() if group["params"]]
+    *others, matrices, down = [group for group in kinds.values() if group["params"]]
     exchange = dict(grad_comm=hp.grad_comm, world_size=world_size)
-    adam = Adam([group for group in groups if "betas" in group], eps=hp.adam_eps, **exchange)
-    matrices = [group for group in groups if "betas" not in group]
-    return [adam, Muon(matrices, hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)]
+    first, last = (
+        Muon([group], hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)
+        for group in (matrices, down)
+    )
+    return [first, Adam(others, eps=hp.adam_eps, **exchange), last]
 
 
 # ---- 10. Tokens
@@ -1380,9 +1383,10 @@ class Trainer:
             optimizer.squares = torch.zeros(
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
-        # What is sent goes in turn: Muon's gradients first, a fifth of all bytes, so that it
-        # computes while those of Adam's tables travel
-        list(zip(*(optimizer.parts() for optimizer in reversed(self.optimizers))))
+        # Muon computes while gradients of Adam's tables travel, and again while their updates do.
+        # A GPU has 8 queues for a CUDA graph's branches, and the ninth collective holds up what
+        # follows the first, so that it must leave soon: after small ones.
+        list(zip(*(optimizer.parts() for optimizer in self.optimizers)))
         self.model.zero_grad()
 
     def capture(self, batches: dict[int, Tensor]) -> int:

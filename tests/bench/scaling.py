@@ -235,7 +235,7 @@ class Bench:
 
     def update(self, wire: Wire, trainer: tg.Trainer) -> None:
         tg.dist = wire
-        list(zip(*(optimizer.parts() for optimizer in reversed(trainer.optimizers))))  # in turns, as in training
+        list(zip(*(optimizer.parts() for optimizer in trainer.optimizers)))  # in turns, as in training
 
     def ablate(self) -> None:
         n, batch, gather = self.world, self.hp.sequences_per_step, ranks.COLLECTIVES[-1:]
