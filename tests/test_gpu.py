@@ -179,7 +179,7 @@ def test_accumulated_sequences_equal_one_batch_of_them():
             model(ids[:-1].int(), ids[1:], window).backward()
         t = trainer(model, dataclasses.replace(hp, sequences_per_step=copies))
         t.set_schedules(0)
-        muon = t.optimizers[1]
+        muon = t.optimizers[0]
         grads.append(muon.buckets[0].pack().float() / muon.grad_divisor)
     assert grads[0].norm() > 0 and relative_error(grads[1], grads[0]) < 1e-2
 

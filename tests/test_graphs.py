@@ -99,7 +99,7 @@ def read_by_graphs(t: tg.Trainer) -> dict:
     tensors = dict(t.model.named_parameters()) | dict(window=t.window, loss=t.loss)
     tensors |= {f"batch {i}": batch for i, (_, batch) in enumerate(t.graphs.values())}
     tensors |= {f"scale {i}": layer.scale for i, layer in enumerate(t.model.fp8_layers)}
-    for name, o in zip(("Adam", "Muon"), t.optimizers):
+    for name, o in zip(("Muon", "Adam", "down"), t.optimizers, strict=True):
         tensors[f"{name} divisor"] = o.grad_divisor
         for i, group in enumerate(o.param_groups):
             tensors |= {f"{name} {i} {key}": group[key] for key in ("lr", "momentum") if key in group}

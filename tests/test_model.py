@@ -90,14 +90,14 @@ def test_a_step_sets_window_learning_rate_and_momentum():
     hp = small_hp(steps=10, layer_pattern="SS", value_pattern="..", window_min=128, window_max=512)
     model = small_model(hp)
     t = trainer(model, hp)
-    adam, muon = t.optimizers
+    muon, adam, down = t.optimizers
     for step in (0, 7, 9):
         t.train_step(step, documents(hp, 2))
         assert int(t.window) == tg.window_scheduler(step, 10, 128, 512)
-        lrs = hp.head_lr, hp.table_lr, hp.scalar_lr, hp.mix_lr, hp.skip_lr, hp.muon_lr, hp.muon_lr * hp.down_scale
-        found = [float(group["lr"]) for group in adam.param_groups + muon.param_groups]
+        lrs = hp.muon_lr, hp.scalar_lr, hp.mix_lr, hp.skip_lr, hp.head_lr, hp.table_lr, hp.muon_lr * hp.down_scale
+        found = [float(group["lr"]) for o in t.optimizers for group in o.param_groups]
         assert found == pytest.approx([lr * tg.lr_at(step, hp) for lr in lrs], rel=1e-6)  # fp32
-        momenta = [float(group["momentum"]) for group in muon.param_groups]
+        momenta = [float(group["momentum"]) for group in muon.param_groups + down.param_groups]
         assert momenta == pytest.approx([tg.momentum_at(step, hp)] * 2, rel=1e-6)
         assert all(p.grad is None for p in model.parameters())
 

@@ -348,9 +348,9 @@ KINDS = {  # pattern of names: kind, and its optimizer, rate, betas and decay in
 def test_every_parameter_is_in_one_group_and_by_its_rule():
     hp = small_hp()
     model = small_model(hp)
-    adam, muon = tg.build_optimizers(model, hp)
+    muon, adam, down = optimizers = tg.build_optimizers(model, hp)
     names, found = {p: name for name, p in model.named_parameters()}, {}
-    for o in (adam, muon):
+    for o in optimizers:
         for group in o.param_groups:
             for p in group["params"]:
                 assert names[p] not in found
@@ -360,12 +360,12 @@ def test_every_parameter_is_in_one_group_and_by_its_rule():
         rules = [rule for pattern, rule in KINDS.items() if re.fullmatch(pattern, name)]
         assert rules == [got], name
     assert {rule[0] for rule in found.values()} == {rule[0] for rule in KINDS.values()}, "and no kind is empty"
-    groups = adam.param_groups + muon.param_groups
+    groups = [group for o in optimizers for group in o.param_groups]
     assert all(g["initial_lr"] == g["lr"] for g in groups) and {g["eps"] for g in adam.param_groups} == {1e-10}
-    assert all(g["momentum"] == 0.95 and g["beta2"] == 0.9 for g in muon.param_groups)
+    assert all(g["momentum"] == 0.95 and g["beta2"] == 0.9 for g in muon.param_groups + down.param_groups)
     t = trainer(model, hp)
     t.set_schedules(0)
-    assert [float(o.grad_divisor) for o in t.optimizers] == [2.0, 2.0]
+    assert [float(o.grad_divisor) for o in t.optimizers] == [2.0, 2.0, 2.0]
     model.extra = model.embed  # a second name for the same parameter is no second parameter
     tg.build_optimizers(model, hp)
 

@@ -143,7 +143,7 @@ def test_the_last_checkpoint_holds_the_weights_before_they_are_blended(here):
     ended = torch.load(run.log.folder / "weights.pt")["model"]
     names = run.trainer.model.named_parameters(remove_duplicate=False)
     averages = {name: run.trainer.optimizers[i].state[p]["average"] for name, p in names
-                for i in (0, 1) if "average" in run.trainer.optimizers[i].state.get(p, {})}
+                for i in (0, 1, 2) if "average" in run.trainer.optimizers[i].state.get(p, {})}
     assert {"embed.weight", "blocks.0.attn.qkv", "blocks.3.mlp.down.weight"} <= averages.keys()
     for name, weight in saved.items():
         if name not in averages:
@@ -172,7 +172,7 @@ def test_damaged_checkpoints(done, tmp_path, monkeypatch, capsys):
     (good.parent / "step_000006.pt").write_bytes(flipped)
     (good.parent / "step_000007.pt").write_bytes(good.read_bytes()[:5000])
     spoilt = torch.load(good)
-    spoilt["optimizers"][0][1]["state"][0]["momentum_buffer"][-1] = math.inf
+    spoilt["optimizers"][0][0]["state"][0]["momentum_buffer"][-1] = math.inf
     torch.save(spoilt, good.parent / "step_000008.pt")
     once(tmp_path, "--resume=latest")
     warnings = [row["text"] for row in events(run_folders(tmp_path)[-1], "warning")]
@@ -254,10 +254,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(here, capsys):
 
 SPOILT = {
     "embed.weight": lambda tr: tr.model.embed.weight[383].fill_(math.nan),  # of a token that no text holds
-    "Adam's exp_avg_sq of embed.weight": lambda tr: tr.optimizers[0].state[
+    "Adam's exp_avg_sq of embed.weight": lambda tr: tr.optimizers[1].state[
         tr.model.embed.weight]["exp_avg_sq"][-1].fill_(math.inf),
     "Muon's momentum_buffer of blocks.0.attn.qkv": lambda tr: next(
-        iter(tr.optimizers[1].state.values()))["momentum_buffer"][-1].fill_(-math.inf)}
+        iter(tr.optimizers[0].state.values()))["momentum_buffer"][-1].fill_(-math.inf)}
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -283,7 +283,7 @@ def test_the_end_of_a_run_is_checked_too(here, capsys, monkeypatch):
 def test_what_is_not_finite_on_rank_1_alone_is_named(tmp_path):
     """The last value of a moment is padding, or a row that no text holds: no loss and no weight shows it."""
     make_corpus(tmp_path / "data")
-    spoil = ('list(self.optimizers[0].state.values())[0]["exp_avg_sq"][-1] = float("inf") if self.rank else 1.0'
+    spoil = ('self.optimizers[1].state[self.model.embed.weight]["exp_avg_sq"][-1] = float("inf") if self.rank else 1.0'
              "\n        self.average(step)\n")
     script = edited(tmp_path, "self.average(step)\n", spoil)
     said = run(tmp_path, "--steps=1", ranks=2, code=1, script=script).stderr
@@ -519,7 +519,7 @@ def test_norms_stand_where_they_are_due(here):
     rows, due = {row["step"]: row for row in events(folder, "step")}, set(range(7, 50, 7))
     assert set(rows) == {1, *range(2, 51, 2)} | due
     assert {step for step, row in rows.items() if "norms" in row} == due
-    kinds = "embed value_embeds bigrams scalars mixes skip_weights matrices down".split()
+    kinds = "matrices scalars mixes skip_weights embed value_embeds bigrams down".split()
     for step in due:
         assert [*rows[step]["norms"]] == [f"{kind}.{what}" for kind in kinds for what in ("grad", "update")]
     assert problems(folder) == []
@@ -539,7 +539,7 @@ def test_a_norm_that_is_not_finite_is_strict_json(here, monkeypatch):
     spoilt = lambda self: (*real(self)[:2], [math.nan, math.inf, *real(self)[2][2:]])
     monkeypatch.setattr(t.Outcome, "wait", spoilt)
     norms = events(once(here, "--steps=1", "--log_norms=1").log.folder, "step")[0]["norms"]
-    assert (norms["embed.grad"], norms["embed.update"]) == ("nan", "inf") and norms["down.update"] > 0
+    assert (norms["matrices.grad"], norms["matrices.update"]) == ("nan", "inf") and norms["down.update"] > 0
 
 
 def tell_sources(folder, names, sources):
