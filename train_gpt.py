@@ -78,7 +78,7 @@ class Hyperparameters:
     val_seq_len: int = 262_144  # [tokens] packed validation sequence, a multiple of 128
     sequences_per_step: int = 8  # [sequences] of a step, over all ranks; giving it clears them too
     # one entry a stage, in equal spans of the run; without, the two knobs above make one stage
-    batch_stages: str = "8x16384 8x32768 8x49152 16x32768"  # [SEQUENCESxTOKENS] empty = one
+    batch_stages: str = "8x16384 8x32768 24x16384 16x32768"  # [SEQUENCESxTOKENS] empty = one
     val_tokens: int = 10_485_760  # [tokens] scored from the start of the validation stream
     epochs: int = 1  # [passes] how often the training stream may be read; 1 = never repeat
     # -- schedule
@@ -166,7 +166,7 @@ PRESETS = {  # what each changes; a knob on the command line wins
     "40gb": dict(val_seq_len=131_072),  # CUDA graphs keep a step's memory in validation too
     "24gb": dict(batch_stages="8x16384 16x16384 24x16384 32x16384", val_seq_len=65_536),
     "eighth": dict(
-        batch_stages="1x16384 1x32768 1x49152 2x32768", val_tokens=2_097_152, val_every=0
+        batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
     ),
     "long": dict(SHORT, steps=850),  # the fewest seconds to 4.13 nats on one H100
     "quick": dict(SHORT, steps=400),  # to 4.41
