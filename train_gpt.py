@@ -1120,7 +1120,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def parts(self):
         """A step in three parts, a yield behind each: gradients leave, updates are computed and
         leave, weights change. Optimizers that take turns, as in `Trainer.launch`, hide what one
-        sends behind what the other computes. At the last yield one waits for the other, since
+        sends behind what another computes. At the last yield each waits for the others, since
         `zip` would end with the first to end."""
         gradients = [self.exchange.send(bucket) for bucket in self.buckets]
         yield
@@ -1209,9 +1209,9 @@ class Adam(ShardedOptimizer):
         return self.update(grad, m, v, step, *settings, self.grad_divisor)
 
 
-def build_optimizers(model: GPT, hp, world_size=None) -> list[ShardedOptimizer]:
-    """[Muon, Adam, Muon of the MLPs' second matrices], as they take turns in `Trainer.launch`; each
-    parameter in a group of its kind: by its name, or the module it is in."""
+def build_optimizers(model: GPT, hp, world_size=None):
+    """[Muon, Adam, Muon of the MLPs' second matrices], the order in which they take turns in
+    `Trainer.launch`; each parameter in a group of its kind: by its name, or the module it is in."""
     scale, steady = hp.down_scale, dict(betas=hp.scalar_betas)
     tables = dict(lr=hp.table_lr, betas=hp.table_betas, decay=hp.table_decay)
     kinds = dict(  # Adam's small ones first: see `Trainer.launch`
@@ -1229,13 +1229,14 @@ def build_optimizers(model: GPT, hp, world_size=None) -> list[ShardedOptimizer]:
         other = "mixes" if "network" in name else other
         kind = next((part for part in name.split(".") if part in kinds), other)
         kinds[kind]["params"].append(p)
-    *others, matrices, down = [group for group in kinds.values() if group["params"]]
+    groups = [group for group in kinds.values() if group["params"]]
     exchange = dict(grad_comm=hp.grad_comm, world_size=world_size)
-    first, last = (
+    adam = Adam([group for group in groups if "betas" in group], eps=hp.adam_eps, **exchange)
+    first, *others = (
         Muon([group], hp.muon_lr, hp.muon_momentum, hp.muon_beta2, **exchange)
-        for group in (matrices, down)
+        for group in groups if "betas" not in group
     )
-    return [first, Adam(others, eps=hp.adam_eps, **exchange), last]
+    return [first, adam, *others]
 
 
 # ---- 10. Tokens
@@ -1384,8 +1385,9 @@ class Trainer:
                 2, len(optimizer.param_groups), device=self.device
             ) if due else ()
         # Muon computes while gradients of Adam's tables travel, and again while their updates do.
-        # A GPU has 8 queues for a CUDA graph's branches, and the ninth collective holds up what
-        # follows the first, so that it must leave soon: after small ones.
+        # By default CUDA has 8 queues for a graph's branches: the ninth reduce-scatter is queued
+        # before what waits for the first, Muon's products, and these do not start before it does.
+        # So what is sent before it is small, but for Muon's own.
         list(zip(*(optimizer.parts() for optimizer in self.optimizers)))
         self.model.zero_grad()
 

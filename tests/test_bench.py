@@ -51,7 +51,8 @@ def tables(path):
 
 def test_recipe():
     said = bench("recipe", *SMALL)
-    for line in ("compile optimizers: ", "Muon step: ", "window  1 blocks: ", "window  2 blocks: "):
+    muon = "Muon step of matrices: ", "Muon step of down: "
+    for line in ("compile optimizers: ", *muon, "window  1 blocks: ", "window  2 blocks: "):
         assert f"\n{line}" in said
     assert "unknown argument '--stepps=3'" in bench("recipe", "--stepps=3", code=2)
 
@@ -305,7 +306,7 @@ def test_the_exchange_on_paper():
 
 
 def test_the_ninth_collective_leaves_early():
-    """In a CUDA graph it holds up what Muon computes from the first."""
+    """In a CUDA graph it holds up what Muon computes from what the first has brought."""
     sizes = [bucket.size for optimizer in ranks.planned(8, "bf16") for bucket in optimizer.buckets]
     assert sum(sizes[:8]) < sum(sizes) / 5
 

@@ -368,6 +368,11 @@ def test_every_parameter_is_in_one_group_and_by_its_rule():
     assert [float(o.grad_divisor) for o in t.optimizers] == [2.0, 2.0, 2.0]
     model.extra = model.embed  # a second name for the same parameter is no second parameter
     tg.build_optimizers(model, hp)
+    for block in model.blocks:  # as a copy of the script may have it
+        block.mlp.second = block.mlp._modules.pop("down")
+    muon, adam = tg.build_optimizers(model, hp)
+    assert [group["name"] for group in muon.param_groups] == ["matrices"] and isinstance(adam, tg.Adam)
+    assert sum(len(group["params"]) for o in (muon, adam) for group in o.param_groups) == len(set(model.parameters()))
 
 
 def test_the_skip_weights_move_by_their_own_learning_rate():

@@ -65,8 +65,8 @@ def scenario(way: str, rank: int = 0, world: int = 1, slow: int = -1) -> dict:
     t.blend()
     states = [item for o in optimizers for s in o.state.values() for item in s.items()]
     state = sum(t.numel() for name, t in states if name != "average")
-    # all gradients leave first, Muon's before Adam's, then the updates
-    calls = [[*call] for o in reversed(optimizers) for call in plan(o)]
+    # all gradients leave first, in the order of the optimizers, then the updates
+    calls = [[*call] for o in optimizers for call in plan(o)]
     in_turns = sorted(calls, key=lambda call: "all_gather" in call[0])
     return dict(params=[p.detach().clone() for p in model.parameters()], losses=torch.stack(losses), shares=shares,
                 plan=in_turns, state=state, before=before, grads=grads,
@@ -213,7 +213,7 @@ def test_fp8_on_four_ranks_rounds_and_no_more(seen):
 def test_fp8_rounds_once_what_each_rank_sends(seen, world):
     hp = small_hp(**KNOBS, grad_comm="fp8")
     model, data, want = small_model(hp, awake=True), documents(hp, hp.sequences_per_step), 0.0
-    buckets = [b for o in reversed(tg.build_optimizers(model, hp)) for b in o.buckets]  # in turns, Muon first
+    buckets = [b for o in tg.build_optimizers(model, hp) for b in o.buckets]
     each = hp.sequences_per_step // world
     for first in range(0, hp.sequences_per_step, each):
         model.zero_grad()
@@ -232,7 +232,7 @@ def test_norms_are_those_of_the_summed_gradients_and_of_the_change_of_the_weight
     groups = [group for o in tg.build_optimizers(model, small_hp(**KNOBS)) for group in o.param_groups]
     kinds = {p: group["name"] for group in groups for p in group["params"]}
     assert [group["name"] for group in groups] == [
-        "embed", "value_embeds", "bigrams", "scalars", "mixes", "skip_weights", "matrices", "down"]
+        "matrices", "scalars", "mixes", "skip_weights", "embed", "value_embeds", "bigrams", "down"]
     outcome = tg.Outcome(torch.tensor(1.5), False, 1, [SimpleNamespace(squares=sum(rank["squares"] for rank in ranks))])
     loss, stop, squares = outcome.wait()
     assert (loss, stop, len(squares)) == (1.5, False, 2 * len(groups))

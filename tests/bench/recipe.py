@@ -166,7 +166,8 @@ def main(argv: list[str]) -> None:
     print(f"compile: {seconds(lambda: sequence(sequences[0])):.1f} s")
     print(f"compile optimizers: {seconds(optimize):.1f} s")
     for optimizer in trainer.optimizers:
-        print(f"{type(optimizer).__name__} step: {median_ms(optimizer.step, 20):.2f} ms")
+        kinds = " ".join(group["name"] for group in optimizer.param_groups)
+        print(f"{type(optimizer).__name__} step of {kinds}: {median_ms(optimizer.step, 20):.2f} ms")
     print(f"optimizer step: {median_ms(optimize, 20):.2f} ms")
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -69,27 +69,27 @@ def test_a_checkpoint_of_another_set_of_parameters(here, capsys, monkeypatch):
         monkeypatch.undo()
         monkeypatch.chdir(here)
     whole = torch.load(saved)
-    alone = max(i for group in whole["optimizers"][0][1]["param_groups"] for i in group["params"])
-    assert alone not in whole["optimizers"][0][1]["state"], "in a bucket of several, whose state is the first's"
-    for change in (lambda model, adam, muon: model.pop("embed.weight"),
-                   lambda model, adam, muon: adam["param_groups"].pop(),
-                   lambda model, adam, muon: adam["param_groups"][0]["params"].append(99),
-                   lambda model, adam, muon: muon["param_groups"].append(muon["param_groups"][0]),
-                   lambda model, adam, muon: state(adam).update(exp_avg=state(adam)["exp_avg"][4096:]),
-                   lambda model, adam, muon: state(muon).update(second_moment=state(muon)["second_moment"][:, :1]),
-                   lambda model, adam, muon: state(adam).update(step=torch.zeros(2)),
-                   lambda model, adam, muon: state(adam).update(exp_avg=0.5),
-                   lambda model, adam, muon: state(muon).pop("momentum_buffer"),
-                   lambda model, adam, muon: adam["state"].clear(),
-                   lambda model, adam, muon: state(muon).update(average=torch.zeros(3)),
-                   lambda model, adam, muon: state(muon).update(average="an average"),
-                   lambda model, adam, muon: muon["state"].update({alone: dict(average=torch.zeros(3))})):
+    alone = max(i for group in whole["optimizers"][0][0]["param_groups"] for i in group["params"])
+    assert alone not in whole["optimizers"][0][0]["state"], "in a bucket of several, whose state is the first's"
+    for change in (lambda model, muon, adam, *_: model.pop("embed.weight"),
+                   lambda model, muon, adam, *_: adam["param_groups"].pop(),
+                   lambda model, muon, adam, *_: adam["param_groups"][0]["params"].append(99),
+                   lambda model, muon, adam, *_: muon["param_groups"].append(muon["param_groups"][0]),
+                   lambda model, muon, adam, *_: state(adam).update(exp_avg=state(adam)["exp_avg"][4096:]),
+                   lambda model, muon, adam, *_: state(muon).update(second_moment=state(muon)["second_moment"][:, :1]),
+                   lambda model, muon, adam, *_: state(adam).update(step=torch.zeros(2)),
+                   lambda model, muon, adam, *_: state(adam).update(exp_avg=0.5),
+                   lambda model, muon, adam, *_: state(muon).pop("momentum_buffer"),
+                   lambda model, muon, adam, *_: adam["state"].clear(),
+                   lambda model, muon, adam, *_: state(muon).update(average=torch.zeros(3)),
+                   lambda model, muon, adam, *_: state(muon).update(average="an average"),
+                   lambda model, muon, adam, *_: muon["state"].update({alone: dict(average=torch.zeros(3))})):
         other = copy.deepcopy(whole)
         change(other["model"], *other["optimizers"][0])
         torch.save(other, here / "other.pt")
         assert "weights of another script" in ended(capsys, here, "--resume=other.pt", code=5)
         assert events(run_folders(here)[-1], "end")[0]["code"] == 5
-    torch.save(whole | dict(optimizers=[whole["optimizers"][0][:1]]), here / "other.pt")
+    torch.save(whole | dict(optimizers=[whole["optimizers"][0][:2]]), here / "other.pt")
     assert "--resume=other.pt holds weights of another" in ended(capsys, here, "--resume=other.pt", code=5)
     main(here, f"--resume={saved}")
 
