@@ -142,8 +142,8 @@ def test_the_last_checkpoint_holds_the_weights_before_they_are_blended(here):
     saved = torch.load(run.log.folder / "checkpoints/step_000008.pt")["model"]
     ended = torch.load(run.log.folder / "weights.pt")["model"]
     names = run.trainer.model.named_parameters(remove_duplicate=False)
-    averages = {name: run.trainer.optimizers[i].state[p]["average"] for name, p in names
-                for i in (0, 1, 2) if "average" in run.trainer.optimizers[i].state.get(p, {})}
+    averages = {name: o.state[p]["average"] for name, p in names
+                for o in run.trainer.optimizers if "average" in o.state.get(p, {})}
     assert {"embed.weight", "blocks.0.attn.qkv", "blocks.3.mlp.down.weight"} <= averages.keys()
     for name, weight in saved.items():
         if name not in averages:
