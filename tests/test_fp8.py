@@ -245,12 +245,22 @@ def test_the_model_scales_its_gradient_by_the_length_of_a_sequence():
     assert head.scale[2] == 2.0**19
 
 
-def test_an_mlp_in_fp8_is_that_in_bf16_up_to_rounding():
-    """At the scales that it has: normed inputs, weights of up to one, and gradients of a mean over 48K tokens."""
+@pytest.mark.parametrize("large", [False, True])
+def test_an_mlp_in_fp8_is_that_in_bf16_up_to_rounding(large):
+    """At the scales that it has: normed inputs, weights of up to one, and gradients of a mean over 48K tokens; and with
+    weights as large as high rates make them, up to 5, whose squares reach 2,000. What saturates there, in training
+    alone, makes of validation another model's."""
     hp = small_hp(train_seq_len=48 * 1024, grad_scale=2.0**25)
     mlp = small_model(hp, awake=True).blocks[0].mlp.train()
-    x = torch.nn.functional.rms_norm(torch.randn(32, 64, generator=torch.Generator().manual_seed(1)), (64,)).bfloat16()
-    x, grad = x.as_subclass(OnFP8Device).requires_grad_(), (torch.randn(32, 64) / (48 * 1024)).bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    if large:
+        for weight in (mlp.up.weight, mlp.down.weight):
+            weight.data = torch.empty(weight.shape).normal_(0, 1.3, generator=generator).clamp(-5, 5)
+    x = torch.nn.functional.rms_norm(torch.randn(32, 64, generator=generator), (64,)).bfloat16()
+    squares = F.relu(F.linear(x.float(), mlp.up.weight)).square()
+    assert (1500 < squares.max() < 4000 and mlp.up.weight.max() > 4) if large else squares.max() < 448
+    grad = torch.randn(32, 64, generator=generator) / (48 * 1024) / (100 if large else 1)
+    x, grad = x.as_subclass(OnFP8Device).requires_grad_(), grad.bfloat16()
     inputs, found = (x, mlp.up.weight, mlp.down.weight), []
     for fp8 in (True, False):
         mlp.up.use_fp8 = mlp.down.use_fp8 = fp8
