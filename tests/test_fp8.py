@@ -247,27 +247,31 @@ def test_the_model_scales_its_gradient_by_the_length_of_a_sequence():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_an_mlp_in_fp8_is_that_in_bf16_up_to_rounding(large):
-    """At the scales that it has: normed inputs, weights of up to one, and gradients of a mean over 48K tokens; and with
-    weights as large as high rates make them, up to 5, whose squares reach 2,000. What saturates there, in training
-    alone, makes of validation another model's."""
+    """At the scales that it has: normed inputs, and weights as they begin, whose squares, mostly below 0.25, a smaller
+    scale would flush to zero, or of up to 5, whose squares reach 2,000: more than we expect, and what saturates does so
+    in training alone. Gradients are those of a mean over 48K tokens, or, so that those between large matrices do not
+    saturate, a hundredth of that."""
     hp = small_hp(train_seq_len=48 * 1024, grad_scale=2.0**25)
     mlp = small_model(hp, awake=True).blocks[0].mlp.train()
     generator = torch.Generator().manual_seed(1)
-    if large:
-        for weight in (mlp.up.weight, mlp.down.weight):
-            weight.data = torch.empty(weight.shape).normal_(0, 1.3, generator=generator).clamp(-5, 5)
-    x = torch.nn.functional.rms_norm(torch.randn(32, 64, generator=generator), (64,)).bfloat16()
+    for weight in (mlp.up.weight, mlp.down.weight):
+        size = 1.3 if large else 0.5 * weight.size(1) ** -0.5
+        weight.data = torch.empty(weight.shape).normal_(0, size, generator=generator).clamp(-5, 5)
+    x = torch.nn.functional.rms_norm(torch.randn(256, 64, generator=generator), (64,)).bfloat16()
     squares = F.relu(F.linear(x.float(), mlp.up.weight)).square()
-    assert (1500 < squares.max() < 4000 and mlp.up.weight.max() > 4) if large else squares.max() < 448
-    grad = torch.randn(32, 64, generator=generator) / (48 * 1024) / (100 if large else 1)
+    if large:
+        assert 1000 < squares.max() < 5000 and min(mlp.up.weight.max(), mlp.down.weight.max()) > 4
+    else:
+        assert squares.median() < 0.25 and squares.max() < 10
+    grad = torch.randn(256, 64, generator=generator) / (48 * 1024) / (100 if large else 1)
     x, grad = x.as_subclass(OnFP8Device).requires_grad_(), grad.bfloat16()
     inputs, found = (x, mlp.up.weight, mlp.down.weight), []
     for fp8 in (True, False):
         mlp.up.use_fp8 = mlp.down.use_fp8 = fp8
         y = mlp(x)
         found.append([plain(t) for t in (y, *torch.autograd.grad(y, inputs, grad))])
-    for a, b in zip(*found):
-        assert b.any() and 0.005 < relative_error(a, b) < 0.12
+    for a, b, limit in zip(*found, (0.08, 0.12, 0.12, 0.09)):
+        assert b.any() and 0.02 < relative_error(a, b) < limit
 
 
 def test_without_cuda_the_reason_is_said():
