@@ -179,7 +179,7 @@ PRESETS = {  # what each changes; a knob on the command line wins
         SMALL, train_seq_len=1024, val_seq_len=4096, sequences_per_step=1,
         epochs=4, steps=350, layer_pattern="LSSL", value_pattern="0..0",
         late_layer=2, mixed_layers="1 2", bigram_rows=8192, bigram_dim=32, model_dim=128,
-        num_heads=2, table_lr=0.6, scalar_lr=0.04, muon_lr=0.016
+        num_heads=2, table_lr=0.6, scalar_lr=0.04, muon_lr=0.036
     ),
 }
 
