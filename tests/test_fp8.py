@@ -247,10 +247,10 @@ def test_the_model_scales_its_gradient_by_the_length_of_a_sequence():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_an_mlp_in_fp8_is_that_in_bf16_up_to_rounding(large):
-    """At the scales that it has: normed inputs, and weights as they begin, whose squares, mostly below 0.25, a smaller
-    scale would flush to zero, or of up to 5, whose squares reach 2,000: more than we expect, and what saturates does so
-    in training alone. Gradients are those of a mean over 48K tokens, or, so that those between large matrices do not
-    saturate, a hundredth of that."""
+    """At the scales that it has. Small: weights sized as `up`'s begin, so that most squares are below 0.25; scaled four
+    times further down they would miss the limits. Large: weights of up to 5 and squares of some 2,000, which four and
+    sixteen times the scales clip. Gradients are those of a mean over 48K tokens, or, in the large case, a hundredth of
+    that, so that those between the matrices do not saturate."""
     hp = small_hp(train_seq_len=48 * 1024, grad_scale=2.0**25)
     mlp = small_model(hp, awake=True).blocks[0].mlp.train()
     generator = torch.Generator().manual_seed(1)
