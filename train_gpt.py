@@ -168,7 +168,7 @@ PRESETS = {  # what each changes; a knob on the command line wins
     "eighth": dict(
         batch_stages="1x16384 1x32768 3x16384 2x32768", val_tokens=2_097_152, val_every=0
     ),
-    "long": dict(SHORT, steps=850),  # the fewest seconds to 4.13 nats on one H100
+    "long": dict(SHORT, steps=850),  # to 4.13 nats on one H100
     "quick": dict(SHORT, steps=400),  # to 4.41
     "tiny": dict(
         SMALL, train_seq_len=8192, val_seq_len=16_384, sequences_per_step=2,
