@@ -11,7 +11,7 @@ import torch
 from tiny import command, environment, events, make_corpus, run_folders
 
 KNOBS = ("--steps=90", "--epochs=20", "--checkpoint_every=3", "--val_every=10")
-SECONDS = 60  # of disturbances
+SECONDS = 30  # of disturbances
 
 
 def start(folder, *knobs):
