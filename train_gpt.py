@@ -385,7 +385,7 @@ class MLP(nn.Module):
         # scales before casts to e4m3, which ends at 448: 8 x the normed input (below D^0.5), 64 x
         # weights (to 7), 1/16 x squares (to 7,168). What is larger is clipped in training alone, as
         # validation is in bf16: with 256 x and 1 x, a run at the default's rates trained to 3.99
-        # and validated at 8.34 (records/PREDICTION.md). Gradients: see `set_grad_scale`
+        # and validated at 8.34 (records/LOG.md). Gradients: see `set_grad_scale`
         self.up = CastedLinear(hp.model_dim, hidden, 8.0, 64.0)
         self.down = CastedLinear(hidden, hp.model_dim, 0.0625, 64.0)
         self.up.weight = uniform_matrix(hidden, hp.model_dim)
