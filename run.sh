@@ -217,7 +217,7 @@ else
     export NCCL_GRAPH_REGISTER="${NCCL_GRAPH_REGISTER-0}"  # which may not keep such memory in a CUDA graph
     if [ "$mib" -ge 76800 ]; then fits=80gb; elif [ "$mib" -ge 38912 ]; then fits=40gb; else fits=24gb; fi
     [ "$mib" -ge 22528 ] || [ -n "$preset" ] || say "$((mib / 1024)) GiB are less than any preset was measured on:" \
-        "if memory runs out, lower --train_seq_len and --val_seq_len, or take --preset=tiny"
+        "if memory runs out, see \"Presets\" in data/README.md, or take --preset=tiny"
     preset=${preset:-$fits} machine="$gpus GPUs of at least $((mib / 1024)) GiB"
 fi
 case $preset in cpu|tiny|eighth|long|quick) processes=1 ;; esac  # their steps have few sequences
