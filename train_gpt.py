@@ -131,7 +131,7 @@ class Hyperparameters:
     # -- fp8
     fp8: bool = True  # [switch] FP8 head and MLPs where the GPU passes a probe; False = bf16
     x_scale: float = 4.48  # [x] of the head's input before its e4m3 cast
-    w_scale: float = 280.0  # [x] of the head's weight before its e4m3 cast
+    w_scale: float = 64.0  # [x] of the head's weight before its e4m3 cast, which ends at 7
     grad_scale: float = 2.0**25  # [x] of a 48K-token mean's gradients before their e5m2 casts
     grad_comm: str = "bf16"  # [bf16|fp8] what gradients travel in between ranks
     # -- run
