@@ -88,9 +88,10 @@ class Machine:
         for name in ("run.sh", "requirements.txt", "requirements.lock", "data/then_sample.py", "data/check.py"):
             shutil.copy(ROOT / name, self.root / name)
         (self.root / "train_gpt.py").write_text("pass\n")
-        for tool in "sh cat cp sed awk df grep cksum dirname ls mkdir env rm uname getconf".split():
+        for tool in "sh cat cp sed awk grep cksum dirname ls mkdir env rm uname getconf".split():
             (self.tools / tool).symlink_to(shutil.which(tool))
         self.put("python3", INTERPRETER)
+        self.disk(100)
         self.environment = {"PATH": str(self.tools), "CALLS": str(self.kept / "calls"), "KEPT": str(self.kept),
                             "REAL": sys.executable, "GPUS": "0 0", "LISTENER": LISTENER}  # fmt: skip
         self.shell = shutil.which("sh")
@@ -99,6 +100,10 @@ class Machine:
         path = self.tools / name
         path.write_text(text)
         path.chmod(0o755)
+
+    def disk(self, gib):  # free, whatever this machine has left
+        self.put("df", f"#!/bin/sh\necho Filesystem\necho /dev/disk 0 0 {gib * 2**20} 0% /\n")
+        return self
 
     def torch(self, version):  # the interpreter comes with this torch
         (self.tools.parent / "torch").write_text(version + "\n")
@@ -434,6 +439,11 @@ def test_a_cpu_only_torch_does_not_serve_a_gpu(machine):
     assert machine.gpu(1, 81000).torch("2.13.0+cpu").fineweb().run()[0] == "-m venv --clear .venv"
 
 
+def test_a_gpu_needs_more_disk(machine):
+    machine.gpu(1, 81000).disk(8).run(code=2)
+    assert "9 GB of disk are needed for .venv, and only 8 GB are free" in machine.err
+
+
 def test_a_torch_put_into_venv_after_a_stopped_start_is_reused(machine):
     machine.run(NO_PIP="1", code=2)
     (machine.root / ".venv/torch").write_text("2.14.0+cpu\n")
@@ -464,10 +474,8 @@ def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
     assert "Python 3.10 to 3.14 is needed, python3 is 3.15." in refused(VERSION="3.15")
     assert "python3 lacks venv" in refused(NO_VENV="1")
     assert "pip could not install" in refused(NO_PIP="1")
-    machine.put("df2", "#!/bin/sh\necho Filesystem\necho /dev/disk 9000000 8000000 1000000 90% /\n")
-    (machine.tools / "df").unlink()
-    (machine.tools / "df2").rename(machine.tools / "df")
-    assert "2 GB of disk are needed for .venv, and only 0 GB are free" in refused()
+    machine.disk(1)
+    assert "2 GB of disk are needed for .venv, and only 1 GB are free" in refused()
     (machine.tools / "python3").unlink()
     shutil.rmtree(machine.root / ".venv")
     assert "there is no python3 on the PATH" in refused()
