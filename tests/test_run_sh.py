@@ -102,7 +102,7 @@ class Machine:
         path.chmod(0o755)
 
     def disk(self, gib):  # free, whatever this machine has left
-        self.put("df", f"#!/bin/sh\necho Filesystem\necho /dev/disk 0 0 {gib * 2**20} 0% /\n")
+        self.put("df", f"#!/bin/sh\necho Filesystem\necho /dev/disk 0 0 {int(gib * 2**20)} 0% /\n")
         return self
 
     def torch(self, version):  # the interpreter comes with this torch
@@ -474,8 +474,8 @@ def test_each_refusal_is_one_sentence_and_exit_code_2(machine):
     assert "Python 3.10 to 3.14 is needed, python3 is 3.15." in refused(VERSION="3.15")
     assert "python3 lacks venv" in refused(NO_VENV="1")
     assert "pip could not install" in refused(NO_PIP="1")
-    machine.disk(1)
-    assert "2 GB of disk are needed for .venv, and only 1 GB are free" in refused()
+    machine.disk(0.95)
+    assert "2 GB of disk are needed for .venv, and only 0 GB are free" in refused()
     (machine.tools / "python3").unlink()
     shutil.rmtree(machine.root / ".venv")
     assert "there is no python3 on the PATH" in refused()
